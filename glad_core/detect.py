@@ -1,0 +1,148 @@
+"""From images to verdicts: noise per image, reconstruction, final comparison, score.
+
+This is the seam between the method and whatever runs it: requests in, results out, in any order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glad_core import adaptive, features, scoring
+from glad_core.bundle import Model
+from glad_core.errors import GladError
+from glad_core.synthesis import object_mask
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image to judge: uint8 [R, R, 3] RGB at the bundle's resolution R."""
+
+    image_id: str
+    image: np.ndarray
+
+
+@dataclass(frozen=True)
+class Detection:
+    """One verdict.
+
+    ``anomaly_map`` is float16 [g, g] at token resolution, or [D, D] where the score needs terms that only exist at
+    full size (`full_size_only`). ``steps`` holds every (timestep, step score) compared. ``reconstruction`` is uint8
+    [R, R, 3]; ``seconds`` the image's share of its batch's model time.
+    """
+
+    image_id: str
+    score: float
+    stop_step: int | None
+    stop_reason: adaptive.StopReason
+    steps: list[tuple[int, float]]
+    anomaly_map: np.ndarray
+    reconstruction: np.ndarray
+    seconds: float
+
+
+def image_noise(image_id: str, seed: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """ε and the posterior noise of one image, float32 ``shape`` each, from (run seed, image id) alone.
+
+    Drawn on the CPU whatever the device, so that a result does not depend on where, when or with whom an image runs.
+    """
+    digest = hashlib.sha256(f"{seed}:{image_id}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+
+
+def full_size_only(model: Model) -> bool:
+    """Whether the map has pixel-resolution terms (v, foreground) and so cannot be kept at token resolution."""
+    return model.settings.pixel_weight_v > 0 or model.settings.foreground_mode != 3
+
+
+def full_size_map(maps_Bgg: Tensor, settings: object) -> Tensor:
+    """A token-resolution map as the score sees it: resized to D and smoothed, [B, D, D]. Linear, so exact."""
+    size, sigma = settings.feature_resolution, settings.blur_sigma  # type: ignore[attr-defined]
+    return scoring.smooth(scoring.resize_map(maps_Bgg, size), sigma)
+
+
+def final_token_map(model: Model, test_B3RR: Tensor, reconstruction_B3RR: Tensor) -> tuple[Tensor, Tensor]:
+    """Eq. 11-12 on image and reconstruction: token map [B, g, g] and pixel distance [B, D, D].
+
+    Both are resized to the feature resolution and ImageNet-normalised first.
+    """
+    s = model.settings
+    size = (s.feature_resolution, s.feature_resolution)
+    both = torch.cat([test_B3RR, reconstruction_B3RR])
+    both = F.interpolate(both, size=size, mode="bilinear", align_corners=True)
+    both = features.imagenet_normalize(both)
+    vit = model.final_features
+    tokens = [layer.float().chunk(2) for layer in features.patch_tokens(vit, both, features.used_blocks(vit))]
+    maps = scoring.token_map(
+        [pair[0] for pair in tokens],
+        [pair[1] for pair in tokens],
+        match=s.match,
+        radius=s.window,
+        bidirectional=s.bidirectional,
+    )
+    test, reconstruction = both.float().chunk(2)
+    return maps, scoring.pixel_distance(test, reconstruction)
+
+
+@torch.inference_mode()
+def detect(model: Model, requests: Sequence[Request], seed: int = 0) -> Iterator[Detection]:
+    """Judge images as one batch; results in any order.
+
+    Raises:
+        GladError: an image is not uint8 [R, R, 3].
+    """
+    if not requests:
+        return
+    s = model.settings
+    started = time.perf_counter()
+    for request in requests:
+        if request.image.shape != (s.resolution, s.resolution, 3) or request.image.dtype != np.uint8:
+            raise GladError(
+                f"{request.image_id}: expected uint8 {s.resolution}x{s.resolution}x3, "
+                f"got {request.image.dtype} {request.image.shape}: resize it to the bundle's resolution"
+            )
+    pixels = torch.from_numpy(np.stack([request.image for request in requests])).permute(0, 3, 1, 2)
+    images = (pixels.to(model.device).float() / 127.5 - 1).to(model.dtype)
+
+    side = s.resolution // model.vae_factor
+    shape = (model.vae.config.latent_channels, side, side)
+    noises = [image_noise(request.image_id, seed, shape) for request in requests]
+    eps, posterior_noise = (
+        torch.stack(part).to(model.device, model.dtype) for part in zip(*noises, strict=True)
+    )
+
+    result = adaptive.reconstruct(model, images, eps, posterior_noise)
+    test = adaptive.decode(model, result.input_latents) if s.compare_with == "round_trip" else images
+    token_maps, distance = final_token_map(model, test, result.images)
+    if full_size_only(model):
+        maps = scoring.resize_map(token_maps, s.feature_resolution)
+        maps = scoring.smooth(scoring.add_pixel_distance(maps, distance, s.pixel_weight_v, scope="image"), s.blur_sigma)
+        if s.foreground_mode != 3:
+            maps = maps * scoring.resize_map(object_mask(images.float(), s.foreground_mode), s.feature_resolution)
+        kept = maps
+    else:
+        maps, kept = full_size_map(token_maps, s), token_maps
+    scores = scoring.image_score(maps, s.image_score_top_k).tolist()
+
+    rebuilt = ((result.images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    kept_maps = kept.to(torch.float16).cpu().numpy()
+    seconds = (time.perf_counter() - started) / len(requests)
+    for row, request in enumerate(requests):
+        yield Detection(
+            image_id=request.image_id,
+            score=scores[row],
+            stop_step=result.stop_step[row],
+            stop_reason=result.stop_reason[row],
+            steps=result.steps[row],
+            anomaly_map=kept_maps[row],
+            reconstruction=rebuilt[row],
+            seconds=seconds,
+        )

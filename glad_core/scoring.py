@@ -1,0 +1,113 @@
+"""Anomaly maps and scores: Eq. 11-12 and Sec. 3.6 of the paper.
+
+Shapes: B batch, N = g·g tokens, D embedding width, R side of the map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+Match = Literal["anywhere", "window", "sum"]
+
+
+def nearest_distance(query_BND: Tensor, reference_BND: Tensor, rows: int = 512) -> Tensor:
+    """Eq. 11: for each query token 1 - cosine to its most similar reference token, anywhere in the image.
+
+    Works in the tokens' dtype (the released code compares steps in float16, the final map in float32). Only ``rows``
+    query tokens at a time, so that 4096 x 4096 comparisons never stand in memory as a whole.
+
+    Returns:
+        [B, N], in [0, 2].
+    """
+    query, reference = _unit(query_BND), _unit(reference_BND).transpose(1, 2)
+    return torch.cat([(1 - part @ reference).amin(dim=2) for part in query.split(rows, dim=1)], dim=1)
+
+
+def window_distance(query_BND: Tensor, reference_BND: Tensor, radius: int) -> Tensor:
+    """Eq. 11 with the minimum over tokens at most ``radius`` rows and columns away (radius 0: the same place).
+
+    Beside the paper: a part missing from an object with repeated parts has a twin elsewhere, which the match anywhere
+    finds and the aligned match does not. Returns [B, N], in [0, 2].
+    """
+    batch, count, width = query_BND.shape
+    side = round(count**0.5)
+    query = _unit(query_BND).view(batch, side, side, width)
+    reference = F.pad(_unit(reference_BND).view(batch, side, side, width), (0, 0, radius, radius, radius, radius))
+    nearest = torch.full((batch, side, side), 2.0, dtype=query.dtype, device=query.device)
+    for row in range(2 * radius + 1):
+        for column in range(2 * radius + 1):
+            shifted = reference[:, row : row + side, column : column + side]
+            # A padded token is zero, so its distance is 1: never let it win over real ones that point away.
+            outside = (shifted == 0).all(dim=-1)
+            distance = (1 - (query * shifted).sum(dim=-1)).masked_fill(outside, 2.0)
+            nearest = torch.minimum(nearest, distance)
+    return nearest.flatten(1)
+
+
+def token_map(
+    tests_BND: Sequence[Tensor], references_BND: Sequence[Tensor], *, match: Match, radius: int, bidirectional: bool
+) -> Tensor:
+    """Eq. 12: the sum over layers of Eq. 11, at token resolution.
+
+    ``bidirectional`` adds the map of the reconstruction's tokens looked up in the test image (published for
+    transistor, pcb1 and pcb4). Returns [B, g, g].
+    """
+    total = torch.zeros(())
+    for test, reference in zip(tests_BND, references_BND, strict=True):
+        pairs = [(test, reference), (reference, test)] if bidirectional else [(test, reference)]
+        for query, other in pairs:
+            if match in ("anywhere", "sum"):
+                total = total + nearest_distance(query, other)
+            if match in ("window", "sum"):
+                total = total + window_distance(query, other, radius)
+    side = round(total.shape[1] ** 0.5)
+    return total.view(total.shape[0], side, side)
+
+
+def resize_map(maps_BHW: Tensor, size: int) -> Tensor:
+    """Bilinear with aligned corners to [B, size, size], as everywhere in the released code."""
+    return F.interpolate(maps_BHW[:, None], size=(size, size), mode="bilinear", align_corners=True)[:, 0]
+
+
+def pixel_distance(test_BCHW: Tensor, reconstruction_BCHW: Tensor) -> Tensor:
+    """Mean over channels of the absolute difference, [B, R, R]."""
+    return (test_BCHW - reconstruction_BCHW).abs().mean(dim=1)
+
+
+def add_pixel_distance(maps_BHW: Tensor, distance_BHW: Tensor, v: float, *, scope: Literal["image", "batch"]) -> Tensor:
+    """M + v · max(M) / max(dist) · dist.
+
+    The released code takes both maxima over the batch, which makes a score depend on its neighbours; ``image`` takes
+    them per image. ``batch`` exists for comparison with the released code's numbers.
+    """
+    if v == 0:
+        return maps_BHW
+    if scope == "batch":
+        ratio = maps_BHW.max() / distance_BHW.max().clamp(min=1e-12)
+    else:
+        ratio = (maps_BHW.amax((1, 2)) / distance_BHW.amax((1, 2)).clamp(min=1e-12)).view(-1, 1, 1)
+    return maps_BHW + v * ratio * distance_BHW
+
+
+def smooth(maps_BHW: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur cut at 4σ (49 taps at the published σ = 6), reflected border; σ = 0 leaves the map alone."""
+    if sigma == 0:
+        return maps_BHW
+    taps = 2 * int(4 * sigma + 0.5) + 1
+    return TF.gaussian_blur(maps_BHW[:, None], [taps, taps], [sigma, sigma])[:, 0]
+
+
+def image_score(maps_BHW: Tensor, top_k: int) -> Tensor:
+    """Mean of the ``top_k`` largest pixels (Sec. 3.6), [B]."""
+    flat = maps_BHW.flatten(1)
+    return flat.topk(min(top_k, flat.shape[1]), dim=1).values.mean(dim=1)
+
+
+def _unit(tokens_BND: Tensor) -> Tensor:
+    return tokens_BND / tokens_BND.norm(dim=-1, keepdim=True)

@@ -1,0 +1,326 @@
+"""Parity with the authors' released code: every case of a folder of golden numbers.
+
+The folder (environment variable GLAD_GOLDEN, by default ../shared/golden beside the checkout) holds tiny models and
+arrays recorded from the released code. Whatever cases it holds are run; nothing is tied to particular ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from numpy.testing import assert_allclose, assert_array_equal
+from safetensors.torch import load_file
+
+from glad_core import adaptive, detect, features, metrics, schedule, scoring, training
+from glad_core.bundle import Model
+from glad_core.settings import Settings
+
+FOLDER = Path(os.environ.get("GLAD_GOLDEN") or Path(__file__).parents[1] / ".." / "shared" / "golden")
+
+
+def cases(pattern: str) -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob(pattern + ".json"))
+
+
+if not cases("case_*"):
+    pytest.skip(f"no golden numbers in {FOLDER} (set GLAD_GOLDEN)", allow_module_level=True)
+
+
+class Case:
+    """One json with its npz; arrays a case leaves out come from the case named by ``inputs_from``."""
+
+    def __init__(self, name: str) -> None:
+        self.settings = json.loads((FOLDER / f"{name}.json").read_text())
+        self.arrays = np.load(FOLDER / f"{name}.npz")
+        source = self.settings.get("inputs_from")
+        self.inputs = Case(source) if source else None
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.arrays
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self.arrays[key] if key in self.arrays or self.inputs is None else self.inputs[key]
+
+    def tensor(self, key: str) -> torch.Tensor:
+        return torch.from_numpy(self[key])
+
+
+@cache
+def load_vit(family: str, name: str) -> torch.nn.Module:
+    folder = FOLDER / f"models_{family}"
+    config = json.loads((folder / "dino_config.json").read_text())
+    args = {key: config[key] for key in ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
+    vit = features.create_vit("vit_tiny_patch16_224", qkv_bias=config["qkv_bias"], **args)
+    assert vit.norm.eps == config["norm_eps"]
+    weights = folder / f"{name}.safetensors"
+    vit.load_state_dict(load_file(weights if weights.exists() else folder / "dino.safetensors"))
+    return vit
+
+
+@cache
+def networks(family: str) -> tuple[UNet2DConditionModel, AutoencoderKL, dict[str, torch.Tensor]]:
+    folder = FOLDER / f"models_{family}"
+    unet = UNet2DConditionModel.from_config(json.loads((folder / "unet_config.json").read_text()))
+    unet.load_state_dict(load_file(folder / "unet.safetensors"))
+    vae = AutoencoderKL.from_config(json.loads((folder / "vae_config.json").read_text()))
+    vae.load_state_dict(load_file(folder / "vae.safetensors"))
+    return unet.eval(), vae.eval(), load_file(folder / "prompt.safetensors")
+
+
+def model_of(family: str, settings: Settings) -> Model:
+    unet, vae, prompts = networks(family)
+    return Model(
+        unet=unet,
+        vae=vae,
+        features=load_vit(family, "dino"),
+        final_features=load_vit(family, "dino_final"),
+        prompt_cond=prompts["cond"],
+        prompt_uncond=prompts["uncond"],
+        alphas=schedule.alphas_cumprod(),
+        settings=settings,
+        category="golden",
+        model_id="golden",
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+
+
+def settings_of(case: Case, **changes: object) -> Settings:
+    s = case.settings
+    values: dict = {
+        "variant": "official",
+        "resolution": s["resolution"],
+        "feature_resolution": s["dino_resolution"],
+        "start_step": s["denoise_step_T"],
+        "inference_steps": s["inference_steps_S"],
+        "min_step": s["min_step"],
+        "delta": s["input_threshold"],
+        "noise_index": s["add_noise_index"],
+        "guidance_scale": s["guidance_scale"],
+        "step_score_top_k": s["step_topk"],
+        "image_score_top_k": s["topk_score"],
+        "blur_sigma": s["final_blur"]["sigma"],
+    }
+    return Settings(**{**values, **changes})
+
+
+def check(case: Case, key: str, got: torch.Tensor | np.ndarray, atol: float) -> None:
+    if key in case:
+        expected = case.arrays[key]
+        got = np.asarray(got, dtype=np.float64)
+        assert_allclose(got, expected.astype(np.float64), rtol=0, atol=atol, err_msg=key)
+        if os.environ.get("GLAD_GOLDEN_REPORT"):
+            error = np.abs(got - expected.astype(np.float64))
+            print(f"{case.settings.get('case', '')} {key}: max error {np.nanmax(error, initial=0):.2e} of {atol:.1e}")
+
+
+def masked(rows: torch.Tensor, batch: int, value: torch.Tensor | None, picked: torch.Tensor) -> np.ndarray:
+    """Spread a step's values over the whole batch, NaN for images that were not compared."""
+    shape = (batch,) if value is None else (batch, *value.shape[1:])
+    full = np.full(shape, np.nan)
+    if value is not None:
+        full[rows[picked].numpy()] = value.double().numpy()
+    return full
+
+
+@pytest.mark.parametrize("name", cases("case_*"))
+def test_inference(name: str) -> None:
+    case = Case(name)
+    s = case.settings
+    model = model_of(s["model_family"], settings_of(case))
+    total = s["n_images"]
+    size = 1 if s["runs_of_batch1"] else total
+    runs = []
+    with torch.inference_mode():
+        for rows in torch.arange(total).split(size):
+            steps: list[adaptive.Step] = []
+            result = adaptive.reconstruct(
+                model,
+                case.tensor("images")[rows],
+                case.tensor("noise")[rows],
+                case.tensor("enc_noise")[rows],
+                on_step=steps.append,
+            )
+            runs.append((result, steps))
+
+    ts = schedule.timesteps(s["denoise_step_T"], s["inference_steps_S"])
+    assert ts == case["timesteps"].tolist()
+    stride = s["denoise_step_T"] // s["inference_steps_S"]
+    assert_array_equal(np.array(ts) - stride, case["prev_timesteps"])
+
+    # Exact: where each image stops, why, and which images were still searching at each step.
+    stops = [stop or 0 for result, _ in runs for stop in result.stop_step]
+    assert stops == case["de_step"].tolist()
+    kinds = {"difference": "threshold", "min_step": "min_step", "none": "never"}
+    assert [kinds[reason] for result, _ in runs for reason in result.stop_reason] == s["stop_kind"]
+
+    def over_images(value: str, shape_of: int) -> np.ndarray:
+        """[S, B, ...] of one step quantity, NaN where an image was not compared."""
+        whole = []
+        for _, steps in runs:
+            per_step = []
+            for step in steps:
+                item = getattr(step, value)
+                picked = step.compared if value in ("x0_true", "map_bhw", "score") else torch.ones(size, dtype=torch.bool)
+                filler = np.full((size, *case_shape(value)), np.nan)
+                per_step.append(filler if item is None else masked(step.rows, size, item, picked))
+            whole.append(np.stack(per_step))
+        return np.concatenate(whole, axis=1)
+
+    def case_shape(value: str) -> tuple[int, ...]:
+        key = {"x0_true": "step_x0_true", "map_bhw": "step_anomaly_map", "score": "step_score"}[value]
+        return case[key].shape[2:] if key in case else case["image_latents"].shape[1:]
+
+    searching = np.concatenate([torch.stack([step.compared for step in steps]).numpy() for _, steps in runs], axis=1)
+    before = case["step_flag_before"]
+    if s["input_threshold"] > 0:
+        assert_array_equal(searching, before)
+        after = np.concatenate([searching[1:], np.zeros_like(searching[:1])])
+        assert_array_equal(after[:-1], case["step_flag_after"][:-1])
+    else:
+        assert not searching.any()
+
+    check(case, "image_latents", torch.cat([result.input_latents for result, _ in runs]), 1e-5)
+    start = s["denoise_step_T"] - (s["add_noise_index"] == "T-1")
+    start_B = torch.full((total,), start)
+    noisy = schedule.add_noise(model.alphas, case.tensor("image_latents"), case.tensor("noise"), start_B)
+    check(case, "noisy_latents", noisy, 1e-5)
+    for key, value in (("step_noise_pred", "eps"), ("step_x0_hat", "x0_hat"), ("step_latents_out", "latents")):
+        check(case, key, over_images(value, 4), 1e-3)
+    # The released code compares the whole batch until its last image has stopped; we compare images still searching.
+    for key, value, atol in (
+        ("step_x0_true", "x0_true", 1e-3),
+        ("step_anomaly_map", "map_bhw", 2.5e-3),
+        ("step_score", "score", 2.5e-4),
+    ):
+        if key in case and searching.any():
+            got, expected = over_images(value, 4), case[key].astype(np.float64)
+            assert_allclose(got[searching], expected[searching], rtol=0, atol=atol, err_msg=key)
+    if "stop_x0_used" in case:
+        used = np.full(case["stop_x0_used"].shape, np.nan)
+        x0 = over_images("x0", 4)
+        for image, stop in enumerate(stops):
+            if stop:
+                used[image] = x0[ts.index(stop), image]
+        check(case, "stop_x0_used", used, 1.5e-3)
+    check(case, "latents_final", torch.cat([result.latents for result, _ in runs]), 1e-3)
+    recon = torch.cat([result.images for result, _ in runs])
+    check(case, "recon", recon, 2e-4)
+    final_maps(case, model, recon, size)
+
+
+def final_maps(case: Case, model: Model, recon: torch.Tensor, size: int) -> None:
+    """The final comparison in every variant recorded: plain, bidirectional, pixel distance, object mask, all."""
+    s = case.settings
+    images, resolution = case.tensor("images"), s["dino_resolution"]
+    masks_int = F.interpolate(
+        case.tensor("gt_masks").float(), size=(resolution, resolution), mode="bilinear", align_corners=True
+    )[:, 0].int()
+    if "masks_int" in case:
+        assert_array_equal(masks_int.numpy(), case["masks_int"])
+    for variant, options in s["variants"].items():
+        settings = settings_of(case, bidirectional=options["bidirectional"])
+        scored = Model(**{**vars(model), "settings": settings})
+        maps, preblur, distances = [], [], []
+        for rows in torch.arange(len(images)).split(size):
+            with torch.inference_mode():
+                tokens, distance = detect.final_token_map(scored, images[rows], recon[rows])
+            distances.append(distance)
+            full = scoring.resize_map(tokens, resolution)
+            full = scoring.add_pixel_distance(full, distance, options["v"], scope="batch")
+            preblur.append(full)
+            full = scoring.smooth(full, settings.blur_sigma).double()
+            if options["object_mask"]:
+                full = full * scoring.resize_map(case.tensor("object_mask")[rows], resolution)
+            maps.append(full)
+        whole = torch.cat(maps)
+        scores = scoring.image_score(whole, settings.image_score_top_k)
+        check(case, f"map_preblur_{variant}", torch.cat(preblur), 6e-4)
+        check(case, f"map_{variant}", whole, 6e-4)
+        check(case, f"score_{variant}", scores, 4e-4)
+        check(case, "distance_map", torch.cat(distances), 6e-4)
+
+
+@pytest.mark.parametrize("name", cases("dino_*"))
+def test_features(name: str) -> None:
+    case = Case(name)
+    vit = load_vit(case.settings["model_family"], "dino")
+    for key in case.arrays.files:
+        if not key.startswith("images_"):
+            continue
+        size = key.removeprefix("images_")
+        grid = int(size) // case.settings["patch"]
+        check(case, f"pos_embed_used_{size}", features.position_embedding(vit, grid).detach(), 3e-5)
+        blocks = range(1, len(vit.blocks) + 1)
+        with torch.inference_mode():
+            tokens = features.all_tokens(vit, case.tensor(key), blocks)
+            check(case, f"cls_normed_{size}", vit.norm(tokens[-1])[:, 0], 3e-5)
+        for block in blocks:
+            check(case, f"tokens_{size}_block{block}", tokens[block - 1], 3e-5)
+
+
+@pytest.mark.parametrize("name", cases("train*"))
+def test_training_target(name: str) -> None:
+    case = Case(name)
+    unet, vae, prompts = networks(case.settings["model_family"])
+    alphas = schedule.alphas_cumprod()
+    t, eps = case.tensor("timesteps"), case.tensor("noise")
+    model = model_of(case.settings["model_family"], Settings(resolution=case.settings["resolution"]))
+    with torch.no_grad():
+        posterior = case.tensor("posterior_noise")
+        normal = adaptive.encode(model, case.tensor("normal_images"), posterior)
+        anomalous = adaptive.encode(model, case.tensor("anomaly_images"), posterior)
+    check(case, "latents_normal", normal, 1e-5)
+    check(case, "latents_anomaly", anomalous, 1e-5)
+    normal, anomalous = case.tensor("latents_normal"), case.tensor("latents_anomaly")
+
+    blend = training.alpha_blend(anomalous, normal, t)
+    check(case, "latents_blend", blend, 1e-6)
+    check(case, "noisy_input", schedule.add_noise(alphas, blend, eps, t), 1e-5)
+    check(case, "eps_target", training.atp_target(alphas, blend, normal, eps, t), 1e-6)
+    check(case, "eps_target_paper_eq10", training.atp_target(alphas, anomalous, normal, eps, t), 1e-6)
+    check(case, "noisy_input_paper", schedule.add_noise(alphas, anomalous, eps, t), 1e-5)
+
+    cond = prompts["cond"]
+    unet.requires_grad_(True)
+    unet.zero_grad()
+    loss = training.atp_loss(unet, alphas, anomalous, normal, eps, t, cond, blend=True)
+    check(case, "loss", loss.detach(), 1e-6)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+    check(case, "grad_norm_before_clip", norm, 1e-4)
+    for key in case.arrays.files:
+        if key.startswith("grad_clipped/"):
+            check(case, key, unet.get_parameter(key.removeprefix("grad_clipped/")).grad, 1e-5)
+    unet.zero_grad()
+    with torch.no_grad():
+        paper = training.atp_loss(unet, alphas, anomalous, normal, eps, t, cond, blend=False)
+        check(case, "loss_paper_mse", paper, 1e-6)
+
+    if "extreme_timesteps" in case:
+        extreme = case.tensor("extreme_timesteps")
+        expand = (len(extreme), -1, -1, -1)
+        normal_1, anomalous_1, eps_1 = (x[1:2].expand(expand) for x in (normal, anomalous, eps))
+        blend = training.alpha_blend(anomalous_1, normal_1, extreme)
+        check(case, "extreme_blend", blend, 1e-6)
+        target = training.atp_target(alphas, blend, normal_1, eps_1, extreme)
+        check(case, "extreme_eps_target", target, 2e-5)
+        target = training.atp_target(alphas, anomalous_1, normal_1, eps_1, extreme)
+        check(case, "extreme_eps_target_paper", target, 2e-5)
+
+
+@pytest.mark.parametrize("name", cases("metrics*"))
+def test_metrics(name: str) -> None:
+    case = Case(name)
+    got = {f"I-{key}": value for key, value in metrics.image_metrics(case["image_scores"], case["labels"]).items()}
+    got |= metrics.pixel_metrics(case["maps"], case["masks"])
+    for key, expected in case.settings["values"].items():
+        assert got[key.replace("_", "-")] == pytest.approx(expected, abs=1e-9), key
