@@ -5,12 +5,147 @@ Shapes: B batch, C latent channels, H W latent grid, R image side.
 
 from __future__ import annotations
 
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from glad_core import schedule
+from glad_core import schedule, synthesis
+
+
+class Recipe(BaseModel):
+    """How the UNet is fine-tuned; the defaults are the released code's (8-bit AdamW aside)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int = Field(2000, ge=1, description="optimiser steps")
+    batch_size: int = Field(32, ge=1, description="images of one optimiser step")
+    learning_rate: float = Field(5e-6, gt=0)
+    lr_schedule: Literal["constant", "cosine"] = Field("constant", description="cosine: 5 % warm-up, then to zero")
+    weight_decay: float = Field(1e-2, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    blend: bool = Field(True, description="mix x^a with x by t / 1000 before the loss (released code), else Eq. 10 as is")
+    anomaly_probability: float = Field(0.5, ge=0, le=1, description="share of images that get a synthetic anomaly")
+    foreground_mode: Literal[1, 2, 3] = Field(3, description="anomalies on 1 darker, 2 brighter object, 3 anywhere")
+    max_timestep: int = Field(1000, ge=1, le=1000, description="timesteps are drawn below this")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="keep an exponential moving average of the weights")
+    autocast: Literal["off", "bf16", "fp16"] = Field("off", description="precision of the UNet's matrix products")
+    seed: int = Field(0, ge=0)
+
+
+@dataclass
+class TrainState:
+    """All a resumed run needs: the networks' weights, the optimiser, and how many steps are done.
+
+    Everything random in a step comes from (seed, step), so no generator state is kept.
+    """
+
+    unet: UNet2DConditionModel
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: EMAModel | None
+    step: int = 0
+
+    @classmethod
+    def start(cls, unet: UNet2DConditionModel, recipe: Recipe) -> TrainState:
+        """A fresh state around ``unet`` (whose parameters become trainable)."""
+        unet.requires_grad_(True).train()
+        optimizer = torch.optim.AdamW(unet.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        ema = EMAModel(unet.parameters(), decay=recipe.ema_decay, use_ema_warmup=True) if recipe.ema_decay else None
+        device = next(unet.parameters()).device.type
+        return cls(unet, optimizer, torch.amp.GradScaler(device, enabled=recipe.autocast == "fp16"), ema)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "unet": self.unet.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "step": self.step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.unet.load_state_dict(state["unet"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.step = state["step"]
+
+    def finish(self) -> UNet2DConditionModel:
+        """The trained UNet (the averaged weights where an average was kept), ready for inference."""
+        if self.ema is not None:
+            self.ema.copy_to(self.unet.parameters())
+        return self.unet.requires_grad_(False).eval()
+
+
+def fine_tune(
+    state: TrainState,
+    vae: AutoencoderKL,
+    alphas: Tensor,
+    prompt_1LD: Tensor,
+    load_images: Callable[[list[int]], Tensor],
+    count: int,
+    recipe: Recipe,
+    *,
+    textures: Tensor | None = None,
+) -> Iterator[float]:
+    """Run the steps that are left, yielding the loss after each; the caller logs, saves ``state``, or stops.
+
+    Args:
+        load_images: indices below ``count`` to good images, float32 [B, 3, R, R] in [-1, 1].
+        count: number of good images.
+        textures: pool of texture images for the synthesis, float32 [M, 3, R, R] in [-1, 1]; the images
+            themselves serve when None.
+    """
+    device = next(state.unet.parameters()).device
+    autocast_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[recipe.autocast]
+    while state.step < recipe.steps:
+        indices, seeds = _sampled(recipe, state.step, count)
+        normal = load_images(indices)
+        foreground = synthesis.foreground(normal, recipe.foreground_mode) if recipe.foreground_mode != 3 else None
+        anomalous, _ = synthesis.synthesize(
+            normal, seeds=seeds, textures=textures, foreground_BHW=foreground, probability=recipe.anomaly_probability
+        )
+        generator = torch.Generator().manual_seed(_derived_seed(recipe.seed, "noise", state.step))
+        with torch.no_grad():
+            x, x_a = encode_pair(vae, normal.to(device), anomalous.to(device), generator)
+        t = torch.randint(0, recipe.max_timestep, (len(indices),), generator=generator).to(device)
+        eps = torch.randn(x.shape, generator=generator).to(device)
+
+        for group in state.optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * lr_factor(recipe, state.step)
+        state.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, autocast_dtype, enabled=recipe.autocast != "off"):
+            loss = atp_loss(state.unet, alphas, x_a, x, eps, t, prompt_1LD, blend=recipe.blend)
+        state.scaler.scale(loss).backward()
+        state.scaler.unscale_(state.optimizer)
+        torch.nn.utils.clip_grad_norm_(state.unet.parameters(), recipe.max_grad_norm)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        if state.ema is not None:
+            state.ema.step(state.unet.parameters())
+        state.step += 1
+        yield float(loss)
+
+
+def encode_pair(
+    vae: AutoencoderKL, normal_B3RR: Tensor, anomalous_B3RR: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Latents of good images and of their anomalous twins, sampled with the same posterior noise (released code)."""
+    posterior = vae.encode(torch.cat([normal_B3RR, anomalous_B3RR])).latent_dist
+    noise = torch.randn(posterior.mean[: len(normal_B3RR)].shape, generator=generator).to(posterior.mean.device)
+    latents = (posterior.mean + posterior.std * torch.cat([noise, noise])) * vae.config.scaling_factor
+    x, x_a = latents.chunk(2)
+    return x, x_a
 
 
 def alpha_blend(anomalous_BCHW: Tensor, normal_BCHW: Tensor, t_B: Tensor) -> Tensor:
@@ -47,3 +182,33 @@ def atp_loss(
     noisy = schedule.add_noise(alphas, anomalous_BCHW, eps_BCHW, t_B)
     prediction = unet(noisy, t_B, encoder_hidden_states=prompt_1LD.expand(len(t_B), -1, -1)).sample
     return F.mse_loss(prediction.float(), target)
+
+
+def lr_factor(recipe: Recipe, step: int) -> float:
+    """Multiplier of the learning rate at ``step``."""
+    if recipe.lr_schedule == "constant":
+        return 1.0
+    warm_up = max(1, recipe.steps // 20)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, recipe.steps - warm_up)))
+
+
+def _sampled(recipe: Recipe, step: int, count: int) -> tuple[list[int], list[int]]:
+    """Image indices of a step and a synthesis seed for each: shuffled epochs, from (seed, position) alone."""
+    indices, seeds = [], []
+    orders: dict[int, list[int]] = {}
+    for position in range(step * recipe.batch_size, (step + 1) * recipe.batch_size):
+        epoch, place = divmod(position, count)
+        if epoch not in orders:
+            generator = torch.Generator().manual_seed(_derived_seed(recipe.seed, "order", epoch))
+            orders[epoch] = torch.randperm(count, generator=generator).tolist()
+        index = orders[epoch][place]
+        indices.append(index)
+        seeds.append(_derived_seed(recipe.seed, "anomaly", epoch, index))
+    return indices, seeds
+
+
+def _derived_seed(*parts: object) -> int:
+    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
