@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from glad_core.errors import GladError
+from glad_core.errors import GladError, did_you_mean
 
 
 class Settings(BaseModel):
@@ -58,8 +57,7 @@ class Settings(BaseModel):
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
             if first["type"] == "extra_forbidden":
-                near = difflib.get_close_matches(name, cls.model_fields, n=1)
-                hint = f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(cls.model_fields)}"
+                hint = did_you_mean(name, cls.model_fields)
                 raise GladError(f"{where}: unknown setting '{name}'{hint}") from error
             message = first["msg"].removeprefix("Value error, ")
             raise GladError(f"{where}: {name + ': ' if name else ''}{message}") from error
