@@ -1,0 +1,63 @@
+"""One Ray session for a job: on this machine, or on a cluster that already runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # the job draws its own
+    "RAY_DATA_USE_OBSTORE": "0",  # with an endpoint override its downloads silently return null
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+class SessionError(Exception):
+    """Ray could not be started or reached. The message is one line with the way out."""
+
+
+def connect(address: str | None = None) -> None:
+    """Start Ray on this machine, or join the cluster at ``address`` (``host:port`` or ``auto``).
+
+    An existing session of this process is used as it is. Token authentication is Ray's own business
+    (``RAY_AUTH_MODE``, ``RAY_AUTH_TOKEN_PATH``).
+
+    Raises:
+        SessionError: nothing answers at ``address``.
+    """
+    os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
+    import ray
+
+    if not ray.is_initialized():
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        try:
+            ray.init(
+                # Without an address Ray would join whatever cluster RAY_ADDRESS or an earlier `ray start` names.
+                address=address or "local",
+                include_dashboard=None if address else False,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+            )
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            where = f"the Ray cluster at {address}" if address else "Ray on this machine"
+            raise SessionError(f"cannot use {where}: {reason}; check --address and the authentication token") from error
+    _quiet_ray_data()
+
+
+def resources() -> dict[str, float]:
+    """CPU, GPU and memory (bytes) of the whole cluster, e.g. ``{"CPU": 2.0, "memory": 8e9}``."""
+    import ray
+
+    return dict(ray.cluster_resources())
+
+
+def _quiet_ray_data() -> None:
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray.data", "ray"):
+        logging.getLogger(name).setLevel(logging.ERROR)

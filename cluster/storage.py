@@ -1,0 +1,281 @@
+"""Where bytes live: one way to list, read and write local folders and S3-compatible buckets.
+
+Settings of S3 come from the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN,
+AWS_REGION); what is not given falls back to the AWS default chain on the machine that connects. A `Storage` can be
+pickled, so that remote tasks read with what the command was started with.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+import pyarrow.fs as pafs
+
+
+class StorageError(Exception):
+    """Storage that cannot be used as asked. The message is one line: what, where, the way out."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How to reach S3; local paths need none of it. The secrets stay out of the repr, hence out of logs."""
+
+    endpoint: str | None = None
+    access_key: str | None = field(default=None, repr=False)
+    secret_key: str | None = field(default=None, repr=False)
+    session_token: str | None = field(default=None, repr=False)
+    region: str | None = None
+
+    @classmethod
+    def from_environment(cls) -> Storage:
+        env = os.environ.get
+        return cls(
+            endpoint=env("AWS_ENDPOINT_URL_S3") or env("AWS_ENDPOINT_URL") or None,
+            access_key=env("AWS_ACCESS_KEY_ID") or None,
+            secret_key=env("AWS_SECRET_ACCESS_KEY") or None,
+            session_token=env("AWS_SESSION_TOKEN") or None,
+            region=env("AWS_REGION") or env("AWS_DEFAULT_REGION") or None,
+        )
+
+    def resolve(self, uri: str) -> tuple[pafs.FileSystem, str]:
+        """The pyarrow file system of a URI and the path inside it (``bucket/key`` or an absolute local path).
+
+        Raises:
+            StorageError: a scheme other than s3:// and file://, or no bucket named.
+        """
+        if is_s3(uri):
+            path = uri.removeprefix("s3://").strip("/")
+            if not path:
+                raise StorageError(f"{uri}: names no bucket; write s3://BUCKET/PREFIX")
+            return _s3(self), path
+        if "://" in uri and not uri.startswith("file://"):
+            raise StorageError(f"{uri}: unknown kind of location; use a local path, file:// or s3://")
+        return _local(), local_path(uri)
+
+    def kind(self, uri: str) -> str:
+        """``file``, ``folder`` or ``none``: what is at ``uri``."""
+        filesystem, path = self.resolve(uri)
+        with clear_errors(uri, self):
+            info = filesystem.get_file_info(path)
+            if info.type == pafs.FileType.NotFound and is_s3(uri) and "/" not in path:
+                # pyarrow answers "not found" for a bucket; asking for its listing tells why.
+                filesystem.get_file_info(pafs.FileSelector(path))
+        return {pafs.FileType.NotFound: "none", pafs.FileType.Directory: "folder"}.get(info.type, "file")
+
+    def walk(self, uri: str) -> Iterator[tuple[str, int]]:
+        """Every regular file below ``uri`` as (path relative to it, size in bytes), in order of path.
+
+        Hidden files and folders (a leading dot) are left out; so are pipes, sockets and folders behind symlinks.
+        """
+        filesystem, root = self.resolve(uri)
+        if not is_s3(uri):
+            yield from _walk_local(root, "")
+            return
+        with clear_errors(uri, self):
+            infos = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
+        for info in sorted(infos, key=lambda info: info.path):
+            relative = info.path[len(root) + 1 :]
+            if info.type == pafs.FileType.File and not any(part.startswith(".") for part in relative.split("/")):
+                yield relative, info.size
+
+    def folders(self, uri: str) -> list[str]:
+        """Names of the folders directly in ``uri``, sorted; empty if it is no folder."""
+        filesystem, path = self.resolve(uri)
+        with clear_errors(uri, self):
+            infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+        return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
+
+    def read(self, uri: str, offset: int = 0, size: int | None = None) -> bytes:
+        """The bytes of a file, or ``size`` of them from ``offset``. Raises OSError as the file system does."""
+        filesystem, path = self.resolve(uri)
+        with filesystem.open_input_file(path) as stream:
+            stream.seek(offset)
+            return stream.read(size) if size is not None else stream.read()
+
+    def size(self, uri: str) -> int:
+        """Bytes of a file. Raises FileNotFoundError if there is none."""
+        filesystem, path = self.resolve(uri)
+        info = filesystem.get_file_info(path)
+        if info.type != pafs.FileType.File:
+            raise FileNotFoundError(f"{uri}: no such file")
+        return info.size
+
+    def write(self, uri: str, data: bytes) -> None:
+        """Write a whole file, replacing one that is there; a reader never sees half of it."""
+        filesystem, path = self.resolve(uri)
+        with clear_errors(uri, self):
+            if is_s3(uri):
+                with filesystem.open_output_stream(path) as stream:
+                    stream.write(data)
+                return
+            target = Path(path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f".{target.name}.{os.getpid()}.part")
+            partial.write_bytes(data)
+            partial.replace(target)
+
+    def create(self, uri: str, data: bytes) -> bool:
+        """Write a file only if there is none: True for the one caller that made it, False for everyone else."""
+        _, path = self.resolve(uri)
+        with clear_errors(uri, self):
+            try:
+                if is_s3(uri):
+                    # pyarrow cannot send If-None-Match; s3fs does for mode="create".
+                    _s3fs(self).pipe_file(path, data, mode="create")
+                    return True
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                with open(path, "xb") as stream:
+                    stream.write(data)
+                return True
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if "PreconditionFailed" in str(error) or "pre-conditions" in str(error):
+                    return False
+                raise
+
+    def delete_folder(self, uri: str) -> None:
+        """Remove everything below ``uri``; nothing there is fine."""
+        filesystem, path = self.resolve(uri)
+        with clear_errors(uri, self):
+            if filesystem.get_file_info(path).type == pafs.FileType.Directory:
+                filesystem.delete_dir(path)
+
+    def delete_file(self, uri: str) -> None:
+        """Remove one file; nothing there is fine."""
+        filesystem, path = self.resolve(uri)
+        with clear_errors(uri, self):
+            if filesystem.get_file_info(path).type == pafs.FileType.File:
+                filesystem.delete_file(path)
+
+
+def is_s3(uri: str) -> bool:
+    return uri.startswith("s3://")
+
+
+def local_path(uri: str) -> str:
+    """A local path or file:// URI as an absolute path, ``~`` expanded."""
+    path = unquote(urlparse(uri).path) if uri.startswith("file://") else uri
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def join(uri: str, *parts: str) -> str:
+    """``uri`` with names added; works for local paths and S3 alike."""
+    return "/".join([uri.rstrip("/") or "/", *parts]).replace("//", "/", 1 if uri == "/" else 0)
+
+
+class clear_errors:  # noqa: N801 - reads as a statement: `with clear_errors(uri, storage):`
+    """Turns the file system's exceptions about ``uri`` into one-line `StorageError`s."""
+
+    def __init__(self, uri: str, storage: Storage) -> None:
+        self.uri, self.storage = uri, storage
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, OSError):
+            raise StorageError(explain(self.uri, self.storage, error)) from error
+
+
+def explain(uri: str, storage: Storage, error: OSError) -> str:
+    """One line for an OSError about ``uri``: what happened and what to do."""
+    text = " ".join(str(error).split())
+    bucket = uri.removeprefix("s3://").split("/")[0]
+    endpoint = storage.endpoint or "AWS"
+    if is_s3(uri):
+        if any(word in text for word in ("NO_SUCH_BUCKET", "NoSuchBucket", "bucket does not exist")):
+            return f"{uri}: no bucket '{bucket}' at {endpoint}; create it or correct the name"
+        if any(word in text for word in CREDENTIAL_WORDS):
+            return (
+                f"{uri}: {endpoint} refused the credentials; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY "
+                f"and the rights on bucket '{bucket}'"
+            )
+        if any(word in text for word in NETWORK_WORDS):
+            return f"{uri}: cannot reach {endpoint}; check AWS_ENDPOINT_URL and the network"
+    if isinstance(error, FileNotFoundError):
+        return f"{uri}: no such file or folder"
+    if isinstance(error, PermissionError):
+        return f"{uri}: permission denied; choose a location you may read and write"
+    if isinstance(error, NotADirectoryError | FileExistsError):
+        return f"{uri}: a file is in the way; choose another folder"
+    return f"{uri}: {text}"
+
+
+CREDENTIAL_WORDS = (
+    "ACCESS_DENIED",
+    "INVALID_ACCESS_KEY_ID",
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "SIGNATURE_DOES_NOT_MATCH",
+    "Forbidden",
+    "AccessDenied",
+    "HTTP response code 403",
+    "Unable to locate credentials",
+    "No credentials",
+)
+NETWORK_WORDS = ("NETWORK_CONNECTION", "Couldn't connect", "Could not connect", "curlCode", "Connection refused")
+
+
+def _walk_local(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise StorageError(explain(folder, Storage(), error)) from error
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk_local(entry.path, f"{prefix}{entry.name}/")
+            continue
+        try:
+            status = entry.stat()
+        except OSError:  # a dangling link: listed, so that it ends among the errors
+            yield prefix + entry.name, 0
+            continue
+        if stat.S_ISREG(status.st_mode):
+            yield prefix + entry.name, status.st_size
+
+
+@lru_cache(maxsize=1)
+def _local() -> pafs.LocalFileSystem:
+    return pafs.LocalFileSystem()
+
+
+@lru_cache(maxsize=8)
+def _s3(storage: Storage) -> pafs.S3FileSystem:
+    options: dict[str, Any] = {
+        "connect_timeout": 5,
+        "request_timeout": 60,
+        "check_directory_existence_before_creation": False,
+    }
+    if storage.access_key:
+        options |= {"access_key": storage.access_key, "secret_key": storage.secret_key or ""}
+        if storage.session_token:
+            options["session_token"] = storage.session_token
+    if storage.region or storage.endpoint:
+        options["region"] = storage.region or "us-east-1"
+    if storage.endpoint:
+        endpoint = urlparse(storage.endpoint if "://" in storage.endpoint else f"http://{storage.endpoint}")
+        options |= {"scheme": endpoint.scheme, "endpoint_override": endpoint.netloc}
+    return pafs.S3FileSystem(**options)
+
+
+@lru_cache(maxsize=8)
+def _s3fs(storage: Storage) -> Any:
+    import s3fs
+
+    return s3fs.S3FileSystem(
+        key=storage.access_key,
+        secret=storage.secret_key,
+        token=storage.session_token,
+        endpoint_url=storage.endpoint,
+        client_kwargs={"region_name": storage.region or "us-east-1"} if storage.endpoint else {},
+    )

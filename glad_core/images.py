@@ -1,0 +1,28 @@
+"""Pictures as arrays: the resize every image goes through, and the range the networks see.
+
+Shapes: H W source size, R the bundle's resolution, B batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def resize(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [H, W, 3] to uint8 [size, size, 3]: bilinear, antialiased when shrinking; the aspect is not kept.
+
+    Pillow's filter, as the authors' data loader uses it; an image already of that size comes back unchanged.
+    """
+    if image.shape[:2] == (size, size):
+        return image
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def to_tensor(images: Sequence[np.ndarray]) -> Tensor:
+    """uint8 [R, R, 3] images of one size to float32 [B, 3, R, R] in [-1, 1]."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -1,0 +1,176 @@
+"""From a manifest row to pixels: fetch the bytes, decode them, resize; what goes wrong becomes the row's error."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image, ImageOps
+
+from cluster.storage import Storage, StorageError, explain
+from glad_core.images import resize
+
+# EPS would start Ghostscript and the exotic decoders are where the security holes are: only what cameras write.
+FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "PPM", "GIF")
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif"})
+MAX_PIXELS = 89_478_485  # Pillow's own line for a decompression bomb: about 9459 x 9459
+MAX_BYTES = 512 * 2**20
+FETCH_THREADS = 8
+
+# Bombs are refused below with an error of our own; Pillow's warning would only repeat it in worker logs.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class ImageError(Exception):
+    """A file that yields no picture. ``kind``: missing, unreadable, empty, not_an_image, damaged, too_large."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded image: uint8 [R, R, 3] RGB, and the size it had upright, in pixels."""
+
+    pixels: np.ndarray
+    width: int
+    height: int
+
+
+DECODED_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("uri", pa.string()),
+        ("category", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("image", pa.binary()),  # R * R * 3 bytes, null where there is an error
+        ("stage", pa.string()),
+        ("error_type", pa.string()),
+        ("message", pa.string()),
+    ]
+)
+
+
+def fetch_and_decode(storage: Storage, resolution: int) -> Callable[[pa.Table], pa.Table]:
+    """A stage: manifest rows in, `DECODED_SCHEMA` rows out, one for one; it never raises for a bad row."""
+
+    def stage(rows: pa.Table) -> pa.Table:
+        manifest = rows.to_pylist()
+        with ThreadPoolExecutor(FETCH_THREADS) as pool:
+            decoded = list(pool.map(lambda row: _decode_row(storage, row, resolution), manifest))
+        return pa.Table.from_pylist(decoded, schema=DECODED_SCHEMA)
+
+    return stage
+
+
+def _decode_row(storage: Storage, row: dict[str, Any], resolution: int) -> dict[str, Any]:
+    out = {name: row.get(name) for name in ("image_id", "uri", "category")}
+    if row.get("error_type"):  # already lost while listing, e.g. a damaged tar shard
+        return out | {name: row[name] for name in ("stage", "error_type", "message")}
+    try:
+        data = fetch(storage, row)
+    except ImageError as error:
+        return out | {"stage": "fetch", "error_type": error.kind, "message": str(error)}
+    try:
+        picture = decode(data, resolution)
+    except ImageError as error:
+        return out | {"stage": "decode", "error_type": error.kind, "message": str(error)}
+    return out | {"width": picture.width, "height": picture.height, "image": picture.pixels.tobytes()}
+
+
+def fetch(storage: Storage, row: dict[str, Any]) -> bytes:
+    """The bytes of one manifest row; of a tar member only its own range is read.
+
+    Raises:
+        ImageError: missing, unreadable, empty or too_large.
+    """
+    place = row.get("shard") or row["uri"]
+    try:
+        size = row["size"] if row["size"] is not None else storage.size(place)
+        if size > MAX_BYTES:
+            raise ImageError("too_large", f"{size} bytes, more than the {MAX_BYTES} read for one image")
+        if row.get("shard"):
+            data = storage.read(place, row["offset"], size)
+        else:
+            data = storage.read(place)
+    except StorageError as error:
+        raise ImageError("unreadable", str(error)) from error
+    except FileNotFoundError as error:
+        raise ImageError("missing", f"{place}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise ImageError("unreadable", explain(place, storage, OSError(str(error)))) from error
+    if not data:
+        raise ImageError("empty", "the file has no bytes")
+    return data
+
+
+def decode(data: bytes, resolution: int) -> Picture:
+    """Encoded bytes to a `Picture`. The first frame of an animation or a multi-page TIFF.
+
+    Raises:
+        ImageError: not_an_image, damaged or too_large.
+    """
+    image = decode_image(data)
+    height, width = image.shape[:2]
+    return Picture(resize(image, resolution), width, height)
+
+
+def decode_image(data: bytes) -> np.ndarray:
+    """Encoded bytes to uint8 [H, W, 3] RGB, upright by its EXIF orientation. See `to_rgb` for the colour modes.
+
+    Raises:
+        ImageError: not_an_image, damaged or too_large.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ImageError("too_large", f"decompression bomb: {error}") from error
+    except Image.UnidentifiedImageError as error:
+        raise ImageError("not_an_image", "not PNG, JPEG, BMP, TIFF, WebP, GIF or PPM") from error
+    except Exception as error:  # decoders raise whatever their parsing meets
+        raise ImageError("damaged", _reason(error)) from error
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(
+            "too_large", f"decompression bomb: {image.width} x {image.height} pixels, the limit is {MAX_PIXELS} in all"
+        )
+    try:
+        image.load()
+        return np.asarray(to_rgb(ImageOps.exif_transpose(image)))
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError("damaged", _reason(error)) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode to RGB, 8 bits.
+
+    Transparency is composited on black. 16-bit values are divided by 257, so that the full range stays the full range
+    and nothing is clipped. Floating point is taken as 0..1; CMYK is converted without a colour profile.
+
+    Raises:
+        ImageError: damaged, where integers exceed 16 bits or floats leave 0..1.
+    """
+    mode = image.mode
+    if mode.startswith("I") or mode == "F":
+        values = np.asarray(image).astype(np.float64)
+        top = 1.0 if mode == "F" else 65535.0
+        if not np.isfinite(values).all() or values.min() < 0 or values.max() > top:
+            raise ImageError("damaged", f"grey values outside 0..{top:g} cannot be brought to 8 bits")
+        image = Image.fromarray(np.round(values * (255 / top)).astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
