@@ -1,0 +1,85 @@
+"""Muon (Jordan et al., 2024): momentum whose every update is made orthogonal, for matrices and convolutions.
+
+On the small model's codec it reached in one minute what AdamW did not in five, which is what makes training on two
+cores practical. `torch.optim.Muon` takes matrices only; most of what is trained here are convolutions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def orthogonal(matrix: Tensor, rounds: int = 5) -> Tensor:
+    """The nearest (semi-)orthogonal matrix, roughly: singular values of the result lie between about 0.7 and 1.2.
+
+    Newton-Schulz rounds with the coefficients of Jordan et al.
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(rounds):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """SGD with Nesterov momentum and orthogonal updates; a convolution counts as a matrix [out, in * h * w]."""
+
+    def __init__(self, params: Iterable[Tensor] | list[dict], lr: float, momentum: float = 0.9) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update from the gradients at hand; there is no closure to call again."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["momentum"] = torch.zeros_like(weight)
+                state["momentum"].mul_(group["momentum"]).add_(weight.grad)
+                update = orthogonal(weight.grad.add(state["momentum"], alpha=group["momentum"]).flatten(1))
+                stretch = math.sqrt(max(1.0, update.shape[0] / update.shape[1]))
+                weight.add_(update.reshape(weight.shape), alpha=-group["lr"] * stretch)
+
+
+class Optimizers:
+    """Muon for inner matrices and convolutions, AdamW for the rest, on one warm-up and cosine schedule.
+
+    The weights nearest the data (``outer``, by module) stay with AdamW: their sides are colours, not features.
+    """
+
+    def __init__(
+        self, model: nn.Module, iterations: int, rate: float = 0.02, outer: Iterable[nn.Module] = (), scale: float = 1.0
+    ) -> None:
+        kept = {id(parameter) for module in outer for parameter in module.parameters()}
+        inner = [p for p in model.parameters() if p.ndim in (2, 4) and id(p) not in kept]
+        chosen = {id(p) for p in inner}
+        rest = [p for p in model.parameters() if id(p) not in chosen]
+        self.parameters = inner + rest
+        self.optimizers: list[torch.optim.Optimizer] = [
+            Muon(inner, lr=rate * scale),
+            torch.optim.AdamW(rest, lr=2e-3 * scale, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
+
+        def factor(step: int) -> float:
+            return min(1.0, (step + 1) / 30) * (0.5 + 0.5 * math.cos(math.pi * min(1.0, step / iterations)))
+
+        self.schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in self.optimizers]
+
+
+def step_all(members: list[Optimizers], loss: Tensor) -> None:
+    """Backward once, then for each member: clip, update, advance its schedule, clear its gradients."""
+    loss.backward()
+    for member in members:
+        nn.utils.clip_grad_norm_(member.parameters, 1.0)
+        for optimizer, schedule in zip(member.optimizers, member.schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
