@@ -30,14 +30,15 @@ def test_batches_repeat_and_stay_in_range(pool: dict[str, np.ndarray]) -> None:
     assert first.abs().max() <= 1
 
 
-def test_codec_starts_as_whitened_pca(pool: dict[str, np.ndarray]) -> None:
+def test_codec_starts_as_whitened_pca(pool: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small_codec, "CONSTANT", 300.0)  # so large that the last norm bends nothing
     images = to_tensor(pool["photos"])
     codec = small_codec.create_codec()
     small_codec.start_as_pca(codec, images)
     z = codec.encode(images).latent_dist.mode().detach()
     flat = z.permute(1, 0, 2, 3).flatten(1)
     covariance = (flat - flat.mean(1, keepdim=True)) @ (flat - flat.mean(1, keepdim=True)).T / flat.shape[1]
-    assert (covariance - torch.eye(small_codec.LATENTS)).abs().max() < 0.3  # the last norm bends it a little
+    assert (covariance - torch.eye(small_codec.LATENTS)).abs().max() < 0.02
     # The best linear decoder of whitened principal components must do as well as PCA itself.
     patches = torch.nn.functional.unfold(images, 8, stride=8).transpose(1, 2).flatten(0, 1)
     patches = patches - patches.mean(0)
@@ -45,7 +46,7 @@ def test_codec_starts_as_whitened_pca(pool: dict[str, np.ndarray]) -> None:
     latents = latents - latents.mean(0)
     lost = (patches - latents @ torch.linalg.lstsq(latents, patches).solution).square().mean()
     energy = torch.linalg.eigvalsh(patches.T @ patches / len(patches))
-    assert lost < 1.25 * energy[: -small_codec.LATENTS].sum() / patches.shape[1]
+    assert lost < 1.1 * energy[: -small_codec.LATENTS].sum() / patches.shape[1]
 
 
 def test_whitening_changes_latents_and_not_pictures(pool: dict[str, np.ndarray]) -> None:
