@@ -43,7 +43,7 @@ def connect(address: str | None = None) -> None:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             where = f"the Ray cluster at {address}" if address else "Ray on this machine"
             raise SessionError(f"cannot use {where}: {reason}; check --address and the authentication token") from error
-    _quiet_ray_data()
+    _configure_ray_data()
 
 
 def resources() -> dict[str, float]:
@@ -53,11 +53,14 @@ def resources() -> dict[str, float]:
     return dict(ray.cluster_resources())
 
 
-def _quiet_ray_data() -> None:
+def _configure_ray_data() -> None:
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # The second datasource's listing task wants a whole CPU and takes no options: on a machine whose CPUs the actors
+    # share it never starts, and the job hangs.
+    context.use_datasource_v2 = False
     for name in ("ray.data", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)

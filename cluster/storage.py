@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -64,10 +65,11 @@ class Storage:
         filesystem, path = self.resolve(uri)
         with clear_errors(uri, self):
             info = filesystem.get_file_info(path)
-            if info.type == pafs.FileType.NotFound and is_s3(uri) and "/" not in path:
-                # pyarrow answers "not found" for a bucket; asking for its listing tells why.
-                filesystem.get_file_info(pafs.FileSelector(path))
-        return {pafs.FileType.NotFound: "none", pafs.FileType.Directory: "folder"}.get(info.type, "file")
+            if info.type == pafs.FileType.NotFound and is_s3(uri):
+                bucket = path.split("/")[0]
+                if filesystem.get_file_info(bucket).type == pafs.FileType.NotFound:
+                    raise OSError("NO_SUCH_BUCKET")
+        return {pafs.FileType.File: "file", pafs.FileType.Directory: "folder"}.get(info.type, "none")
 
     def walk(self, uri: str) -> Iterator[tuple[str, int]]:
         """Every regular file below ``uri`` as (path relative to it, size in bytes), in order of path.
@@ -171,18 +173,13 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/") or "/", *parts]).replace("//", "/", 1 if uri == "/" else 0)
 
 
-class clear_errors:  # noqa: N801 - reads as a statement: `with clear_errors(uri, storage):`
+@contextmanager
+def clear_errors(uri: str, storage: Storage) -> Iterator[None]:
     """Turns the file system's exceptions about ``uri`` into one-line `StorageError`s."""
-
-    def __init__(self, uri: str, storage: Storage) -> None:
-        self.uri, self.storage = uri, storage
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError):
-            raise StorageError(explain(self.uri, self.storage, error)) from error
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(explain(uri, storage, error)) from error
 
 
 def explain(uri: str, storage: Storage, error: OSError) -> str:

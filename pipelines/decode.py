@@ -97,10 +97,7 @@ def fetch(storage: Storage, row: dict[str, Any]) -> bytes:
         size = row["size"] if row["size"] is not None else storage.size(place)
         if size > MAX_BYTES:
             raise ImageError("too_large", f"{size} bytes, more than the {MAX_BYTES} read for one image")
-        if row.get("shard"):
-            data = storage.read(place, row["offset"], size)
-        else:
-            data = storage.read(place)
+        data = storage.read(place, row["offset"], size) if row.get("shard") else storage.read(place)
     except StorageError as error:
         raise ImageError("unreadable", str(error)) from error
     except FileNotFoundError as error:

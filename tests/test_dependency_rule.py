@@ -1,4 +1,4 @@
-"""pipelines -> glad_core, cluster; cluster -> nothing of ours; glad_core -> nothing of ours, and neither Ray nor storage."""
+"""pipelines -> glad_core, cluster; cluster and glad_core -> nothing of ours; glad_core neither Ray nor storage."""
 
 import ast
 from pathlib import Path
@@ -39,4 +39,5 @@ def test_package_imports_only_what_it_may(package):
 
 
 def test_the_checker_sees_lazy_and_nested_imports():
-    assert imported_packages("def f():\n    from ray.data import range\n    import pyarrow.fs as x") == {"ray", "pyarrow"}
+    source = "def f():\n    from ray.data import range\n    import pyarrow.fs as x"
+    assert imported_packages(source) == {"ray", "pyarrow"}

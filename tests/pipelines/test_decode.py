@@ -123,7 +123,8 @@ def test_the_stage_answers_every_row_and_never_raises(tmp_path, monkeypatch):
     monkeypatch.setattr(decode_module, "MAX_BYTES", 1500)
     places = [good, empty, big, tmp_path / "missing.png", tmp_path]
     rows = [{"image_id": str(n), "uri": str(p), "category": "c", "size": None} for n, p in enumerate(places)]
-    rows.append({"image_id": "9", "uri": "broken.tar", "size": 5, "stage": "list", "error_type": "damaged", "message": "m"})
+    lost = {"stage": "list", "error_type": "damaged", "message": "m"}
+    rows.append({"image_id": "9", "uri": "broken.tar", "size": 5, **lost})
     columns = ["image_id", "uri", "category", "size", "shard", "offset", "stage", "error_type", "message"]
     table = pa.table({name: [row.get(name) for row in rows] for name in columns})
     out = fetch_and_decode(Storage(), 16)(table)

@@ -1,0 +1,53 @@
+"""How far a job is: a bar in a terminal, a line every ten seconds in a log."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich import progress as rich_progress
+from rich.console import Console
+
+LINE_EVERY = 10.0  # seconds
+
+
+class Progress:
+    """Context manager; `update` is told totals, not differences."""
+
+    def __init__(self, console: Console, images: int) -> None:
+        self.console, self.images = console, images
+        self.started = self.last_line = time.monotonic()
+        self.bar = rich_progress.Progress(
+            rich_progress.TextColumn("scoring"),
+            rich_progress.BarColumn(),
+            rich_progress.MofNCompleteColumn(),
+            rich_progress.TextColumn("{task.fields[rate]}"),
+            rich_progress.TextColumn("eta"),
+            rich_progress.TimeRemainingColumn(),
+            rich_progress.TextColumn("{task.fields[found]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("scoring", total=images, rate="", found="")
+
+    def __enter__(self) -> Progress:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def update(self, done: int, anomalies: int, errors: int) -> None:
+        """``done`` images are finished, ``errors`` of them without a verdict."""
+        now = time.monotonic()
+        rate = done / max(now - self.started, 1e-9)
+        found = f"{anomalies} anomalies, {errors} errors"
+        self.bar.update(self.task, completed=done, rate=f"{rate:.1f} images/s", found=found)
+        if not self.console.is_terminal and now - self.last_line >= LINE_EVERY:
+            self.last_line = now
+            left = (self.images - done) / max(rate, 1e-9)
+            self.console.print(
+                f"{done} of {self.images} images, {rate:.1f} images/s, {left:.0f} s left, {found}", highlight=False
+            )

@@ -1,0 +1,234 @@
+"""`glad score`: an archive of photos in, verdicts in Parquet out; `dataflow` is the job, top to bottom."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cluster import session
+from cluster.storage import Storage, is_s3, join, local_path
+from glad_core import bundle
+from glad_core.errors import GladError
+from glad_core.settings import Settings
+from pipelines import results, sources
+from pipelines.actor_plan import ActorPlan, plan_actors
+from pipelines.decode import fetch_and_decode
+from pipelines.glad_actor import ActorSettings, GladActor
+from pipelines.model_source import SMALL, local_bundle
+from pipelines.progress import Progress
+
+# Decoding, writing and listing wait on storage most of the time: a quarter CPU each lets actors have the rest.
+TASK_CPUS = 0.25
+MAX_ROWS_PER_FILE = 256
+
+
+class TooManyErrors(Exception):
+    """More images failed than --max-errors allows; the command ends with exit code 1."""
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """What the user asked for; None where the machine decides. ``num_cpus`` and ``num_gpus`` are per actor."""
+
+    source: str
+    out: str
+    model: str = SMALL
+    category: str | None = None
+    batch_size: int = 8
+    actors: int | None = None
+    num_cpus: float | None = None
+    num_gpus: float | None = None
+    seed: int = 0
+    max_errors: int | None = None
+    maps: Literal["token", "full"] = "token"
+    reconstructions: bool = False
+    address: str | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Counts:
+    """``images`` in the manifest = ``scored`` + ``errors``; ``anomalies`` of those scored, None without a threshold."""
+
+    images: int
+    scored: int
+    anomalies: int | None
+    errors: int
+    duplicates: int
+
+
+def score(request: ScoreRequest, console: Console) -> Counts:
+    """Run the job: check everything that needs no model, list the archive, score it, close the run.
+
+    Raises:
+        GladError, StorageError, SessionError: a mistake in what was asked, one line.
+        TooManyErrors: as ``max_errors`` demands; what was written stays, without run.json.
+    """
+    started = datetime.now(UTC)
+    storage = Storage.from_environment()
+    out, source = _absolute(request.out), _absolute(request.source)
+    if source == out or out.startswith(source.rstrip("/") + "/"):
+        raise GladError(f"{out} lies inside the archive {source}: choose an --out outside of it")
+    bundle_path = local_bundle(request.model, storage)
+    manifest = bundle.read_manifest(bundle_path)
+    settings = Settings.parse(manifest.settings, str(bundle_path / bundle.MANIFEST))
+    if storage.kind(source) == "none" and not sources.WILDCARDS.search(source):
+        raise GladError(f"{source}: no such file or folder; name a folder, a glob, a list of URIs or tar shards")
+
+    results.claim(out, storage, request.overwrite)
+    try:
+        session.connect(request.address)
+        weights = sum(entry.size for entry in manifest.files.values())
+        plan = plan_actors(session.resources(), request, weights)
+        listed = list_remotely(source, request.category, storage, join(out, results.MANIFEST))
+    except BaseException:
+        results.release(out, storage)  # nothing was scored: leave DEST free for the corrected command
+        raise
+    console.print(f"{listed.rows} images in {escape(source)}; {plan.describe()}", highlight=False)
+
+    actor = ActorSettings(
+        model=request.model if is_s3(request.model) or request.model == SMALL else str(bundle_path),
+        storage=storage,
+        seed=request.seed,
+        maps=request.maps,
+        reconstructions=request.reconstructions,
+        gpu=plan.num_gpus > 0,
+        threads=plan.threads,
+    )
+    scored = anomalies = errors = 0
+    clock = time.monotonic()
+    with Progress(console, listed.rows) as progress:
+        for part in dataflow(storage, out, settings.resolution, actor, plan, request.batch_size, listed.rows):
+            scored, anomalies, errors = scored + part["scored"], anomalies + part["anomalies"], errors + part["errors"]
+            progress.update(scored + errors, anomalies, errors)
+            if request.max_errors is not None and errors > request.max_errors:
+                raise TooManyErrors(
+                    f"stopped after {errors} errors, more than --max-errors {request.max_errors}; "
+                    f"see {join(out, results.ERRORS)}"
+                )
+    seconds = time.monotonic() - clock
+    if scored + errors != listed.rows:
+        raise GladError(f"{out}: {scored + errors} of {listed.rows} images came back; score again with --overwrite")
+
+    found = anomalies if settings.threshold is not None else None
+    counts = Counts(listed.rows, scored, found, errors, listed.duplicates)
+    results.complete(out, storage, _run_record(request, source, out, manifest, plan, counts, started, seconds))
+    _closing_table(console, counts, seconds, out)
+    return counts
+
+
+def dataflow(
+    storage: Storage, out: str, resolution: int, actor: ActorSettings, plan: ActorPlan, batch_size: int, images: int
+) -> Iterator[dict[str, int]]:
+    """The job as one Ray Data chain: manifest -> fetch + decode -> GLAD -> results and errors.
+
+    Only counts reach the driver, one row for each file group written, so its memory does not grow with the archive.
+    """
+    import ray.data
+
+    filesystem, manifest = storage.resolve(join(out, results.MANIFEST))
+    # Small archives are written in small files, for progress; large ones in files worth opening.
+    rows_per_file = min(MAX_ROWS_PER_FILE, max(batch_size, images // 40))
+
+    rows = ray.data.read_parquet(manifest, filesystem=filesystem, num_cpus=TASK_CPUS)
+    # A block holds about one batch of pixels and leaves as soon as it is full, so actors start at once and results
+    # arrive steadily. (`repartition` would say it better, but its task wants a whole CPU that the actors have.)
+    rows.context.target_max_block_size = batch_size * resolution * resolution * 3
+    decoded = rows.map_batches(
+        fetch_and_decode(storage, resolution), batch_size=batch_size, batch_format="pyarrow", num_cpus=TASK_CPUS
+    )
+    judged = decoded.map_batches(
+        GladActor,
+        fn_constructor_args=(actor,),
+        compute=ray.data.ActorPoolStrategy(size=plan.actors),
+        batch_size=batch_size,
+        batch_format="pyarrow",
+        num_cpus=plan.num_cpus,
+        num_gpus=plan.num_gpus,
+    )
+    written = judged.map_batches(
+        results.write_results(storage, out), batch_size=rows_per_file, batch_format="pyarrow", num_cpus=TASK_CPUS
+    )
+    try:
+        yield from written.iter_rows()
+    except Exception as error:
+        raise _root_cause(error) from None
+
+
+def list_remotely(source: str, category: str | None, storage: Storage, folder: str) -> sources.ManifestSummary:
+    """`sources.build_manifest` as a task on the cluster; the driver sees the counts alone."""
+    import ray
+
+    task = ray.remote(num_cpus=TASK_CPUS)(sources.build_manifest)
+    try:
+        return ray.get(task.remote(source, category, storage, folder))
+    except ray.exceptions.RayError as error:
+        raise _root_cause(error) from None
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """The mistake behind Ray's wrapping, for its one line; Ray's own error where there is none."""
+    from cluster.storage import StorageError
+
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, GladError | StorageError):
+            return type(seen)(str(seen.cause) if hasattr(seen, "cause") else str(seen))
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    return error
+
+
+def _absolute(location: str) -> str:
+    return location.rstrip("/") if is_s3(location) else local_path(location)
+
+
+def _run_record(
+    request: ScoreRequest,
+    source: str,
+    out: str,
+    manifest: bundle.Manifest,
+    plan: ActorPlan,
+    counts: Counts,
+    started: datetime,
+    seconds: float,
+) -> dict[str, Any]:
+    return {
+        "schema_version": 1,
+        "source": source,
+        "out": out,
+        "model": request.model,
+        "model_id": manifest.model_id,
+        "category": manifest.category,
+        "settings": manifest.settings,
+        "request": {"seed": request.seed, "batch_size": request.batch_size, "maps": request.maps}
+        | {"reconstructions": request.reconstructions, "category": request.category, "max_errors": request.max_errors},
+        "actors": asdict(plan),
+        "counts": asdict(counts),
+        "versions": {name: version(name) for name in ("glad-ray", "ray", "torch", "diffusers", "timm", "pyarrow")},
+        "host": os.uname().nodename,
+        "started": started.isoformat(timespec="seconds"),
+        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 3),
+    }
+
+
+def _closing_table(console: Console, counts: Counts, seconds: float, out: str) -> None:
+    table = Table(show_header=False)
+    table.add_row("images", str(counts.images))
+    anomalies = "-" if counts.anomalies is None else str(counts.anomalies)
+    table.add_row("anomalies", anomalies + (" (the bundle has no threshold)" if counts.anomalies is None else ""))
+    table.add_row("errors", str(counts.errors) + (f" (see {join(out, results.ERRORS)})" if counts.errors else ""))
+    if counts.duplicates:
+        table.add_row("listed twice", f"{counts.duplicates} (scored once)")
+    table.add_row("images/s", f"{counts.images / max(seconds, 1e-9):.2f}")
+    table.add_row("results", escape(join(out, results.RESULTS)))
+    console.print(table, highlight=False)

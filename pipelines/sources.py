@@ -1,0 +1,234 @@
+"""What a user may call SOURCE, turned into manifest rows: one per image, in a fixed order, streamed.
+
+A folder tree, a glob, an MVTec-AD category (or a folder of several), a text or Parquet list of URIs, tar shards, a
+single image; each local or on S3. ``image_id`` is a hash of the image's path within the archive, so a copied archive
+keeps its ids.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.utils import glob_translate
+
+from cluster.storage import Storage, StorageError, clear_errors, is_s3, join, local_path
+from glad_core.errors import GladError, did_you_mean
+from pipelines.decode import IMAGE_SUFFIXES
+
+PART_ROWS = 512  # rows per manifest file; one file is one read task
+LIST_SUFFIXES = {".txt", ".lst", ".parquet"}
+WILDCARDS = re.compile(r"[*?\[]")
+
+MANIFEST_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("uri", pa.string()),
+        ("size", pa.int64()),  # bytes; null where the list does not say
+        ("category", pa.string()),
+        ("shard", pa.string()),  # the tar file an image lies in, and where in it
+        ("offset", pa.int64()),
+        ("stage", pa.string()),  # set where listing itself failed
+        ("error_type", pa.string()),
+        ("message", pa.string()),
+    ]
+)
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ManifestSummary:
+    """``rows`` images listed; ``duplicates`` entries that named an image already listed."""
+
+    rows: int
+    duplicates: int
+
+
+def build_manifest(source: str, category: str | None, storage: Storage, folder: str) -> ManifestSummary:
+    """List ``source`` into Parquet parts below ``folder``; holds one part in memory, and 16 bytes per image.
+
+    Raises:
+        GladError, StorageError: see `list_source`; also when there is nothing to score.
+    """
+    seen: set[bytes] = set()
+    duplicates = 0
+
+    def unique() -> Iterator[Row]:
+        nonlocal duplicates
+        for row in list_source(source, category, storage):
+            key = bytes.fromhex(row["image_id"])
+            if key in seen:
+                duplicates += 1
+                continue
+            seen.add(key)
+            yield row
+
+    rows = unique()
+    for number in range(10**9):
+        part = list(islice(rows, PART_ROWS))
+        if not part:
+            break
+        stream = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(part, schema=MANIFEST_SCHEMA), stream)
+        storage.write(join(folder, f"part-{number:06d}.parquet"), stream.getvalue())
+    if not seen:
+        raise GladError(f"{source}: no images in it; name a folder, glob, list or tar that holds some")
+    return ManifestSummary(len(seen), duplicates)
+
+
+def list_source(source: str, category: str | None, storage: Storage) -> Iterator[Row]:
+    """Manifest rows of any SOURCE.
+
+    Raises:
+        GladError: unknown category, several categories and none chosen, an unreadable list.
+        StorageError: nothing there, no such bucket, wrong credentials.
+    """
+    source = source if is_s3(source) else local_path(source)
+    kind = storage.kind(source)
+    if kind == "folder":
+        return _list_folder(source, category, storage)
+    if category is not None:
+        raise GladError(f"{source}: --category chooses within an MVTec-AD folder, and this is no folder; leave it out")
+    if kind == "file":
+        suffix = PurePosixPath(source).suffix.lower()
+        if suffix in LIST_SUFFIXES:
+            return _list_uris(source, storage)
+        parent, _, name = source.rpartition("/")
+        return _expand(parent, [(name, storage.size(source))], None, storage)
+    if WILDCARDS.search(source):
+        return _list_glob(source, storage)
+    raise StorageError(f"{source}: no such file or folder")
+
+
+def _list_folder(source: str, category: str | None, storage: Storage) -> Iterator[Row]:
+    root = _mvtec_category(source, category, storage)
+    if root is None:
+        return _expand(source, storage.walk(source), None, storage)
+    name = root.rstrip("/").rpartition("/")[2]
+    # Ids count from the category's name on, so they are the same whichever of the two folders is given.
+    files = ((f"test/{path}", size) for path, size in storage.walk(join(root, "test")))
+    return _expand(root, files, name, storage)
+
+
+def _mvtec_category(source: str, category: str | None, storage: Storage) -> str | None:
+    """The folder of the MVTec-AD category meant, None where ``source`` is not laid out that way."""
+    children = storage.folders(source)
+    own_name = source.rstrip("/").rpartition("/")[2]
+    if {"train", "test"} <= set(children):
+        if category not in (None, own_name):
+            raise GladError(f"{source} is the category '{own_name}', not '{category}'; leave --category out")
+        return source
+    known = [name for name in children if {"train", "test"} <= set(storage.folders(join(source, name)))]
+    if category is None and len(known) > 1:
+        raise GladError(f"{source} holds {len(known)} categories ({', '.join(known)}): choose one with --category")
+    if category is None:
+        return join(source, known[0]) if known else None
+    if not known:
+        raise GladError(f"{source}: no MVTec-AD category (a folder with train/ and test/) in it; leave --category out")
+    if category not in known:
+        raise GladError(f"{source} has no category '{category}'{did_you_mean(category, known)}")
+    return join(source, category)
+
+
+def _list_glob(pattern: str, storage: Storage) -> Iterator[Row]:
+    fixed = pattern[: WILDCARDS.search(pattern).start()].rpartition("/")[0]  # type: ignore[union-attr]
+    if is_s3(pattern) and len(fixed) <= len("s3://"):
+        raise GladError(f"{pattern}: the bucket itself cannot be a pattern; name it")
+    matches = re.compile(glob_translate(pattern[len(fixed) + 1 :])).match
+    found = ((path, size) for path, size in storage.walk(fixed or "/") if matches(path))
+    return _expand(fixed, found, None, storage)
+
+
+def _list_uris(source: str, storage: Storage) -> Iterator[Row]:
+    """A list's entries in its order; relative ones count from the list's own folder, ids from the entry as written."""
+    parent = source.rpartition("/")[0]
+    for entry in _entries(source, storage):
+        if "://" in entry or entry.startswith("/"):
+            yield from _expand_one(entry, entry, None, None, storage)
+        else:
+            yield from _expand_one(join(parent, entry), entry, None, None, storage)
+
+
+def _entries(source: str, storage: Storage) -> Iterator[str]:
+    filesystem, path = storage.resolve(source)
+    with clear_errors(source, storage):
+        if not source.lower().endswith(".parquet"):
+            with filesystem.open_input_stream(path) as stream:
+                try:
+                    for line in io.TextIOWrapper(stream, "utf-8-sig"):
+                        if line.strip() and not line.startswith("#"):
+                            yield line.strip()
+                except UnicodeDecodeError as error:
+                    raise GladError(f"{source}: not a UTF-8 text file; write one URI per line") from error
+            return
+        try:
+            table = pq.ParquetFile(path, filesystem=filesystem)
+        except pa.ArrowInvalid as error:
+            raise GladError(f"{source}: not a readable Parquet file") from error
+        names = [field.name for field in table.schema_arrow if pa.types.is_string(field.type)]
+        if "uri" not in names:
+            found = ", ".join(table.schema_arrow.names)
+            raise GladError(f"{source}: a Parquet list needs a string column 'uri'; it has {found}")
+        for batch in table.iter_batches(columns=["uri"]):
+            yield from (uri for uri in batch["uri"].to_pylist() if uri)
+
+
+def _expand(root: str, files: Iterable[tuple[str, int]], category: str | None, storage: Storage) -> Iterator[Row]:
+    for path, size in files:
+        archive_path = f"{category}/{path}" if category else path
+        yield from _expand_one(f"{root}/{path}", archive_path, size, category, storage)
+
+
+def _expand_one(uri: str, archive_path: str, size: int | None, category: str | None, storage: Storage) -> Iterator[Row]:
+    """One file: itself, or the images inside it if it is a tar shard."""
+    if uri.lower().endswith((".tar", ".tar.gz", ".tgz")):
+        yield from _list_tar(uri, archive_path, category, storage)
+    else:
+        yield _row(uri, archive_path, size, category)
+
+
+def _list_tar(uri: str, archive_path: str, category: str | None, storage: Storage) -> Iterator[Row]:
+    """The images of a shard, by their place in it; WebDataset's other members (.json, .cls, .txt) are no images.
+
+    A shard that is damaged gives the images before the damage, and one error row for itself.
+    """
+    problem = None
+    try:
+        filesystem, path = storage.resolve(uri)
+        with filesystem.open_input_file(path) as stream, tarfile.open(fileobj=stream, mode="r:") as shard:
+            end = stream.size()
+            for member in shard:
+                if not member.isfile() or PurePosixPath(member.name).suffix.lower() not in IMAGE_SUFFIXES:
+                    continue
+                if member.offset_data + member.size > end:
+                    problem = f"cut off inside {member.name}"
+                    break
+                yield _row(f"tar://{member.name}::{uri}", f"{archive_path}::{member.name}", member.size, category) | {
+                    "shard": uri,
+                    "offset": member.offset_data,
+                }
+    except FileNotFoundError:
+        problem = "no such file"
+    except (tarfile.TarError, OSError, StorageError) as error:
+        compressed = uri.lower().endswith("gz")
+        problem = "compressed; unpack it to a plain .tar, whose members can be read one by one" if compressed else error
+    if problem is not None:
+        message = " ".join(f"tar shard: {problem}".split())
+        yield _row(uri, archive_path, None, category) | {"stage": "list", "error_type": "damaged", "message": message}
+
+
+def _row(uri: str, archive_path: str, size: int | None, category: str | None) -> Row:
+    digest = hashlib.sha256(os.fsencode(archive_path)).hexdigest()
+    # A file name that is no UTF-8 cannot be a Parquet string; escaped, it is not found again and says so as an error.
+    printable = os.fsencode(uri).decode("utf-8", "backslashreplace")
+    return {"image_id": digest[:32], "uri": printable, "size": size, "category": category}

