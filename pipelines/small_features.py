@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from glad_core.features import create_vit, imagenet_normalize, patch_tokens, used_blocks
 from glad_core.images import to_tensor
 from pipelines.demo_data import DEFECTS
+from pipelines.muon import Optimizers, step_all
 from pipelines.small_pictures import SIDE, batches, board_picture
 
 log = logging.getLogger(__name__)
@@ -121,9 +122,7 @@ def _soften(images_B3HW: Tensor, rng: np.random.Generator) -> Tensor:
     return F.interpolate(small, size=images_B3HW.shape[-2:], mode="bilinear")
 
 
-def train_features(
-    pool: dict[str, np.ndarray], out: Path, iterations: int = 1300, batch: int = 16, rate: float = 1.5e-3
-) -> None:
+def train_features(pool: dict[str, np.ndarray], out: Path, iterations: int = 900, batch: int = 16) -> None:
     """Distil the ViT and write ``out``/model.safetensors and config.json; the caller fixes the thread count."""
     torch.manual_seed(0)
     started = time.monotonic()
@@ -132,8 +131,7 @@ def train_features(
     teacher, vit = Teacher(), create_student()
     teacher.fit(torch.cat([next(pictures) for _ in range(8)]))
     blocks = used_blocks(vit)
-    optimizer = torch.optim.AdamW(vit.parameters(), lr=rate, weight_decay=0.02, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, iterations, pct_start=0.08, div_factor=20)
+    optimizers = Optimizers(vit, iterations, outer=[vit.patch_embed])
     running = 1.0
     for step in range(1, iterations + 1):
         images = _soften(next(pictures), rng)
@@ -143,11 +141,7 @@ def train_features(
             tokens = patch_tokens(vit, imagenet_normalize(images) if rng.random() < 0.5 else images, blocks)
         distances = [1 - F.cosine_similarity(token.float(), target, dim=2).mean() for token in tokens]
         loss = (torch.stack(distances) * torch.tensor([0.3, 0.5, 0.7, 1.0])).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(vit.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        step_all([optimizers], loss)
         running += 0.02 * (float(distances[-1].detach()) - running)
         if step % 50 == 0:
             each = " ".join(f"{float(d.detach()):.3f}" for d in distances)
