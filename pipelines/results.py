@@ -74,7 +74,11 @@ def claim(dest: str, storage: Storage, overwrite: bool) -> None:
         raise GladError(f"{dest} already holds {what} ({taken[0]}): choose another --out or give --overwrite")
     if taken:
         release(dest, storage)
-    if not storage.create(join(dest, STARTED), b"{}\n"):
+    try:
+        mine = storage.create(join(dest, STARTED), b"{}\n")
+    except StorageError as error:
+        raise StorageError(f"{dest} cannot be written; choose another --out ({error})") from error
+    if not mine:
         raise GladError(f"{dest}: another run has just started writing there; choose another --out")
 
 

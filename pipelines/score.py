@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster import session
-from cluster.storage import Storage, is_s3, join, local_path
+from cluster.storage import Storage, StorageError, is_s3, join, local_path
 from glad_core import bundle
 from glad_core.errors import GladError
 from glad_core.settings import Settings
@@ -177,13 +177,13 @@ def list_remotely(source: str, category: str | None, storage: Storage, folder: s
 
 def _root_cause(error: BaseException) -> BaseException:
     """The mistake behind Ray's wrapping, for its one line; Ray's own error where there is none."""
-    from cluster.storage import StorageError
-
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, GladError | StorageError):
-            return type(seen)(str(seen.cause) if hasattr(seen, "cause") else str(seen))
-        seen = getattr(seen, "cause", None) or seen.__cause__
+        # Ray's wrapper of a task's error also is an instance of that error's class: look inside it first.
+        inner = getattr(seen, "cause", None) or seen.__cause__
+        if isinstance(seen, GladError | StorageError) and not hasattr(seen, "cause"):
+            return seen
+        seen = inner
     return error
 
 

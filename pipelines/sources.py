@@ -217,6 +217,11 @@ def _list_tar(uri: str, archive_path: str, category: str | None, storage: Storag
                     "shard": uri,
                     "offset": member.offset_data,
                 }
+            else:
+                # tarfile stops without a word at a damaged header; a whole archive stops at its block of zeros.
+                stream.seek(shard.offset)
+                if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    problem = f"damaged or cut off at byte {shard.offset}"
     except FileNotFoundError:
         problem = "no such file"
     except (tarfile.TarError, OSError, StorageError) as error:
