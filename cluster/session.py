@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -59,8 +60,11 @@ def _configure_ray_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # Otherwise an exception of ours arrives as text inside one of Ray's.
+    context.raise_original_map_exception = True
     # The second datasource's listing task wants a whole CPU and takes no options: on a machine whose CPUs the actors
     # share it never starts, and the job hangs.
     context.use_datasource_v2 = False
+    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")  # archives smaller than that
     for name in ("ray.data", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)

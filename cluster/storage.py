@@ -56,8 +56,6 @@ class Storage:
             if not path:
                 raise StorageError(f"{uri}: names no bucket; write s3://BUCKET/PREFIX")
             return _s3(self), path
-        if "://" in uri and not uri.startswith("file://"):
-            raise StorageError(f"{uri}: unknown kind of location; use a local path, file:// or s3://")
         return _local(), local_path(uri)
 
     def kind(self, uri: str) -> str:
@@ -163,7 +161,13 @@ def is_s3(uri: str) -> bool:
 
 
 def local_path(uri: str) -> str:
-    """A local path or file:// URI as an absolute path, ``~`` expanded."""
+    """A local path or file:// URI as an absolute path, ``~`` expanded.
+
+    Raises:
+        StorageError: another kind of URI.
+    """
+    if "://" in uri and not uri.startswith("file://"):
+        raise StorageError(f"{uri}: unknown kind of location; use a local path, file:// or s3://")
     path = unquote(urlparse(uri).path) if uri.startswith("file://") else uri
     return os.path.abspath(os.path.expanduser(path))
 

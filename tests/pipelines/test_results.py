@@ -66,7 +66,7 @@ def test_a_retried_block_replaces_its_own_file(tmp_path):
 def test_a_run_claims_its_folder_once_and_overwrite_spares_what_is_not_a_run(tmp_path):
     out = str(tmp_path / "out")
     claim(out, STORAGE, overwrite=False)
-    with pytest.raises(GladError, match="unfinished run.*--overwrite"):
+    with pytest.raises(GladError, match=r"unfinished run.*--overwrite"):
         claim(out, STORAGE, overwrite=False)
     (tmp_path / "out" / "mine.txt").write_text("keep")
     complete(out, STORAGE, {"counts": {"scored": 0, "errors": 0}})

@@ -1,0 +1,120 @@
+"""The real job on real Ray: the same verdicts whatever the batch size and the number of actors."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from pipelines.cli import app
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+
+
+def glad(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_bundle, photos, ray_session):
+    """The same archive scored three ways; {(batch size, actors): {image id: row}}."""
+    found = {}
+    for batch_size, actors in ((1, 1), (1, 2), (5, 2)):
+        out = tmp_path_factory.mktemp("runs") / "out"
+        outcome = glad(
+            "score", photos, "--model", tiny_bundle, "--out", out, "--batch-size", batch_size, "--actors", actors
+        )
+        assert outcome.exit_code == 0, outcome.output
+        rows = pq.read_table(out / "results").to_pylist()
+        assert len(rows) == 12
+        found[batch_size, actors] = {row["image_id"]: row for row in rows}
+    return found
+
+
+def test_one_batch_shape_is_bitwise_the_same_on_any_number_of_actors(runs):
+    one, two = runs[1, 1], runs[1, 2]
+    assert one.keys() == two.keys()
+    for image_id, row in one.items():
+        ours, theirs = ({k: v for k, v in r.items() if k != "seconds"} for r in (row, two[image_id]))
+        assert ours == theirs
+
+
+def test_batch_size_and_order_change_nothing_but_rounding(runs):
+    one, five = runs[1, 1], runs[5, 2]
+    assert one.keys() == five.keys()
+    for image_id, row in one.items():
+        other = five[image_id]
+        assert other["stop_step"] == row["stop_step"]
+        assert other["score"] == pytest.approx(row["score"], abs=1e-4)
+    assert len({row["stop_step"] for row in one.values()}) > 1, "images should stop at different steps here"
+
+
+def test_broken_files_are_errors_and_the_job_goes_on(tmp_path, tiny_bundle, photos):
+    archive = tmp_path / "archive"
+    shutil.copytree(photos, archive)
+    (archive / "empty.png").write_bytes(b"")
+    (archive / "text.jpg").write_text("not a picture")
+    whole = (photos / "left" / "01.png").read_bytes()
+    (archive / "torn.png").write_bytes(whole[: len(whole) // 2])
+    Image.fromarray(np.full((20, 30), 40_000, np.uint16)).save(archive / "deep.png")
+    out = tmp_path / "out"
+
+    outcome = glad("score", archive, "--model", tiny_bundle, "--out", out, "--reconstructions", "--maps", "full")
+    assert outcome.exit_code == 0, outcome.output
+    run = json.loads((out / "run.json").read_text())
+    assert run["counts"] | {"anomalies": 0} == {
+        "images": 16,
+        "scored": 13,
+        "anomalies": 0,
+        "errors": 3,
+        "duplicates": 0,
+    }
+    results, errors = pq.read_table(out / "results"), pq.read_table(out / "errors")
+    kinds = {row["uri"].rsplit("/", 1)[1]: row["error_type"] for row in errors.to_pylist()}
+    assert kinds == {"empty.png": "empty", "text.jpg": "not_an_image", "torn.png": "damaged"}
+    assert run["counts"]["anomalies"] == sum(results["is_anomalous"].to_pylist())
+    assert "errors" in outcome.stdout
+    assert "13" not in outcome.stderr
+
+    sheet = tmp_path / "sheet.png"
+    shown = glad("show", out, "--top", 3, "--out", sheet)
+    assert shown.exit_code == 0, shown.output
+    assert np.asarray(Image.open(sheet).convert("L")).std() > 10  # pictures, not a blank page
+
+    again = glad("score", archive, "--model", tiny_bundle, "--out", out)
+    assert again.exit_code == 2
+    assert "--overwrite" in again.stderr
+
+    stopped = glad("score", archive, "--model", tiny_bundle, "--out", out, "--overwrite", "--max-errors", 2)
+    assert stopped.exit_code == 1
+    assert "--max-errors 2" in stopped.stderr
+    assert not (out / "run.json").exists()
+
+
+def test_mistakes_the_remote_listing_finds_are_one_line_and_leave_the_folder_free(tmp_path, tiny_bundle, photos):
+    out = tmp_path / "out"
+    for source, words in ((photos, ["--category", "bottle"]), (tmp_path, [])):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        source = tmp_path / "empty" if source == tmp_path else source
+        outcome = glad("score", source, "--model", tiny_bundle, "--out", out, *words)
+        assert outcome.exit_code == 2, outcome.output
+        assert outcome.stderr.startswith("Error: ")
+        assert outcome.stderr.count("\n") == 1
+        assert str(source) in outcome.stderr
+    assert list(out.iterdir()) == []
+
+
+def test_a_damaged_bundle_is_one_line_though_the_actor_finds_it(tmp_path, tiny_bundle, photos):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, bundle)
+    weights = bundle / "unet" / "diffusion_pytorch_model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1  # same size: only the checksum, taken where the model is loaded, can tell
+    weights.write_bytes(changed)
+    outcome = glad("score", photos, "--model", bundle, "--out", tmp_path / "out")
+    assert outcome.exit_code == 2, outcome.output
+    assert outcome.stderr.count("\n") == 1
+    assert "sha256" in outcome.stderr

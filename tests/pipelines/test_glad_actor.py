@@ -1,0 +1,97 @@
+import io
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from cluster.storage import Storage
+from glad_core import detect as detect_module
+from glad_core.errors import GladError
+from pipelines.decode import DECODED_SCHEMA
+from pipelines.glad_actor import ActorSettings, GladActor
+from pipelines.results import RESULTS_SCHEMA, SCORED_SCHEMA
+
+SIDE = 32
+
+
+@pytest.fixture(scope="module")
+def actor(tiny_bundle):
+    return GladActor(settings(tiny_bundle))
+
+
+def settings(bundle, **changed):
+    values = {"seed": 0, "maps": "token", "reconstructions": False, "gpu": False, "threads": 1}
+    return ActorSettings(model=str(bundle), storage=Storage(), **(values | changed))
+
+
+def rows(*image_ids, bad=()):
+    def row(image_id):
+        base = {"image_id": image_id, "uri": f"/{image_id}.png", "category": None}
+        if image_id in bad:
+            return base | {"stage": "decode", "error_type": "damaged", "message": "torn"}
+        pixels = np.random.default_rng(ord(image_id)).integers(0, 256, (SIDE, SIDE, 3)).astype(np.uint8)
+        return base | {"width": 40, "height": 36, "image": pixels.tobytes()}
+
+    return pa.Table.from_pylist([row(image_id) for image_id in image_ids], schema=DECODED_SCHEMA)
+
+
+def by_id(table):
+    return {row["image_id"]: row for row in table.to_pylist()}
+
+
+def test_every_row_comes_back_as_a_result_or_an_error(actor):
+    table = actor(rows("a", "b", "c", bad="b"))
+    assert table.schema.equals(SCORED_SCHEMA)
+    out = by_id(table)
+    assert set(out) == {"a", "b", "c"}
+    assert (out["b"]["error_type"], out["b"]["message"], out["b"]["score"]) == ("damaged", "torn", None)
+    a = out["a"]
+    assert a["error_type"] is None
+    assert a["category"] == "widget"
+    assert len(a["anomaly_map"]) == a["map_height"] * a["map_width"] == (SIDE // 8) ** 2
+    assert a["is_anomalous"] == (a["score"] > a["threshold"])
+    assert a["steps"][-1]["timestep"] == a["stop_step"]
+    assert a["reconstruction"] is None
+
+
+def test_full_maps_and_reconstructions_on_request(actor, tiny_bundle):
+    full = by_id(GladActor(settings(tiny_bundle, maps="full", reconstructions=True))(rows("a")))["a"]
+    token = by_id(actor(rows("a")))["a"]
+    assert (full["map_height"], full["map_width"]) == (SIDE, SIDE)
+    assert full["score"] == token["score"]
+    top = np.sort(np.asarray(full["anomaly_map"], np.float32))[-20:].mean()  # the bundle's K is 20
+    assert top == pytest.approx(full["score"], abs=5e-3)  # the map is float16
+    assert np.asarray(Image.open(io.BytesIO(full["reconstruction"]))).shape == (SIDE, SIDE, 3)
+
+
+def test_neighbours_and_order_do_not_change_a_result(actor):
+    together, alone = by_id(actor(rows(*"dcba"))), by_id(actor(rows("b")))
+    for name in set(RESULTS_SCHEMA.names) - {"seconds", "score", "steps", "anomaly_map"}:
+        assert together["b"][name] == alone["b"][name]
+    assert together["b"]["score"] == pytest.approx(alone["b"]["score"], abs=1e-4)
+
+
+def test_another_seed_gives_another_result(actor, tiny_bundle):
+    other = GladActor(settings(tiny_bundle, seed=1))
+    assert by_id(other(rows("a")))["a"]["score"] != by_id(actor(rows("a")))["a"]["score"]
+
+
+def test_an_image_that_breaks_its_batch_is_the_only_one_lost(actor, monkeypatch):
+    real = detect_module.detect
+
+    def breaks_on_b(model, requests, seed):
+        if any(request.image_id == "b" for request in requests):
+            raise RuntimeError("no\nluck")
+        return real(model, requests, seed)
+
+    monkeypatch.setattr(detect_module, "detect", breaks_on_b)
+    out = by_id(actor(rows("a", "b", "c")))
+    assert [out[key]["stage"] for key in "abc"] == [None, "score", None]
+    assert (out["b"]["error_type"], out["b"]["message"]) == ("RuntimeError", "no luck")
+
+
+def test_a_bundle_that_cannot_be_loaded_is_told_at_the_first_call(tmp_path):
+    actor = GladActor(settings(tmp_path / "none"))
+    with pytest.raises(GladError, match="no such model bundle"):
+        actor(rows("a"))
