@@ -202,7 +202,7 @@ def _list_tar(uri: str, archive_path: str, category: str | None, storage: Storag
 
     A shard that is damaged gives the images before the damage, and one error row for itself.
     """
-    problem = None
+    problem: str | None = None
     try:
         filesystem, path = storage.resolve(uri)
         with filesystem.open_input_file(path) as stream, tarfile.open(fileobj=stream, mode="r:") as shard:
@@ -226,7 +226,7 @@ def _list_tar(uri: str, archive_path: str, category: str | None, storage: Storag
         problem = "no such file"
     except (tarfile.TarError, OSError, StorageError) as error:
         compressed = uri.lower().endswith("gz")
-        problem = "compressed; unpack it to a plain .tar, whose members can be read one by one" if compressed else error
+        problem = "compressed; unpack it to a plain .tar, whose members can be read" if compressed else str(error)
     if problem is not None:
         message = " ".join(f"tar shard: {problem}".split())
         yield _row(uri, archive_path, None, category) | {"stage": "list", "error_type": "damaged", "message": message}

@@ -136,7 +136,7 @@ def s3_server(tmp_path_factory):
         wait_for_s3(environment, server)
         yield environment
     finally:
-        server.terminate()
+        server.kill()  # asked politely it takes half a minute, and its data is thrown away anyway
         server.wait(20)
 
 

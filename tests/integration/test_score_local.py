@@ -1,7 +1,9 @@
 """The real job on real Ray: the same verdicts whatever the batch size and the number of actors."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,6 +12,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pipelines.cli import app
+
+TILES = Path(os.environ.get("GLAD_REAL_IMAGES", Path(__file__).parents[3] / "shared/data/magnetic_tile"))
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
@@ -92,6 +96,19 @@ def test_broken_files_are_errors_and_the_job_goes_on(tmp_path, tiny_bundle, phot
     assert stopped.exit_code == 1
     assert "--max-errors 2" in stopped.stderr
     assert not (out / "run.json").exists()
+
+
+@pytest.mark.skipif(not TILES.is_dir(), reason=f"{TILES} is not here (GLAD_REAL_IMAGES names another place)")
+def test_real_photos_from_a_list(tmp_path, tiny_bundle):
+    files = [path for defect in sorted(TILES.joinpath("test").iterdir()) for path in sorted(defect.iterdir())[:1]]
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in files))
+    outcome = glad("score", tmp_path / "list.txt", "--model", tiny_bundle, "--out", tmp_path / "out", "--actors", 1)
+    assert outcome.exit_code == 0, outcome.output
+    rows = pq.read_table(tmp_path / "out" / "results").to_pylist()
+    assert sorted(row["uri"] for row in rows) == sorted(map(str, files))
+    for row in rows:
+        with Image.open(row["uri"]) as image:
+            assert (row["width"], row["height"]) == image.size
 
 
 def test_mistakes_the_remote_listing_finds_are_one_line_and_leave_the_folder_free(tmp_path, tiny_bundle, photos):
