@@ -160,7 +160,9 @@ def read_manifest(path: str | Path) -> Manifest:
     try:
         manifest = Manifest.model_validate_json((path / MANIFEST).read_text())
     except (ValidationError, UnicodeDecodeError) as error:
-        raise GladError(f"{path / MANIFEST}: damaged or of another program; restore the bundle from its source") from error
+        raise GladError(
+            f"{path / MANIFEST}: damaged or of another program; restore the bundle from its source"
+        ) from error
     if manifest.schema_version != SCHEMA_VERSION:
         raise GladError(
             f"{path}: bundle schema version {manifest.schema_version}, this program reads {SCHEMA_VERSION}: "
@@ -219,8 +221,8 @@ def load_bundle(
     load = {"torch_dtype": dtype, "use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": False}
     unet = UNet2DConditionModel.from_pretrained(path / "unet", **load)
     vae = AutoencoderKL.from_pretrained(path / "vae", **load)
-    features = _load_vit(path / "features", device, dtype)
-    final = _load_vit(path / "final_features", device, dtype) if (path / "final_features").is_dir() else features
+    features = load_vit(path / "features", device, dtype)
+    final = load_vit(path / "final_features", device, dtype) if (path / "final_features").is_dir() else features
     prompts = load_file(path / "prompt.safetensors")
     model = Model(
         unet=unet.to(device).eval().requires_grad_(False),
@@ -259,7 +261,9 @@ def _check_fit(model: Model, where: str) -> None:
     s = model.settings
     vae, unet = model.vae.config, model.unet.config
     if vae.latent_channels != unet.in_channels:
-        raise GladError(f"{where}: the VAE makes {vae.latent_channels} latent channels, the UNet takes {unet.in_channels}")
+        raise GladError(
+            f"{where}: the VAE makes {vae.latent_channels} latent channels, the UNet takes {unet.in_channels}"
+        )
     multiple = model.vae_factor * 2 ** (len(unet.block_out_channels) - 1)
     patch = model.features.patch_embed.patch_size[0]
     for name, side, unit in (
@@ -271,7 +275,8 @@ def _check_fit(model: Model, where: str) -> None:
             raise GladError(f"{where}: {name} {side} does not fit its networks: use a multiple of {unit}")
     if model.prompt_cond.shape[-1] != unet.cross_attention_dim:
         raise GladError(
-            f"{where}: prompt embeddings are {model.prompt_cond.shape[-1]} wide, the UNet expects {unet.cross_attention_dim}"
+            f"{where}: prompt embeddings are {model.prompt_cond.shape[-1]} wide, "
+            f"the UNet expects {unet.cross_attention_dim}"
         )
 
 
@@ -313,7 +318,8 @@ def _save_vit(folder: Path, vit: VisionTransformer, config: dict[str, Any]) -> N
     save_file({name: value.contiguous() for name, value in vit.state_dict().items()}, folder / "model.safetensors")
 
 
-def _load_vit(folder: Path, device: str | torch.device, dtype: torch.dtype) -> VisionTransformer:
+def load_vit(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> VisionTransformer:
+    """A ViT from a bundle's ``features`` folder: config.json (timm name and arguments) and safetensors."""
     config = json.loads((folder / "config.json").read_text())
     vit = create_vit(config["architecture"], **config["args"])
     vit.load_state_dict(load_file(folder / "model.safetensors"))

@@ -115,9 +115,7 @@ def detect(model: Model, requests: Sequence[Request], seed: int = 0) -> Iterator
     side = s.resolution // model.vae_factor
     shape = (model.vae.config.latent_channels, side, side)
     noises = [image_noise(request.image_id, seed, shape) for request in requests]
-    eps, posterior_noise = (
-        torch.stack(part).to(model.device, model.dtype) for part in zip(*noises, strict=True)
-    )
+    eps, posterior_noise = (torch.stack(part).to(model.device, model.dtype) for part in zip(*noises, strict=True))
 
     result = adaptive.reconstruct(model, images, eps, posterior_noise)
     test = adaptive.decode(model, result.input_latents) if s.compare_with == "round_trip" else images
@@ -132,7 +130,9 @@ def detect(model: Model, requests: Sequence[Request], seed: int = 0) -> Iterator
         maps, kept = full_size_map(token_maps, s), token_maps
     scores = scoring.image_score(maps, s.image_score_top_k).tolist()
 
-    rebuilt = ((result.images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    rebuilt = (
+        ((result.images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    )
     kept_maps = kept.to(torch.float16).cpu().numpy()
     seconds = (time.perf_counter() - started) / len(requests)
     for row, request in enumerate(requests):

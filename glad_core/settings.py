@@ -21,7 +21,9 @@ class Settings(BaseModel):
     inference_steps: int = Field(25, ge=1, le=1000, description="S, denoising steps from T to 0")
     min_step: int = Field(350, ge=0, le=1000, description="an image that reaches a timestep below this stops there")
     delta: float = Field(0.35, ge=0, description="δ, the step score above which an image stops; 0: plain DDIM, no ADS")
-    noise_index: Literal["T", "T-1"] = Field("T", description="ᾱ index of the start noise: MVTec-AD, MPDD T, others T-1")
+    noise_index: Literal["T", "T-1"] = Field(
+        "T", description="ᾱ index of the start noise: MVTec-AD, MPDD T, others T-1"
+    )
     guidance_scale: float = Field(9.0, ge=1, description="classifier-free guidance; 1 saves the unconditional call")
     saff: bool = Field(True, description="fuse at the stop step (Eq. 7); without it the chain restarts from x^a")
     restart_margin: int = Field(0, ge=0, description="n of x^a_{t+n} in timesteps, `paper` variant without SAFF")

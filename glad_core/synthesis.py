@@ -148,7 +148,9 @@ def _anomaly_mask(size: tuple[int, int], generator: torch.Generator, allowed_HW:
         exponents = torch.randint(len(PERLIN_EXPONENTS), (2,), generator=generator).tolist()
         field = perlin(size, (2 ** exponents[0], 2 ** exponents[1]), generator)
         angle = 360 * _uniform(generator) - 180
-        mask = (TF.rotate(field[None], angle, interpolation=v2.InterpolationMode.BILINEAR)[0] > PERLIN_THRESHOLD).float()
+        mask = (
+            TF.rotate(field[None], angle, interpolation=v2.InterpolationMode.BILINEAR)[0] > PERLIN_THRESHOLD
+        ).float()
         if allowed_HW is not None:
             mask = mask * allowed_HW
         if mask.any():

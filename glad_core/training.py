@@ -32,7 +32,9 @@ class Recipe(BaseModel):
     lr_schedule: Literal["constant", "cosine"] = Field("constant", description="cosine: 5 % warm-up, then to zero")
     weight_decay: float = Field(1e-2, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    blend: bool = Field(True, description="mix x^a with x by t / 1000 before the loss (released code), else Eq. 10 as is")
+    blend: bool = Field(
+        True, description="mix x^a with x by t / 1000 before the loss (released code), else Eq. 10 as is"
+    )
     anomaly_probability: float = Field(0.5, ge=0, le=1, description="share of images that get a synthetic anomaly")
     foreground_mode: Literal[1, 2, 3] = Field(3, description="anomalies on 1 darker, 2 brighter object, 3 anywhere")
     max_timestep: int = Field(1000, ge=1, le=1000, description="timesteps are drawn below this")
@@ -134,7 +136,7 @@ def fine_tune(
         if state.ema is not None:
             state.ema.step(state.unet.parameters())
         state.step += 1
-        yield float(loss)
+        yield loss.item()
 
 
 def encode_pair(

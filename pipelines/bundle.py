@@ -81,7 +81,9 @@ def import_unet(base: Path, checkpoint: Path, out: Path, *, category: str, prese
     try:
         weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the bytes provoke
-        raise GladError(f"{checkpoint}: not a safe checkpoint of tensors ({type(error).__name__}); nothing was run") from error
+        raise GladError(
+            f"{checkpoint}: not a safe checkpoint of tensors ({type(error).__name__}); nothing was run"
+        ) from error
     model = bundle.load_bundle(base)
     expected = model.unet.state_dict()
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):

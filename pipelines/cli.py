@@ -118,6 +118,83 @@ def demo_data(
     Console().print(f"demo data in {escape(str(folder))}", highlight=False)
 
 
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the data, the results, the sheet and metrics.json")] = Path(
+        "demo-output"
+    ),
+) -> None:
+    """Make demo data, score it with the small model, and show what was found."""
+    from pipelines.demo import demo as run
+
+    run(out, Console())
+
+
+@app.command()
+def train(
+    dataset: Annotated[Path, typer.Argument(help="MVTec-AD tree, or one category's folder with train/good in it")],
+    out: Annotated[Path, typer.Option(help="Bundle to write")],
+    category: Annotated[str | None, typer.Option(help="Category within the tree")] = None,
+    base: Annotated[Path | None, typer.Option(help="Bundle to start from; the embedded small one by default")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; the base recommends")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images per step; the base recommends")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="The base recommends")] = None,
+    textures: Annotated[Path | None, typer.Option(help="Folder of texture pictures for synthetic anomalies")] = None,
+    target_fpr: Annotated[float, typer.Option(min=0.001, max=0.5, help="False-positive rate of the threshold")] = 0.05,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or mps")] = "cpu",
+) -> None:
+    """Fine-tune a bundle on good images (ATP) and calibrate it; the same command goes on after being killed."""
+    from pipelines.model_source import SMALL_BUNDLE
+    from pipelines.train import TrainRequest
+    from pipelines.train import train as run
+
+    recipe = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
+    request = TrainRequest(dataset, category, base or SMALL_BUNDLE, out, recipe, textures, device, target_fpr)
+    model_id = run(request, Console())
+    Console().print(f"bundle {model_id} in {escape(str(out))}", highlight=False)
+
+
+bundles = typer.Typer(cls=OneLineErrors, no_args_is_help=True, help="Make and inspect model bundles.")
+app.add_typer(bundles, name="bundle")
+
+
+@bundles.command("create")
+def bundle_create(
+    diffusion: Annotated[str, typer.Argument(help="Stable Diffusion folder in diffusers format, or hub id")],
+    out: Annotated[Path, typer.Option(help="Bundle to write")],
+    features: Annotated[str, typer.Option(help="timm name of the ViT")] = "vit_base_patch8_224.dino",
+    preset: Annotated[str | None, typer.Option(help="Published settings, DATASET/CATEGORY: MVTec-AD/screw")] = None,
+    category: Annotated[str, typer.Option(help="Name of what the model judges")] = "",
+) -> None:
+    """A bundle from a diffusion model and a timm ViT."""
+    from pipelines.bundle import create
+
+    Console().print(create(diffusion, features, out, category=category, preset=preset, settings={}))
+
+
+@bundles.command("import-unet")
+def bundle_import_unet(
+    base: Annotated[Path, typer.Argument(help="Bundle to take everything else from")],
+    checkpoint: Annotated[Path, typer.Argument(help="The authors' checkpoint-*/pytorch_model.bin")],
+    out: Annotated[Path, typer.Option(help="Bundle to write")],
+    preset: Annotated[str | None, typer.Option(help="Published settings, DATASET/CATEGORY")] = None,
+    category: Annotated[str, typer.Option(help="Name of what the model judges")] = "",
+) -> None:
+    """A bundle with the UNet of an authors' checkpoint, read without running its pickle."""
+    from pipelines.bundle import import_unet
+
+    Console().print(import_unet(base, checkpoint, out, category=category, preset=preset))
+
+
+@bundles.command("inspect")
+def bundle_inspect(path: Annotated[Path, typer.Argument(help="Bundle folder")]) -> None:
+    """Print what is inside a bundle and verify every file."""
+    from pipelines.bundle import inspect
+
+    inspect(path, Console())
+
+
 def _fail(message: str, code: int) -> NoReturn:
     line = " ".join(message.split())
     Console(stderr=True, soft_wrap=True).print(f"[red]Error:[/red] {escape(line)}", highlight=False)

@@ -13,6 +13,7 @@ from glad_core import bundle
 from glad_core.errors import GladError
 
 SMALL = "small"
+SMALL_BUNDLE = Path(bundle.__file__).parent / "small_bundle"
 
 
 def local_bundle(model: str, storage: Storage) -> Path:
@@ -25,7 +26,7 @@ def local_bundle(model: str, storage: Storage) -> Path:
         GladError: no bundle there. StorageError: S3 cannot be used.
     """
     if model == SMALL and not Path(SMALL).exists():
-        return Path(bundle.__file__).parent / "small_bundle"
+        return SMALL_BUNDLE
     if not is_s3(model):
         return Path(local_path(model))
     manifest = join(model, bundle.MANIFEST)

@@ -9,6 +9,7 @@ slower machine takes longer and gets the same model up to rounding.
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing
 import os
@@ -20,10 +21,42 @@ from typing import Annotated
 
 import torch
 import typer
+from diffusers import AutoencoderKL, UNet2DConditionModel
 
+from glad_core import bundle, schedule
+from glad_core.calibration import calibrate
+from glad_core.images import to_tensor
+from glad_core.settings import Settings
+from glad_core.training import Recipe, TrainState, fine_tune
 from pipelines.small_codec import train_codec
 from pipelines.small_features import train_features
-from pipelines.small_pictures import make_pool
+from pipelines.small_pictures import board_picture, make_pool
+
+LOG = logging.getLogger(__name__)
+UNET_RECIPE = Recipe(
+    steps=450, batch_size=8, learning_rate=6e-4, lr_schedule="cosine", ema_decay=0.99, max_timestep=800, autocast="bf16"
+)
+# What `glad train` does with this model on a laptop CPU, unless told otherwise.
+FINE_TUNING = {
+    "steps": 600,
+    "batch_size": 16,
+    "learning_rate": 3e-4,
+    "lr_schedule": "cosine",
+    "ema_decay": 0.99,
+    "max_timestep": 800,
+    "autocast": "bf16",
+}
+SETTINGS = Settings(
+    resolution=128,
+    feature_resolution=128,
+    guidance_scale=1,
+    blur_sigma=2,
+    image_score_top_k=40,
+    compare_with="round_trip",
+    match="sum",
+    window=1,
+)
+HELD_OUT_BOARDS = range(10_000, 10_010)  # apart from the boards of the pool
 
 
 def stage(folder: Path, make: Callable[[Path], object]) -> None:
@@ -48,6 +81,65 @@ def features_stage(work: Path) -> None:
     stage(work / "features", lambda folder: train_features(make_pool(work / "pool.npz"), folder))
 
 
+def unet_stage(work: Path) -> None:
+    """``work``/unet: the UNet from nothing, by the same ATP loop as `glad train`, on the pool's good boards."""
+    boards = make_pool(work / "pool.npz")["boards"]
+
+    def train(folder: Path) -> None:
+        torch.manual_seed(UNET_RECIPE.seed)
+        vae = AutoencoderKL.from_pretrained(work / "vae").eval().requires_grad_(False)
+        unet = UNet2DConditionModel(
+            sample_size=16,
+            in_channels=24,
+            out_channels=24,
+            block_out_channels=(80, 128),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            mid_block_type="UNetMidBlock2DCrossAttn",
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=32,
+            attention_head_dim=4,
+            norm_num_groups=16,
+        )
+        state = TrainState.start(unet, UNET_RECIPE)
+        steps = fine_tune(
+            state,
+            vae,
+            schedule.alphas_cumprod(),
+            torch.zeros(1, 1, 32),
+            lambda indices: to_tensor([boards[index] for index in indices]),
+            len(boards),
+            UNET_RECIPE,
+        )
+        for loss in steps:
+            if state.step % 50 == 0:
+                LOG.info("unet: step %d of %d, loss %.4f", state.step, UNET_RECIPE.steps, loss)
+        state.finish().save_pretrained(folder)
+
+    stage(work / "unet", train)
+
+
+def bundle_stage(work: Path, out: Path) -> str:
+    """The bundle in float16, calibrated on boards held out of training; returns its model id."""
+    config = json.loads((work / "features/config.json").read_text())
+    features = bundle.load_vit(work / "features")
+    parts = {
+        "unet": UNet2DConditionModel.from_pretrained(work / "unet").half(),
+        "vae": AutoencoderKL.from_pretrained(work / "vae").half(),
+        "features": features.half(),
+        "features_config": config,
+        "prompt_cond": torch.zeros(1, 1, 32),
+        "prompt_uncond": torch.zeros(1, 1, 32),
+        "category": "circuit_board",
+        "provenance": {"recipe": FINE_TUNING, "unet_recipe": UNET_RECIPE.model_dump()},
+    }
+    bundle.save_bundle(out, settings=SETTINGS, overwrite=True, **parts)
+    held_out = [board_picture(index)[0] for index in HELD_OUT_BOARDS]
+    settings = calibrate(bundle.load_bundle(out), held_out, start_steps=(250, 350, 450))
+    LOG.info("bundle: %s", settings)
+    return bundle.update_settings(out, settings, {})
+
+
 def _one_thread() -> None:
     """Codec and ViT train side by side, one core each."""
     torch.set_num_threads(1)
@@ -56,6 +148,7 @@ def _one_thread() -> None:
 
 def main(
     work: Annotated[Path, typer.Option(help="folder for what the stages leave")] = Path("small-model-work"),
+    out: Annotated[Path, typer.Option(help="bundle to write")] = Path("glad_core/small_bundle"),
 ) -> None:
     """Train the small model stage by stage."""
     make_pool(work / "pool.npz")
@@ -63,6 +156,10 @@ def main(
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as side_by_side:
         for running in [side_by_side.submit(run, work) for run in (codec_stage, features_stage)]:
             running.result()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+    torch.set_num_threads(os.cpu_count() or 1)
+    unet_stage(work)
+    LOG.info("bundle: model id %s", bundle_stage(work, out))
 
 
 if __name__ == "__main__":

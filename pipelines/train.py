@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
@@ -24,7 +23,7 @@ from glad_core import bundle, synthesis, training
 from glad_core.calibration import calibrate, judged_images
 from glad_core.errors import GladError, did_you_mean
 from glad_core.settings import Settings
-from pipelines.decode import IMAGE_SUFFIXES, decode_image
+from pipelines.decode import IMAGE_SUFFIXES, ImageError, decode
 
 CHECKPOINT_EVERY = 100
 HELD_OUT_SHARE, HELD_OUT_MIN, HELD_OUT_MAX = 0.1, 4, 40
@@ -147,10 +146,10 @@ def load_images(files: Sequence[Path], resolution: int) -> np.ndarray:
     """All images as uint8 [N, R, R, 3]. A broken training image stops the job: the user should know."""
     images = np.empty((len(files), resolution, resolution, 3), np.uint8)
     for row, file in enumerate(files):
-        image, error = decode_image(file.read_bytes(), resolution)
-        if image is None:
-            raise GladError(f"{file}: {error}; remove or repair this training image")
-        images[row] = image.pixels
+        try:
+            images[row] = decode(file.read_bytes(), resolution).pixels
+        except ImageError as error:
+            raise GladError(f"{file}: {error}; remove or repair this training image") from error
     return images
 
 
@@ -179,7 +178,9 @@ def _run_steps(
         for loss in steps:
             recent = [*recent[-49:], loss]
             mean = sum(recent) / len(recent)
-            log.write(json.dumps({"step": state.step, "loss": loss, "lr": state.optimizer.param_groups[0]["lr"]}) + "\n")
+            log.write(
+                json.dumps({"step": state.step, "loss": loss, "lr": state.optimizer.param_groups[0]["lr"]}) + "\n"
+            )
             progress.update(task, completed=state.step, note=f"loss {mean:.4f}")
             if state.step % CHECKPOINT_EVERY == 0:
                 log.flush()
@@ -206,7 +207,8 @@ def _resume(state: training.TrainState, work: Path, identity: dict[str, Any], co
     changed = [key for key, value in identity.items() if checkpoint["identity"].get(key) != value]
     if changed:
         raise GladError(
-            f"{work} holds a checkpoint of another run (different {', '.join(changed)}): remove it or choose another --out"
+            f"{work} holds a checkpoint of another run (different {', '.join(changed)}): "
+            "remove it or choose another --out"
         )
     state.load_state_dict(checkpoint["state"])
     lines = log.read_text().splitlines()[: state.step] if log.exists() else []

@@ -112,7 +112,9 @@ def settings_of(case: Case, **changes: object) -> Settings:
     return Settings(**{**values, **changes})
 
 
-def check(case: Case, key: str, got: torch.Tensor | np.ndarray, atol: float, expected: np.ndarray | None = None) -> None:
+def check(
+    case: Case, key: str, got: torch.Tensor | np.ndarray, atol: float, expected: np.ndarray | None = None
+) -> None:
     """Within ``atol`` of the recorded array, where the case holds it; GLAD_GOLDEN_REPORT=1 prints the largest error."""
     if key in case:
         got = np.asarray(got, dtype=np.float64)
@@ -272,7 +274,7 @@ def test_features(name: str) -> None:
 @pytest.mark.parametrize("name", cases("train*"))
 def test_training_target(name: str) -> None:
     case = Case(name)
-    unet, vae, prompts = networks(case.settings["model_family"])
+    unet, _, prompts = networks(case.settings["model_family"])
     alphas = schedule.alphas_cumprod()
     t, eps = case.tensor("timesteps"), case.tensor("noise")
     model = model_of(case.settings["model_family"], Settings(resolution=case.settings["resolution"]))
