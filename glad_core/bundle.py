@@ -1,7 +1,7 @@
 """The model bundle: everything one GLAD model is, in one folder of safetensors and JSON.
 
     unet/ vae/ scheduler/   diffusers format      features/ [final_features/]   timm name, arguments, weights
-    prompt.safetensors      prompt embeddings     glad.json                     settings, provenance, sha256 of every file
+    prompt.safetensors      prompt embeddings    glad.json                    settings, provenance, sha256 of all files
 
 Nothing here ever unpickles. ``final_features`` is present only where the final comparison uses a ViT adapted to the
 category while the steps use the frozen one.
