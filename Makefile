@@ -1,4 +1,4 @@
-PYTHON ?= python3.11
+PYTHON ?= python3
 BIN = .venv/bin
 
 .PHONY: demo test small-model
