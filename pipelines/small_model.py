@@ -134,8 +134,8 @@ def bundle_stage(work: Path, out: Path) -> str:
         "provenance": {"recipe": FINE_TUNING, "unet_recipe": UNET_RECIPE.model_dump()},
     }
     bundle.save_bundle(out, settings=SETTINGS, overwrite=True, **parts)
-    held_out = [board_picture(index)[0] for index in HELD_OUT_BOARDS]
-    settings = calibrate(bundle.load_bundle(out), held_out, start_steps=(250, 350, 450))
+    held_out = [board_picture(index) for index in HELD_OUT_BOARDS]
+    settings = calibrate(bundle.load_bundle(out), held_out, start_steps=(250, 400))
     LOG.info("bundle: %s", settings)
     return bundle.update_settings(out, settings, {})
 
