@@ -9,27 +9,66 @@ from typing import Any
 
 from glad_core.errors import GladError, did_you_mean
 
+CATEGORY_FIELDS = ("start_step", "delta", "pixel_weight_v", "min_step")
+
 
 @cache
 def table() -> dict[str, Any]:
-    """The whole table: per dataset its steps and resolution, per category T, δ, v, min_step and training steps."""
+    """The whole table: what all share, per dataset its steps and resolution, per category T, δ, v, min_step and more.
+
+    ``dino_epoch`` is the epoch at which the adapted features were taken, 0 where they were not adapted.
+    """
     return json.loads((Path(__file__).parent / "presets.json").read_text())
 
 
-def preset(dataset: str, category: str) -> dict[str, Any]:
+def preset(dataset: str, category: str, *, multi_class: bool = False) -> dict[str, Any]:
     """Published `Settings` fields of one category.
+
+    Args:
+        multi_class: those of the one model for all categories of the dataset. Its number of steps, noise index,
+            direction and foreground are not published apart, so they are the single-class ones.
 
     Raises:
         GladError: unknown dataset or category; the line names the nearest known one.
     """
+    known, chosen = _find(dataset, category)
     facts = table()
-    if dataset not in facts["datasets"]:
-        raise GladError(f"no published settings for dataset '{dataset}'{did_you_mean(dataset, facts['datasets'])}")
-    known = facts["datasets"][dataset]
-    if category not in known["categories"]:
-        raise GladError(f"{dataset} has no category '{category}'{did_you_mean(category, known['categories'])}")
-    chosen = dict(known["categories"][category])
-    del chosen["train_steps"]
-    shared = {key: known[key] for key in ("inference_steps", "feature_resolution", "noise_index")}
-    mode = next((int(mode) for mode, names in facts["scoring_foreground"].items() if category in names), 3)
-    return {**shared, **chosen, "bidirectional": category in facts["bidirectional"], "foreground_mode": mode}
+    settings = facts["scoring"] | {key: known[key] for key in ("inference_steps", "feature_resolution", "noise_index")}
+    if multi_class:
+        joint = facts["multi_class"]
+        chosen = joint["datasets"][dataset]
+        settings |= {key: joint[key] for key in ("resolution", "feature_resolution")}
+    settings |= {key: chosen[key] for key in CATEGORY_FIELDS}
+    mode = _foreground_mode(facts["scoring_foreground"], category)
+    return {**settings, "bidirectional": category in facts["bidirectional"], "foreground_mode": mode}
+
+
+def training_preset(dataset: str, category: str, *, multi_class: bool = False) -> dict[str, Any]:
+    """Published `training.Recipe` fields of one category (the optimiser was an 8-bit AdamW).
+
+    Args:
+        multi_class: those of the one model for all categories; ``category`` then chooses the foreground only.
+
+    Raises:
+        GladError: unknown dataset or category; the line names the nearest known one.
+    """
+    _, chosen = _find(dataset, category)
+    facts = table()
+    if multi_class:
+        chosen = facts["multi_class"]["datasets"][dataset]
+    mode = _foreground_mode(facts["training_foreground"], category)
+    return {**facts["training"], "steps": chosen["train_steps"], "foreground_mode": mode}
+
+
+def _find(dataset: str, category: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    datasets = table()["datasets"]
+    if dataset not in datasets:
+        raise GladError(f"no published settings for dataset '{dataset}'{did_you_mean(dataset, datasets)}")
+    categories = datasets[dataset]["categories"]
+    if category not in categories:
+        raise GladError(f"{dataset} has no category '{category}'{did_you_mean(category, categories)}")
+    return datasets[dataset], categories[category]
+
+
+def _foreground_mode(modes: dict[str, list[str]], category: str) -> int:
+    return next((int(mode) for mode, names in modes.items() if category in names), 3)
