@@ -39,6 +39,9 @@ def pro(maps_NHW: np.ndarray, masks_NHW: np.ndarray, thresholds: int = 200, limi
 
     Regions are 8-connected. Thresholds run evenly from the smallest value to below the largest; a pixel counts when
     its value is above. The rates kept are below ``limit`` and divided by the largest of them; no end point is added.
+
+    Returns:
+        0 to 1; 0 where no threshold is left (constant maps too), NaN without a region or without a normal pixel.
     """
     maps, masks = np.asarray(maps_NHW), np.asarray(masks_NHW) > 0
     regions = []  # the sorted values of each region
@@ -46,7 +49,11 @@ def pro(maps_NHW: np.ndarray, masks_NHW: np.ndarray, thresholds: int = 200, limi
         labelled, count = ndimage.label(mask, structure=np.ones((3, 3)))
         regions += [np.sort(image[labelled == number]) for number in range(1, count + 1)]
     normal = np.sort(maps[~masks])
+    if not regions or not len(normal):
+        return float("nan")
     low, high = maps.min(), maps.max()
+    if low == high:
+        return 0.0
     levels = np.arange(low, high, (high - low) / thresholds)
     overlap = np.mean([_share_above(values, levels) for values in regions], axis=0)
     rate = _share_above(normal, levels)
