@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
@@ -43,7 +43,7 @@ def synthesize(
     """Give images synthetic anomalies: x^a = (1 - m)·x + m·(β·x + (1 - β)·source), β uniform in [0, 0.8].
 
     Args:
-        images_B3HW: good images, float32 in [-1, 1].
+        images_B3HW: good images, float32 in [-1, 1], on the CPU.
         seeds: one per image; all that happens to an image follows from its seed, itself and the texture pool.
         textures: [M, 3, H', W'] in [-1, 1]; without a pool an augmented copy of the image itself is the texture.
         foreground_BHW: bool; anomalies stay on it.
@@ -51,10 +51,12 @@ def synthesize(
 
     Returns:
         The images, float32 [B, 3, H, W] in [-1, 1], and masks, float32 [B, 1, H, W] of 0 and 1 (all 0: unchanged).
+
+    Raises:
+        ValueError: not one seed per image.
     """
     anomalous, masks = [], []
-    for row, seed in enumerate(seeds):
-        image = images_B3HW[row]
+    for row, (image, seed) in enumerate(zip(images_B3HW, seeds, strict=True)):
         generator = torch.Generator().manual_seed(seed)
         mask = torch.zeros(image.shape[-2:])
         if _uniform(generator) < probability:
@@ -134,7 +136,7 @@ def load_textures(folder: Path, size: int, limit: int) -> Tensor:
         try:
             with Image.open(path) as image:
                 pixels = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
-        except (UnidentifiedImageError, IsADirectoryError):
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow raises by kind of damage
             continue
         pool.append(torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1)
     if not pool:

@@ -1,0 +1,201 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from glad_core import synthesis
+from glad_core.errors import GladError
+
+
+def pictures(count: int, height: int = 40, width: int = 52) -> torch.Tensor:
+    """Smooth colour fields with a little noise, float32 [B, 3, H, W] in [-1, 1]."""
+    generator = torch.Generator().manual_seed(7)
+    coarse = torch.rand((count, 3, 4, 4), generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")
+    return (smooth + 0.05 * torch.rand(smooth.shape, generator=generator)).clamp(0, 1) * 2 - 1
+
+
+@pytest.mark.parametrize("with_pool", [False, True])
+def test_a_result_depends_on_its_own_seed_alone(with_pool: bool) -> None:
+    images, seeds = pictures(6), [11, 12, 13, 14, 15, 16]
+    pool = pictures(3, 24, 24) if with_pool else None
+    torch.manual_seed(1)
+    together, masks = synthesis.synthesize(images, seeds=seeds, textures=pool, probability=1.0)
+    torch.manual_seed(2)  # the global generator must not matter
+    order = [4, 0, 2]
+    apart, masks_apart = synthesis.synthesize(
+        images[order], seeds=[seeds[row] for row in order], textures=pool, probability=1.0
+    )
+    assert torch.equal(apart, together[order])
+    assert torch.equal(masks_apart, masks[order])
+    other, _ = synthesis.synthesize(images[:1], seeds=[99], textures=pool, probability=1.0)
+    assert not torch.equal(other, together[:1])
+
+
+@pytest.mark.parametrize("size", [(40, 52), (33, 50), (64, 64), (7, 9)])
+def test_ranges_and_masks(size: tuple[int, int]) -> None:
+    images = pictures(24, *size)
+    before = images.clone()
+    anomalous, masks = synthesis.synthesize(images, seeds=range(24), probability=1.0)
+    assert torch.equal(images, before), "the good images must stay as they are"
+    assert anomalous.shape == images.shape
+    assert masks.shape == (24, 1, *size)
+    assert anomalous.dtype == masks.dtype == torch.float32
+    assert anomalous.abs().max() <= 1
+    assert set(masks.unique().tolist()) <= {0.0, 1.0}
+    assert masks.flatten(1).any(dim=1).all(), "every chosen image gets an anomaly"
+    changed = (anomalous != images).any(dim=1, keepdim=True)
+    assert not (changed & (masks == 0)).any(), "nothing changes outside its mask"
+    assert (changed & (masks == 1)).any()
+
+
+def test_half_of_the_images_stay_good_with_empty_masks() -> None:
+    images = pictures(200, 16, 16)
+    anomalous, masks = synthesis.synthesize(images, seeds=range(200))
+    chosen = masks.flatten(1).any(dim=1)
+    assert 70 <= chosen.sum() <= 130
+    assert torch.equal(anomalous[~chosen], images[~chosen])
+
+
+def test_opacity_is_the_share_of_the_image_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A white texture on a black image shows as 1 - β, β uniform in [0, 0.8]; half of the images shuffle themselves."""
+    monkeypatch.setattr(synthesis, "_augmented", lambda image, generator: image)
+    images, pool = -torch.ones(300, 3, 16, 16), torch.ones(1, 3, 16, 16)
+    anomalous, masks = synthesis.synthesize(images, seeds=range(300), textures=pool, probability=1.0)
+    brightest = ((anomalous + 1) / 2 * masks).flatten(1).amax(dim=1)
+    shown = brightest[brightest > 0]
+    assert 0.4 < len(shown) / 300 < 0.6
+    assert 0.2 - 1e-6 <= shown.min() < 0.25
+    assert 0.95 < shown.max() <= 1
+    assert shown.mean() == pytest.approx(0.6, abs=0.06)
+
+
+def test_anomalies_stay_on_the_foreground() -> None:
+    images = pictures(20)
+    allowed = torch.zeros(20, 40, 52, dtype=torch.bool)
+    allowed[:, 10:30, 12:40] = True
+    anomalous, masks = synthesis.synthesize(images, seeds=range(20), foreground_BHW=allowed, probability=1.0)
+    assert not masks[:, 0][~allowed].any()
+    assert masks.flatten(1).any(dim=1).sum() >= 18  # bounded redraws: nearly all
+    assert torch.equal(anomalous * ~allowed[:, None], images * ~allowed[:, None])
+    nowhere = torch.zeros_like(allowed)
+    unchanged, empty = synthesis.synthesize(images, seeds=range(20), foreground_BHW=nowhere, probability=1.0)
+    assert torch.equal(unchanged, images)
+    assert not empty.any()
+
+
+def test_an_empty_mask_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, allowed = pictures(40), torch.zeros(40, 40, 52, dtype=torch.bool)
+    allowed[:, 20:22, 20:22] = True  # so small that most first draws miss it
+
+    def hits() -> int:
+        _, masks = synthesis.synthesize(images, seeds=range(40), foreground_BHW=allowed, probability=1.0)
+        return int(masks.flatten(1).any(dim=1).sum())
+
+    redrawn = hits()
+    monkeypatch.setattr(synthesis, "MASK_TRIES", 1)
+    assert hits() < 25 < 35 <= redrawn
+
+
+def test_one_seed_per_image() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        synthesis.synthesize(pictures(3), seeds=[1, 2])
+
+
+@pytest.mark.parametrize(("size", "cells"), [((33, 50), (4, 8)), ((64, 64), (32, 1)), ((5, 7), (32, 32))])
+def test_perlin_against_one_pixel_at_a_time(size: tuple[int, int], cells: tuple[int, int]) -> None:
+    field = synthesis.perlin(size, cells, torch.Generator().manual_seed(5))
+    angles = 2 * np.pi * torch.rand((cells[0] + 1, cells[1] + 1), generator=torch.Generator().manual_seed(5)).numpy()
+
+    def fade(f: float) -> float:
+        return 6 * f**5 - 15 * f**4 + 10 * f**3
+
+    for y, x in [(0, 0), (size[0] - 1, size[1] - 1), (size[0] // 2, size[1] // 3), (3, 5)]:
+        v, u = (y + 0.5) * cells[0] / size[0], (x + 0.5) * cells[1] / size[1]
+        row, column = int(v), int(u)
+        value = 0.0
+        for down in (0, 1):
+            for right in (0, 1):
+                angle, dy, dx = angles[row + down, column + right], v - row - down, u - column - right
+                weight = fade(1 - abs(dy)) * fade(1 - abs(dx))
+                value += weight * (np.cos(angle) * dy + np.sin(angle) * dx)
+        assert float(field[y, x]) == pytest.approx(2**0.5 * value, abs=1e-4)
+    assert field.shape == size
+    assert field.abs().max() <= 1 + 1e-5
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_otsu_is_the_split_of_least_variance_within(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    dark = 60 + 20 * torch.randn(300, generator=generator)
+    bright = 170 + 30 * torch.randn(100 + 200 * seed, generator=generator)
+    grey = torch.cat([dark, bright]).round().clamp(0, 255)
+    values = grey.double().numpy()
+
+    def within(level: int) -> float:
+        parts = values[values <= level], values[values > level]
+        return sum(len(part) * part.var() for part in parts)
+
+    candidates = range(int(values.min()), int(values.max()))
+    best = min(within(level) for level in candidates)
+    assert within(int(synthesis.otsu(grey.view(1, -1)))) == pytest.approx(best, rel=1e-9)
+
+
+def test_foreground_modes() -> None:
+    images = torch.full((2, 3, 32, 32), 0.7)
+    images[:, :, 8:20, 10:24] = -0.6  # a dark object on bright ground
+    object_BHW = (images[:, 0] < 0).bool()
+    assert torch.equal(synthesis.foreground(images, 1), object_BHW)
+    assert torch.equal(synthesis.foreground(-images, 2), object_BHW)
+    assert synthesis.foreground(images, 3).all()
+
+
+def test_object_mask_is_wider_than_the_object_and_soft() -> None:
+    images = torch.full((1, 3, 160, 160), 0.7)
+    images[:, :, 70:90, 70:90] = -0.6
+    mask = synthesis.object_mask(images, 1)[0]
+    assert mask.shape == (160, 160)
+    assert 0 <= mask.min() <= mask.max() <= 1 + 1e-6
+    assert mask[60:100, 60:100].min() > 0.98  # the object and well around it
+    assert mask[80, 46] == pytest.approx(0.5, abs=0.1)  # 24 pixels (4 sigma) beside it the soft edge has its middle
+    assert mask[80, 10] == 0
+    assert synthesis.object_mask(images, 3) == pytest.approx(1, abs=1e-5)
+
+
+def test_structure_shuffle_moves_whole_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synthesis, "_augmented", lambda image, generator: image)
+    image = torch.arange(3 * 16 * 24, dtype=torch.float32).view(3, 16, 24)
+    shuffled = synthesis._shuffled_structure(image, torch.Generator().manual_seed(0))
+
+    def pieces(picture: torch.Tensor) -> set[tuple[float, ...]]:
+        return {
+            tuple(picture[:, y : y + 2, x : x + 3].flatten().tolist()) for y in range(0, 16, 2) for x in range(0, 24, 3)
+        }
+
+    assert pieces(shuffled) == pieces(image)
+    assert not torch.equal(shuffled, image)
+
+
+def test_textures_from_a_folder(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "banded").mkdir()
+    for number in range(3):
+        pixels = rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "banded" / f"{number}.png")
+    whole = (tmp_path / "banded" / "0.png").read_bytes()
+    (tmp_path / "banded" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "notes.txt").write_text("not an image")
+    pool = synthesis.load_textures(tmp_path, size=16, limit=10)
+    assert pool.shape == (3, 3, 16, 16)
+    assert pool.dtype == torch.float32
+    assert pool.abs().max() <= 1
+    assert len(synthesis.load_textures(tmp_path, size=16, limit=2)) == 2
+
+
+def test_a_folder_without_textures_is_the_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("not an image")
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(GladError, match="no texture images"):
+            synthesis.load_textures(folder, size=16, limit=10)
