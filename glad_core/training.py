@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from glad_core import schedule, synthesis
+from glad_core.muon import muon_and_adamw
 
 
 class Recipe(BaseModel):
@@ -40,6 +41,7 @@ class Recipe(BaseModel):
     max_timestep: int = Field(1000, ge=1, le=1000, description="timesteps are drawn below this")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="keep an exponential moving average of the weights")
     autocast: Literal["off", "bf16", "fp16"] = Field("off", description="precision of the UNet's matrix products")
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: for networks trained from nothing")
     seed: int = Field(0, ge=0)
 
 
@@ -51,7 +53,7 @@ class TrainState:
     """
 
     unet: UNet2DConditionModel
-    optimizer: torch.optim.Optimizer
+    optimizers: Sequence[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
     ema: EMAModel | None
     step: int = 0
@@ -60,15 +62,23 @@ class TrainState:
     def start(cls, unet: UNet2DConditionModel, recipe: Recipe) -> TrainState:
         """A fresh state around ``unet`` (whose parameters become trainable)."""
         unet.requires_grad_(True).train()
-        optimizer = torch.optim.AdamW(unet.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        optimizers: Sequence[torch.optim.Optimizer]
+        if recipe.optimizer == "muon":
+            optimizers = muon_and_adamw(unet, recipe.learning_rate, [unet.conv_in, unet.conv_out])
+        else:
+            optimizers = [
+                torch.optim.AdamW(unet.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+            ]
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["initial_lr"] = group["lr"]
         ema = EMAModel(unet.parameters(), decay=recipe.ema_decay, use_ema_warmup=True) if recipe.ema_decay else None
         device = next(unet.parameters()).device.type
-        return cls(unet, optimizer, torch.amp.GradScaler(device, enabled=recipe.autocast == "fp16"), ema)
+        return cls(unet, optimizers, torch.amp.GradScaler(device, enabled=recipe.autocast == "fp16"), ema)
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "unet": self.unet.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
             "step": self.step,
@@ -76,7 +86,8 @@ class TrainState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.unet.load_state_dict(state["unet"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
@@ -110,6 +121,7 @@ def fine_tune(
     """
     device = next(state.unet.parameters()).device
     autocast_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[recipe.autocast]
+    clean = clean_posteriors(vae, load_images, count, recipe.batch_size)
     while state.step < recipe.steps:
         indices, seeds = _sampled(recipe, state.step, count)
         normal = load_images(indices)
@@ -119,19 +131,23 @@ def fine_tune(
         )
         generator = torch.Generator().manual_seed(_derived_seed(recipe.seed, "noise", state.step))
         with torch.no_grad():
-            x, x_a = encode_pair(vae, normal.to(device), anomalous.to(device), generator)
+            mean, std = (part[indices].to(device) for part in clean)
+            x, x_a = encode_pair(vae, mean, std, normal, anomalous, generator)
         t = torch.randint(0, recipe.max_timestep, (len(indices),), generator=generator).to(device)
         eps = torch.randn(x.shape, generator=generator).to(device)
 
-        for group in state.optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * lr_factor(recipe, state.step)
-        state.optimizer.zero_grad(set_to_none=True)
+        for optimizer in state.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * lr_factor(recipe, state.step)
         with torch.autocast(device.type, autocast_dtype, enabled=recipe.autocast != "off"):
             loss = atp_loss(state.unet, alphas, x_a, x, eps, t, prompt_1LD, blend=recipe.blend)
         state.scaler.scale(loss).backward()
-        state.scaler.unscale_(state.optimizer)
+        for optimizer in state.optimizers:
+            state.scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(state.unet.parameters(), recipe.max_grad_norm)
-        state.scaler.step(state.optimizer)
+        for optimizer in state.optimizers:
+            state.scaler.step(optimizer)
         state.scaler.update()
         if state.ema is not None:
             state.ema.step(state.unet.parameters())
@@ -139,14 +155,39 @@ def fine_tune(
         yield loss.item()
 
 
-def encode_pair(
-    vae: AutoencoderKL, normal_B3RR: Tensor, anomalous_B3RR: Tensor, generator: torch.Generator
+@torch.no_grad()
+def clean_posteriors(
+    vae: AutoencoderKL, load_images: Callable[[list[int]], Tensor], count: int, batch_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Latents of good images and of their anomalous twins, sampled with the same posterior noise (released code)."""
-    posterior = vae.encode(torch.cat([normal_B3RR, anomalous_B3RR])).latent_dist
-    noise = torch.randn(posterior.mean[: len(normal_B3RR)].shape, generator=generator).to(posterior.mean.device)
-    latents = (posterior.mean + posterior.std * torch.cat([noise, noise])) * vae.config.scaling_factor
-    x, x_a = latents.chunk(2)
+    """Mean and std of the VAE's posterior of every good image, [N, C, H, W] each; once is enough, the VAE is frozen."""
+    parts = []
+    for start in range(0, count, batch_size):
+        images = load_images(list(range(start, min(start + batch_size, count))))
+        posterior = vae.encode(images.to(vae.device)).latent_dist
+        parts.append((posterior.mean.cpu(), posterior.std.cpu()))
+    return torch.cat([mean for mean, _ in parts]), torch.cat([std for _, std in parts])
+
+
+def encode_pair(
+    vae: AutoencoderKL,
+    mean_BCHW: Tensor,
+    std_BCHW: Tensor,
+    normal_B3RR: Tensor,
+    anomalous_B3RR: Tensor,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Latents of good images, from their posteriors, and of their anomalous twins, with the same posterior noise.
+
+    The released code shares the noise too. Images left as they are share the latents and are not encoded again.
+    """
+    noise = torch.randn(mean_BCHW.shape, generator=generator).to(mean_BCHW.device)
+    x = (mean_BCHW + std_BCHW * noise) * vae.config.scaling_factor
+    x_a = x.clone()
+    changed = (anomalous_B3RR != normal_B3RR).flatten(1).any(dim=1)
+    if changed.any():
+        posterior = vae.encode(anomalous_B3RR[changed].to(mean_BCHW.device)).latent_dist
+        changed = changed.to(mean_BCHW.device)
+        x_a[changed] = (posterior.mean + posterior.std * noise[changed]) * vae.config.scaling_factor
     return x, x_a
 
 

@@ -18,8 +18,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from glad_core.images import to_tensor
+from glad_core.muon import Optimizers, step_all
 from pipelines.demo_data import DEFECTS
-from pipelines.muon import Optimizers, step_all
 from pipelines.small_pictures import batches, board_picture
 
 log = logging.getLogger(__name__)

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from glad_core.features import create_vit, imagenet_normalize, patch_tokens, used_blocks
 from glad_core.images import to_tensor
+from glad_core.muon import Optimizers, step_all
 from pipelines.demo_data import DEFECTS
-from pipelines.muon import Optimizers, step_all
 from pipelines.small_pictures import SIDE, batches, board_picture
 
 log = logging.getLogger(__name__)

@@ -34,13 +34,21 @@ from pipelines.small_pictures import board_picture, make_pool
 
 LOG = logging.getLogger(__name__)
 UNET_RECIPE = Recipe(
-    steps=450, batch_size=8, learning_rate=6e-4, lr_schedule="cosine", ema_decay=0.99, max_timestep=800, autocast="bf16"
+    steps=1500,
+    batch_size=16,
+    optimizer="muon",
+    learning_rate=0.02,
+    lr_schedule="cosine",
+    ema_decay=0.99,
+    max_timestep=800,
+    autocast="bf16",
 )
 # What `glad train` does with this model on a laptop CPU, unless told otherwise.
 FINE_TUNING = {
     "steps": 600,
     "batch_size": 16,
-    "learning_rate": 3e-4,
+    "optimizer": "muon",
+    "learning_rate": 0.01,
     "lr_schedule": "cosine",
     "ema_decay": 0.99,
     "max_timestep": 800,

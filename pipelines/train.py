@@ -179,7 +179,7 @@ def _run_steps(
             recent = [*recent[-49:], loss]
             mean = sum(recent) / len(recent)
             log.write(
-                json.dumps({"step": state.step, "loss": loss, "lr": state.optimizer.param_groups[0]["lr"]}) + "\n"
+                json.dumps({"step": state.step, "loss": loss, "lr": state.optimizers[0].param_groups[0]["lr"]}) + "\n"
             )
             progress.update(task, completed=state.step, note=f"loss {mean:.4f}")
             if state.step % CHECKPOINT_EVERY == 0:

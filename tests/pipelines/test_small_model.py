@@ -9,8 +9,8 @@ import torch
 pytest.importorskip("skimage", reason="needs the extra 'small-model'")
 
 from glad_core.images import to_tensor
+from glad_core.muon import Optimizers, orthogonal, step_all
 from pipelines import small_codec, small_features, small_pictures
-from pipelines.muon import Optimizers, orthogonal, step_all
 from pipelines.small_model import stage
 
 

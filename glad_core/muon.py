@@ -49,24 +49,26 @@ class Muon(torch.optim.Optimizer):
                 weight.add_(update.reshape(weight.shape), alpha=-group["lr"] * stretch)
 
 
-class Optimizers:
-    """Muon for inner matrices and convolutions, AdamW for the rest, on one warm-up and cosine schedule.
+def muon_and_adamw(model: nn.Module, rate: float, outer: Iterable[nn.Module] = ()) -> tuple[Muon, torch.optim.AdamW]:
+    """Muon at ``rate`` for inner matrices and convolutions, AdamW at a tenth of it for the rest.
 
     The weights nearest the data (``outer``, by module) stay with AdamW: their sides are colours, not features.
     """
+    kept = {id(parameter) for module in outer for parameter in module.parameters()}
+    inner = [p for p in model.parameters() if p.ndim in (2, 4) and id(p) not in kept]
+    chosen = {id(p) for p in inner}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    return Muon(inner, lr=rate), torch.optim.AdamW(rest, lr=rate / 10, betas=(0.9, 0.98), weight_decay=0.0)
+
+
+class Optimizers:
+    """`muon_and_adamw` on one warm-up and cosine schedule."""
 
     def __init__(
         self, model: nn.Module, iterations: int, rate: float = 0.02, outer: Iterable[nn.Module] = (), scale: float = 1.0
     ) -> None:
-        kept = {id(parameter) for module in outer for parameter in module.parameters()}
-        inner = [p for p in model.parameters() if p.ndim in (2, 4) and id(p) not in kept]
-        chosen = {id(p) for p in inner}
-        rest = [p for p in model.parameters() if id(p) not in chosen]
-        self.parameters = inner + rest
-        self.optimizers: list[torch.optim.Optimizer] = [
-            Muon(inner, lr=rate * scale),
-            torch.optim.AdamW(rest, lr=2e-3 * scale, betas=(0.9, 0.98), weight_decay=0.0),
-        ]
+        self.parameters = list(model.parameters())
+        self.optimizers: tuple[torch.optim.Optimizer, ...] = muon_and_adamw(model, rate * scale, outer)
 
         def factor(step: int) -> float:
             return min(1.0, (step + 1) / 30) * (0.5 + 0.5 * math.cos(math.pi * min(1.0, step / iterations)))
