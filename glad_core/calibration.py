@@ -21,6 +21,7 @@ from glad_core.settings import Settings
 # The published settings walk 30 timesteps at a time (T = 750, S = 25) and stop searching at 350 / 750 of T.
 STRIDE = 30
 MIN_STEP_SHARE = 350 / 750
+SELECTION_IMAGES = 16  # T is chosen on so many good images; δ and the threshold then use all
 
 
 def calibrate(
@@ -46,34 +47,38 @@ def calibrate(
         good: held-out good images, uint8 [R, R, 3] each, not seen in training.
         on_image: called with the number of images judged, `judged_images` in all.
     """
-    anomalous, masks = _synthetic(good, foreground_mode, seed)
-    best: tuple[float, Settings, list[float]] | None = None
-    for start_step in start_steps:
-        steps = max(1, round(start_step / STRIDE))
+    few = good[:SELECTION_IMAGES]
+    anomalous, masks = _synthetic(few, foreground_mode, seed)
+
+    def with_delta(start_step: int, images: Sequence[np.ndarray]) -> Model:
         values = model.settings.model_dump() | {
             "start_step": start_step,
-            "inference_steps": steps,
+            "inference_steps": max(1, round(start_step / STRIDE)),
             "min_step": round(start_step * MIN_STEP_SHARE),
         }
         # An unreachable δ makes every image walk, and compare, all the way down to min_step.
         walk = Settings(**values | {"delta": 1e4, "saff": False})
-        walked = _judge(replace(model, settings=walk), good, batch_size, seed, on_image)
+        walked = _judge(replace(model, settings=walk), images, batch_size, seed, on_image)
         delta = float(np.quantile([max(score for _, score in image.steps) for image in walked], 0.95))
-        settings = Settings(**values | {"delta": delta})
-        candidate = replace(model, settings=settings)
-        goods = _judge(candidate, good, batch_size, seed, on_image)
+        return replace(model, settings=Settings(**values | {"delta": delta}))
+
+    best: tuple[float, int] | None = None
+    for start_step in start_steps:
+        candidate = with_delta(start_step, few)
+        goods = _judge(candidate, few, batch_size, seed, on_image)
         bads = _judge(candidate, anomalous, batch_size, seed, on_image)
         quality = _separation(candidate, goods, bads, masks)
         if best is None or quality > best[0]:
-            best = (quality, settings, [image.score for image in goods])
+            best = (quality, start_step)
     assert best is not None
-    _, settings, scores = best
-    return settings.model_copy(update={"threshold": conformal_quantile(scores, target_fpr)})
+    chosen = with_delta(best[1], good)
+    scores = [image.score for image in _judge(chosen, good, batch_size, seed, on_image)]
+    return chosen.settings.model_copy(update={"threshold": conformal_quantile(scores, target_fpr)})
 
 
 def judged_images(good: int, start_steps: int = 6) -> int:
     """How many images `calibrate` judges, for a progress bar."""
-    return 3 * good * start_steps
+    return 3 * min(good, SELECTION_IMAGES) * start_steps + 2 * good
 
 
 def conformal_quantile(scores: Sequence[float], target_fpr: float) -> float:
