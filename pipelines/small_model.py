@@ -34,7 +34,7 @@ from pipelines.small_pictures import board_picture, make_pool
 
 LOG = logging.getLogger(__name__)
 UNET_RECIPE = Recipe(
-    steps=1500,
+    steps=2400,
     batch_size=16,
     optimizer="muon",
     learning_rate=0.02,
@@ -64,7 +64,7 @@ SETTINGS = Settings(
     match="sum",
     window=1,
 )
-HELD_OUT_BOARDS = range(10_000, 10_010)  # apart from the boards of the pool
+HELD_OUT_BOARDS = range(10_000, 10_024)  # apart from the boards of the pool
 
 
 def stage(folder: Path, make: Callable[[Path], object]) -> None:
@@ -143,7 +143,7 @@ def bundle_stage(work: Path, out: Path) -> str:
     }
     bundle.save_bundle(out, settings=SETTINGS, overwrite=True, **parts)
     held_out = [board_picture(index) for index in HELD_OUT_BOARDS]
-    settings = calibrate(bundle.load_bundle(out), held_out, start_steps=(250, 400))
+    settings = calibrate(bundle.load_bundle(out), held_out, start_steps=(250, 350, 450, 550))
     LOG.info("bundle: %s", settings)
     return bundle.update_settings(out, settings, {})
 
