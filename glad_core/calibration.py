@@ -29,7 +29,7 @@ def calibrate(
     good: Sequence[np.ndarray],
     *,
     start_steps: Sequence[int] = (250, 350, 450, 550, 650, 750),
-    foreground_mode: int = 3,
+    foreground_mode: synthesis.ForegroundMode = 3,
     target_fpr: float = 0.05,
     batch_size: int = 8,
     seed: int = 0,
@@ -87,7 +87,9 @@ def conformal_quantile(scores: Sequence[float], target_fpr: float) -> float:
     return float(np.sort(np.asarray(scores, dtype=np.float64))[min(rank, len(scores)) - 1])
 
 
-def _synthetic(good: Sequence[np.ndarray], foreground_mode: int, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
+def _synthetic(
+    good: Sequence[np.ndarray], foreground_mode: synthesis.ForegroundMode, seed: int
+) -> tuple[list[np.ndarray], np.ndarray]:
     """Each good image with a synthetic anomaly, and the masks [n, R, R]."""
     images = torch.from_numpy(np.stack(good)).permute(0, 3, 1, 2).float() / 127.5 - 1
     foreground = synthesis.foreground(images, foreground_mode) if foreground_mode != 3 else None

@@ -18,6 +18,7 @@ from torch import Tensor
 from glad_core import adaptive, features, scoring
 from glad_core.bundle import Model
 from glad_core.errors import GladError
+from glad_core.settings import Settings
 from glad_core.synthesis import object_mask
 
 
@@ -63,10 +64,9 @@ def full_size_only(model: Model) -> bool:
     return model.settings.pixel_weight_v > 0 or model.settings.foreground_mode != 3
 
 
-def full_size_map(maps_Bgg: Tensor, settings: object) -> Tensor:
+def full_size_map(maps_Bgg: Tensor, settings: Settings) -> Tensor:
     """A token-resolution map as the score sees it: resized to D and smoothed, [B, D, D]. Linear, so exact."""
-    size, sigma = settings.feature_resolution, settings.blur_sigma  # type: ignore[attr-defined]
-    return scoring.smooth(scoring.resize_map(maps_Bgg, size), sigma)
+    return scoring.smooth(scoring.resize_map(maps_Bgg, settings.feature_resolution), settings.blur_sigma)
 
 
 def final_token_map(model: Model, test_B3RR: Tensor, reconstruction_B3RR: Tensor) -> tuple[Tensor, Tensor]:

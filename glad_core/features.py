@@ -6,6 +6,7 @@ Shapes: B batch, N tokens (without class and register tokens), D embedding width
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import timm
 import torch
@@ -19,7 +20,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def create_vit(architecture: str, *, pretrained: bool = False, **args: object) -> VisionTransformer:
+def create_vit(architecture: str, *, pretrained: bool = False, **args: Any) -> VisionTransformer:
     """A frozen timm ViT without its classifier, e.g. ``vit_base_patch8_224.dino`` (the paper's, Sec. 4.2).
 
     Raises:
@@ -31,7 +32,7 @@ def create_vit(architecture: str, *, pretrained: bool = False, **args: object) -
         if "Unknown model" not in str(error):
             raise
         raise GladError(f"timm has no model '{architecture}': choose one of timm.list_models('vit*')") from error
-    if not isinstance(vit, VisionTransformer):
+    if not isinstance(vit, VisionTransformer) or vit.pos_embed is None:
         raise GladError(f"'{architecture}' is a {type(vit).__name__}; GLAD needs a timm VisionTransformer (vit_*)")
     return vit.eval().requires_grad_(False)
 
@@ -49,6 +50,7 @@ def position_embedding(vit: VisionTransformer, grid: int) -> Tensor:
     sets the sampling positions, so resizing to a size (as timm does) gives other numbers.
     """
     table = vit.pos_embed
+    assert table is not None  # create_vit saw to it
     prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
     native = round((table.shape[1] - prefix) ** 0.5)
     if grid == native:

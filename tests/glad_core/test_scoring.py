@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+from glad_core import scoring
+
+
+def cosine_distances(query: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    return 1 - torch.nn.functional.cosine_similarity(query[:, :, None], reference[:, None], dim=-1)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 512])
+def test_nearest_distance_is_the_minimum_over_all_positions(rows: int) -> None:
+    query, reference = torch.randn(2, 25, 8), torch.randn(2, 25, 8)
+    expected = cosine_distances(query, reference).amin(dim=2)
+    torch.testing.assert_close(scoring.nearest_distance(query, reference, rows), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("radius", [0, 1, 2])
+def test_window_distance_is_the_minimum_nearby(radius: int) -> None:
+    side = 5
+    query, reference = torch.randn(2, side**2, 8), torch.randn(2, side**2, 8)
+    distances = cosine_distances(query, reference)
+    places = torch.cartesian_prod(torch.arange(side), torch.arange(side))
+    far = (places[:, None] - places[None]).abs().amax(dim=-1) > radius
+    expected = distances.masked_fill(far, 2.0).amin(dim=2)
+    torch.testing.assert_close(scoring.window_distance(query, reference, radius), expected, rtol=0, atol=1e-6)
+
+
+def test_a_part_with_a_twin_elsewhere_is_seen_by_the_aligned_match_only() -> None:
+    test, rebuilt = torch.eye(9)[None].repeat(1, 1, 1), torch.eye(9)[None].clone()
+    test[0, 4] = test[0, 0]  # the part at 4 is gone; what is there now also exists at 0
+    anywhere = scoring.token_map([test], [rebuilt], match="anywhere", radius=0, bidirectional=False)
+    aligned = scoring.token_map([test], [rebuilt], match="window", radius=0, bidirectional=False)
+    both = scoring.token_map([test], [rebuilt], match="sum", radius=0, bidirectional=False)
+    assert anywhere.max() < 1e-6
+    assert aligned[0, 1, 1] == pytest.approx(1)
+    assert torch.equal(both, anywhere + aligned)
+    assert scoring.token_map([test], [rebuilt], match="anywhere", radius=0, bidirectional=True)[0, 1, 1] > 0.9
+
+
+def test_pixel_distance_per_image_does_not_depend_on_neighbours() -> None:
+    maps, distance = torch.rand(3, 6, 6), torch.rand(3, 6, 6)
+    together = scoring.add_pixel_distance(maps, distance, 2.0, scope="image")
+    alone = scoring.add_pixel_distance(maps[1:2], distance[1:2], 2.0, scope="image")
+    assert torch.equal(together[1:2], alone)
+    batch = scoring.add_pixel_distance(maps, distance, 2.0, scope="batch")
+    torch.testing.assert_close(batch, maps + 2 * maps.max() / distance.max() * distance)
+
+
+def test_image_score_is_the_mean_of_the_largest_pixels() -> None:
+    maps = torch.arange(16.0).view(1, 4, 4)
+    assert scoring.image_score(maps, 3).item() == 14
+    assert scoring.image_score(maps, 250).item() == pytest.approx(7.5)
+    assert torch.equal(scoring.smooth(maps, 0), maps)
