@@ -1,0 +1,30 @@
+import numpy as np
+import pytest
+
+from glad_core import calibration
+from glad_core.bundle import load_bundle
+from glad_core.detect import Request, detect
+
+
+def test_conformal_quantile_keeps_its_promise() -> None:
+    """Over many draws, a new score exceeds the quantile of n others with probability at most α."""
+    rng = np.random.default_rng(0)
+    exceeded = [rng.normal() > calibration.conformal_quantile(rng.normal(size=39).tolist(), 0.1) for _ in range(4000)]
+    assert 0.08 < np.mean(exceeded) < 0.115
+    assert calibration.conformal_quantile([3.0, 1.0, 2.0], 0.05) == 3.0  # too few for 5 %: the largest
+
+
+def test_calibration_sets_the_steps_and_the_threshold_from_good_images(tiny_bundle) -> None:
+    model = load_bundle(tiny_bundle)
+    rng = np.random.default_rng(0)
+    good = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(5)]
+    judged: list[int] = []
+    settings = calibration.calibrate(model, good, start_steps=(120, 240), on_image=judged.append)
+    assert sum(judged) == calibration.judged_images(5, 2)
+    assert settings.start_step in (120, 240)
+    assert settings.inference_steps == settings.start_step // 30
+    assert settings.min_step == round(settings.start_step * 350 / 750)
+    assert settings.delta > 0
+    again = load_bundle(tiny_bundle, settings=settings)
+    scores = [result.score for result in detect(again, [Request(str(i), image) for i, image in enumerate(good)])]
+    assert settings.threshold == pytest.approx(max(scores), abs=1e-4)
