@@ -133,6 +133,8 @@ def good_images(dataset: Path, category: str | None) -> tuple[str, list[Path]]:
         known = sorted(path.parent.parent.name for path in dataset.glob("*/train/good"))
         if not known:
             raise GladError(f"{dataset}: no category with train/good in it; an MVTec-AD layout is expected")
+        if category is None and len(known) == 1:
+            return good_images(dataset, known[0])
         if category is None:
             raise GladError(f"{dataset} holds {len(known)} categories ({', '.join(known)}): pick one with --category")
         raise GladError(f"{dataset} has no category '{category}'{did_you_mean(category, known)}")
