@@ -56,6 +56,10 @@ def train(request: TrainRequest, console: Console) -> str:
     manifest = bundle.read_manifest(request.base)
     if request.out.exists():
         raise GladError(f"{request.out} already exists: choose another --out or remove it")
+    try:
+        torch.empty(0, device=request.device)
+    except (RuntimeError, AssertionError) as error:
+        raise GladError(f"--device {request.device} cannot be used on this machine; try cpu") from error
     settings = Settings.parse(manifest.settings, str(request.base))
     recommended = manifest.provenance.get("recipe", {})
     recipe = training.Recipe(**recommended | {k: v for k, v in request.recipe.items() if v is not None})

@@ -94,6 +94,7 @@ def test_mistakes_are_one_line(tmp_path, dataset, tiny_bundle):
     refused(train(tmp_path, *rest), "no category with train/good")
     refused(train(dataset, "--base", tmp_path, "--out", out), "not a GLAD bundle")
     refused(train(dataset, "--category", "part", "--base", tiny_bundle, "--out", tiny_bundle), "already exists")
+    refused(train(dataset, "--category", "part", "--device", "gpu7", *rest), "--device gpu7 cannot be used")
     refused(train(dataset, "--category", "part", "--textures", tmp_path, *rest), "no texture images")
 
     few = tmp_path / "few" / "train" / "good"
