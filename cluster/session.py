@@ -44,7 +44,7 @@ def connect(address: str | None = None) -> None:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             where = f"the Ray cluster at {address}" if address else "Ray on this machine"
             raise SessionError(f"cannot use {where}: {reason}; check --address and the authentication token") from error
-    _configure_ray_data()
+    configure_ray_data()
 
 
 def resources() -> dict[str, float]:
@@ -54,7 +54,20 @@ def resources() -> dict[str, float]:
     return dict(ray.cluster_resources())
 
 
-def _configure_ray_data() -> None:
+def root_cause(error: BaseException, *kinds: type[Exception]) -> BaseException:
+    """The exception of one of ``kinds`` behind Ray's wrapping, for its one line; Ray's own where there is none."""
+    seen: BaseException | None = error
+    while seen is not None:
+        # Ray's wrapper of a task's error also is an instance of that error's class: look inside it first.
+        inner = getattr(seen, "cause", None) or seen.__cause__
+        if isinstance(seen, kinds) and not hasattr(seen, "cause"):
+            return seen
+        seen = inner
+    return error
+
+
+def configure_ray_data() -> None:
+    """Ray Data's settings for this process; a worker that streams data itself calls it as well."""
     import ray.data
 
     context = ray.data.DataContext.get_current()

@@ -8,7 +8,9 @@ pickled, so that remote tasks read with what the command was started with.
 from __future__ import annotations
 
 import os
+import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -140,6 +142,35 @@ class Storage:
                 if "PreconditionFailed" in str(error) or "pre-conditions" in str(error):
                     return False
                 raise
+
+    def publish(self, folder: Path, uri: str, last: str) -> bool:
+        """Copy a local folder to ``uri``: whole or not at all, with the file ``last`` appearing after all others.
+
+        Returns:
+            False where ``last`` is there already, so that somebody else was first.
+        """
+        if self.kind(join(uri, last)) == "file":
+            return False
+        with clear_errors(uri, self):
+            if is_s3(uri):
+                names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+                for name in [name for name in names if name != last] + [last]:
+                    self.write(join(uri, name), (folder / name).read_bytes())
+                return True
+            target = Path(local_path(uri))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+            try:
+                shutil.copytree(folder, partial, dirs_exist_ok=True)
+                partial.chmod(0o755)  # mkdtemp makes it private
+                partial.rename(target)
+            except OSError:
+                if not (target / last).is_file():
+                    raise
+                return False
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+        return True
 
     def delete_folder(self, uri: str) -> None:
         """Remove everything below ``uri``; nothing there is fine."""

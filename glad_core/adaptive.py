@@ -57,6 +57,7 @@ def reconstruct(
     eps_BCHW: Tensor,
     posterior_noise_BCHW: Tensor,
     *,
+    prompts_BLD: Tensor | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Reconstruction:
     """Rebuild images as they would look if they were good (Fig. 2).
@@ -66,12 +67,14 @@ def reconstruct(
         images_B3RR: x^a as pixels, [B, 3, R, R] in [-1, 1].
         eps_BCHW: ε, the noise added to every image, standard normal; the same ε serves all its timesteps.
         posterior_noise_BCHW: standard normal noise of the VAE's posterior sample.
+        prompts_BLD: the UNet's condition for every image; the bundle's one prompt when None.
         on_step: called after every pass of the loop.
     """
     s = model.settings
     alphas = model.alphas
     batch = images_B3RR.shape[0]
     z = encode(model, images_B3RR, posterior_noise_BCHW)
+    cond = model.prompt_cond.expand(batch, -1, -1) if prompts_BLD is None else prompts_BLD
 
     ts = torch.tensor(schedule.timesteps(s.start_step, s.inference_steps), device=z.device)
     stride = s.start_step // s.inference_steps
@@ -85,7 +88,7 @@ def reconstruct(
     while (k < len(ts)).any():
         rows = (k < len(ts)).nonzero()[:, 0]
         t = ts[k[rows]]
-        eps_hat = predict_noise(model, x[rows], t)
+        eps_hat = predict_noise(model, x[rows], t, cond[rows])
         x0_hat = schedule.predict_x0(alphas, x[rows], eps_hat, t)  # x̂_{t→0}, Eq. 2
         x0 = x0_hat.clone()
         step = Step(rows, t, eps_hat, x0_hat, x0, x0, searching[rows].clone())
@@ -96,7 +99,7 @@ def reconstruct(
             images = rows[live]
             # x^a_{t→0}: the directly noised input, cleaned. The released code reuses ε_θ(x̂_t, t) for it.
             x_a = schedule.add_noise(alphas, z[images], eps_BCHW[images], t[live])
-            eps_a = eps_hat[live] if s.variant == "official" else predict_noise(model, x_a, t[live])
+            eps_a = eps_hat[live] if s.variant == "official" else predict_noise(model, x_a, t[live], cond[images])
             x0_true = schedule.predict_x0(alphas, x_a, eps_a, t[live])
             map_bhw, score = compare(model, x0_true, x0_hat[live])
             for image, timestep, value in zip(images.tolist(), t[live].tolist(), score.tolist(), strict=True):
@@ -171,13 +174,12 @@ def fuse(map_bhw: Tensor, x0_hat_BCHW: Tensor, x0_true_BCHW: Tensor) -> Tensor:
     return m * x0_hat_BCHW + (1 - m) * x0_true_BCHW
 
 
-def predict_noise(model: Model, x_t_BCHW: Tensor, t_B: Tensor) -> Tensor:
+def predict_noise(model: Model, x_t_BCHW: Tensor, t_B: Tensor, cond_BLD: Tensor) -> Tensor:
     """ε_θ(x_t, t) with classifier-free guidance: ε_u + w·(ε_c - ε_u). At w = 1 the unconditional call is left out."""
     w = model.settings.guidance_scale
-    cond = model.prompt_cond.expand(len(t_B), -1, -1)
     if w == 1:
-        return model.unet(x_t_BCHW, t_B, encoder_hidden_states=cond).sample
-    prompts = torch.cat([model.prompt_uncond.expand(len(t_B), -1, -1), cond])
+        return model.unet(x_t_BCHW, t_B, encoder_hidden_states=cond_BLD).sample
+    prompts = torch.cat([model.prompt_uncond.expand(len(t_B), -1, -1), cond_BLD])
     eps = model.unet(torch.cat([x_t_BCHW, x_t_BCHW]), torch.cat([t_B, t_B]), encoder_hidden_states=prompts).sample
     eps_uncond, eps_cond = eps.chunk(2)
     return eps_uncond + w * (eps_cond - eps_uncond)

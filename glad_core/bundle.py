@@ -13,7 +13,8 @@ import hashlib
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,10 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded bundle. ``alphas`` is ᾱ_t [1000]; prompts are [1, L, D]; ``vae_factor`` pixels per latent."""
+    """A loaded bundle. ``alphas`` is ᾱ_t [1000]; prompts are [1, L, D]; ``vae_factor`` pixels per latent.
+
+    A bundle for several categories has a prompt for each in ``prompts``; one for a single category has none there.
+    """
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
@@ -81,10 +85,27 @@ class Model:
     model_id: str
     device: torch.device
     dtype: torch.dtype
+    prompts: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def vae_factor(self) -> int:
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def prompts_for(self, categories: Sequence[str | None]) -> Tensor:
+        """The UNet's condition for images of these categories, [B, L, D].
+
+        Raises:
+            GladError: the bundle is for several categories, and this is none of them.
+        """
+        if not self.prompts:
+            return self.prompt_cond.expand(len(categories), -1, -1)
+        for category in categories:
+            if category not in self.prompts:
+                raise GladError(
+                    f"category '{category}' is none of this bundle's ({', '.join(sorted(self.prompts))}); "
+                    "score a folder whose subfolders are named like them, or give --category"
+                )
+        return torch.cat([self.prompts[str(category)] for category in categories])
 
 
 def save_bundle(
@@ -99,6 +120,7 @@ def save_bundle(
     settings: Settings,
     category: str,
     provenance: dict[str, Any],
+    prompts: dict[str, Tensor] | None = None,
     final_features: VisionTransformer | None = None,
     scheduler_config: dict[str, Any] | None = None,
     overwrite: bool = False,
@@ -108,6 +130,7 @@ def save_bundle(
     Args:
         path: local folder to create.
         features_config: ``{"architecture": timm name, "args": keyword arguments}`` that rebuild ``features``.
+        prompts: one [1, L, D] embedding per category, in a bundle for several.
         scheduler_config: diffusers scheduler configuration; Stable Diffusion's β schedule by default.
         overwrite: replace a bundle that is already there.
 
@@ -127,9 +150,11 @@ def save_bundle(
         _save_vit(partial / "features", features, features_config)
         if final_features is not None:
             _save_vit(partial / "final_features", final_features, features_config)
-        prompts = {"cond": prompt_cond.contiguous(), "uncond": prompt_uncond.clone().contiguous()}
-        save_file(prompts, partial / "prompt.safetensors")
-        manifest = _write_manifest(partial, settings, category, provenance)
+        stored = {"cond": prompt_cond, "uncond": prompt_uncond}
+        stored |= {f"cond/{name}": value for name, value in (prompts or {}).items()}
+        stored = {name: value.detach().clone().contiguous() for name, value in stored.items()}
+        save_file(stored, partial / "prompt.safetensors")
+        manifest = _write_manifest(partial, settings.model_dump(), category, provenance)
         partial.chmod(0o755)  # mkdtemp makes it private
         if path.exists():
             shutil.rmtree(path)
@@ -142,7 +167,8 @@ def save_bundle(
 def update_settings(path: str | Path, settings: Settings, provenance: dict[str, Any]) -> str:
     """Give an existing bundle new settings (after calibration); weights stay. Returns the new model id."""
     manifest = read_manifest(path)
-    return _write_manifest(Path(path), settings, manifest.category, {**manifest.provenance, **provenance}).model_id
+    provenance = manifest.provenance | provenance
+    return _write_manifest(Path(path), settings.model_dump(), manifest.category, provenance).model_id
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -191,8 +217,7 @@ def verify(path: str | Path) -> Manifest:
     for name, entry in sorted(manifest.files.items()):
         if _sha256(path / name) != entry.sha256:
             raise GladError(f"{path}: damaged bundle, {name} does not match its sha256; copy the bundle again")
-    settings = Settings.parse(manifest.settings, str(path / MANIFEST))
-    if _model_id(settings, manifest.category, manifest.files) != manifest.model_id:
+    if _model_id(manifest.settings, manifest.category, manifest.files) != manifest.model_id:
         raise GladError(f"{path}: {MANIFEST} was changed by hand, its model id no longer fits; use `glad` to change it")
     return manifest
 
@@ -231,6 +256,11 @@ def load_bundle(
         final_features=final,
         prompt_cond=prompts["cond"].to(device, dtype),
         prompt_uncond=prompts["uncond"].to(device, dtype),
+        prompts={
+            name.removeprefix("cond/"): value.to(device, dtype)
+            for name, value in sorted(prompts.items())
+            if name.startswith("cond/")
+        },
         alphas=scheduler.alphas_cumprod.to(device),
         settings=settings,
         category=manifest.category,
@@ -280,14 +310,14 @@ def _check_fit(model: Model, where: str) -> None:
         )
 
 
-def _write_manifest(path: Path, settings: Settings, category: str, provenance: dict[str, Any]) -> Manifest:
+def _write_manifest(path: Path, settings: dict[str, Any], category: str, provenance: dict[str, Any]) -> Manifest:
     names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file() and file.name != MANIFEST)
     files = {name: FileEntry(size=(path / name).stat().st_size, sha256=_sha256(path / name)) for name in names}
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         model_id=_model_id(settings, category, files),
         category=category,
-        settings=settings.model_dump(),
+        settings=settings,
         provenance=provenance,
         versions={name: version(name) for name in ("glad-ray", "torch", "diffusers", "timm")},
         files=files,
@@ -298,9 +328,9 @@ def _write_manifest(path: Path, settings: Settings, category: str, provenance: d
     return manifest
 
 
-def _model_id(settings: Settings, category: str, files: dict[str, FileEntry]) -> str:
+def _model_id(settings: dict[str, Any], category: str, files: dict[str, FileEntry]) -> str:
     content = {
-        "settings": settings.model_dump(),
+        "settings": settings,
         "category": category,
         "files": {name: entry.sha256 for name, entry in sorted(files.items())},
     }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ def calibrate(
     model: Model,
     good: Sequence[np.ndarray],
     *,
+    categories: Sequence[str] | None = None,
     start_steps: Sequence[int] = (250, 350, 450, 550, 650, 750),
     foreground_mode: synthesis.ForegroundMode = 3,
     target_fpr: float = 0.05,
@@ -45,12 +46,16 @@ def calibrate(
 
     Args:
         good: held-out good images, uint8 [R, R, 3] each, not seen in training.
+        categories: of the images, where the bundle serves several; each then gets a threshold of its own.
         on_image: called with the number of images judged, `judged_images` in all.
     """
-    few = good[:SELECTION_IMAGES]
+    kinds = list(categories) if categories is not None else [model.category] * len(good)
+    # Evenly spread, so that every category has its say.
+    picked = [round(place) for place in np.linspace(0, len(good) - 1, min(len(good), SELECTION_IMAGES))]
+    few, few_kinds = [good[index] for index in picked], [kinds[index] for index in picked]
     anomalous, masks = _synthetic(few, foreground_mode, seed)
 
-    def with_delta(start_step: int, images: Sequence[np.ndarray]) -> Model:
+    def with_delta(start_step: int, images: Sequence[np.ndarray], kinds: Sequence[str]) -> Model:
         values = model.settings.model_dump() | {
             "start_step": start_step,
             "inference_steps": max(1, round(start_step / STRIDE)),
@@ -58,22 +63,87 @@ def calibrate(
         }
         # An unreachable δ makes every image walk, and compare, all the way down to min_step.
         walk = Settings(**values | {"delta": 1e4, "saff": False})
-        walked = _judge(replace(model, settings=walk), images, batch_size, seed, on_image)
+        walked = _judge(replace(model, settings=walk), images, kinds, batch_size, seed, on_image)
         delta = float(np.quantile([max(score for _, score in image.steps) for image in walked], 0.95))
         return replace(model, settings=Settings(**values | {"delta": delta}))
 
     best: tuple[float, int] | None = None
     for start_step in start_steps:
-        candidate = with_delta(start_step, few)
-        goods = _judge(candidate, few, batch_size, seed, on_image)
-        bads = _judge(candidate, anomalous, batch_size, seed, on_image)
+        candidate = with_delta(start_step, few, few_kinds)
+        goods = _judge(candidate, few, few_kinds, batch_size, seed, on_image)
+        bads = _judge(candidate, anomalous, few_kinds, batch_size, seed, on_image)
         quality = _separation(candidate, goods, bads, masks)
         if best is None or quality > best[0]:
             best = (quality, start_step)
     assert best is not None
-    chosen = with_delta(best[1], good)
-    scores = [image.score for image in _judge(chosen, good, batch_size, seed, on_image)]
-    return chosen.settings.model_copy(update={"threshold": conformal_quantile(scores, target_fpr)})
+    chosen = with_delta(best[1], good, kinds)
+    scores = np.array([image.score for image in _judge(chosen, good, kinds, batch_size, seed, on_image)])
+    thresholds = {"threshold": conformal_quantile(scores, target_fpr)}
+    if model.prompts:
+        of = np.array(kinds)
+        each = {kind: conformal_quantile(scores[of == kind], target_fpr) for kind in sorted(set(kinds))}
+        return chosen.settings.model_copy(update=thresholds | {"thresholds": each})
+    return chosen.settings.model_copy(update=thresholds)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Image AUROC of two models on the same good images and synthetic anomalies.
+
+    ``low`` is the lower end of the 95 % bootstrap interval of (new - old).
+    """
+
+    new: float
+    old: float
+    low: float
+    margin: float
+
+    @property
+    def passed(self) -> bool:
+        """No worse than the old one beyond the margin."""
+        return self.low >= -self.margin
+
+    def describe(self) -> str:
+        change = self.new - self.old
+        return f"AUROC {self.new:.3f} against {self.old:.3f}, {change:+.3f} (at worst {self.low:+.3f})"
+
+
+def compare(
+    new: Model,
+    old: Model,
+    good_new: Sequence[np.ndarray],
+    good_old: Sequence[np.ndarray],
+    foreground_mode: synthesis.ForegroundMode,
+    margin: float,
+    seed: int = 1,
+    resamples: int = 1000,
+) -> Comparison:
+    """Whether ``new`` detects no worse than ``old``, as far as good images can tell.
+
+    Args:
+        good_new, good_old: the same held-out good images at either model's resolution, uint8 [R, R, 3] each.
+        seed: of the anomalies; not the one `calibrate` chose T with.
+    """
+    scores = []
+    for model, good in ((new, good_new), (old, good_old)):
+        anomalous, _ = _synthetic(good, foreground_mode, seed)
+        kinds = [model.category] * (2 * len(good))
+        judged = _judge(model, [*good, *anomalous], kinds, 8, seed, lambda done: None)
+        scores.append(np.array([image.score for image in judged]))
+    labels = np.repeat([0, 1], len(good_new))
+
+    def auroc(which: int, rows: np.ndarray) -> float:
+        return metrics.image_metrics(scores[which][rows], labels[rows])["AUROC"]
+
+    rng = np.random.default_rng(seed)
+    size = len(good_new)
+    differences = []
+    for _ in range(resamples):
+        rows = np.concatenate([rng.integers(0, size, size), size + rng.integers(0, size, size)])
+        differences.append(auroc(0, rows) - auroc(1, rows))
+    everything = np.arange(2 * size)
+    low = float(np.quantile(differences, 0.025))
+    return Comparison(auroc(0, everything), auroc(1, everything), low, margin)
 
 
 def judged_images(good: int, start_steps: int = 6) -> int:
@@ -81,7 +151,7 @@ def judged_images(good: int, start_steps: int = 6) -> int:
     return 3 * min(good, SELECTION_IMAGES) * start_steps + 2 * good
 
 
-def conformal_quantile(scores: Sequence[float], target_fpr: float) -> float:
+def conformal_quantile(scores: Sequence[float] | np.ndarray, target_fpr: float) -> float:
     """The ⌈(n + 1)(1 - α)⌉-th smallest score (split conformal prediction); the largest when n is too small for α."""
     rank = math.ceil((len(scores) + 1) * (1 - target_fpr))
     return float(np.sort(np.asarray(scores, dtype=np.float64))[min(rank, len(scores)) - 1])
@@ -102,10 +172,15 @@ def _synthetic(
 
 
 def _judge(
-    model: Model, images: Sequence[np.ndarray], batch_size: int, seed: int, on_image: Callable[[int], None]
+    model: Model,
+    images: Sequence[np.ndarray],
+    kinds: Sequence[str],
+    batch_size: int,
+    seed: int,
+    on_image: Callable[[int], None],
 ) -> list[Detection]:
     judged: dict[str, Detection] = {}
-    requests = [Request(str(index), image) for index, image in enumerate(images)]
+    requests = [Request(str(index), image, kinds[index]) for index, image in enumerate(images)]
     for start in range(0, len(requests), batch_size):
         batch = requests[start : start + batch_size]
         judged |= {result.image_id: result for result in detect(model, batch, seed)}

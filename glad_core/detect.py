@@ -24,10 +24,11 @@ from glad_core.synthesis import object_mask
 
 @dataclass(frozen=True)
 class Request:
-    """One image to judge: uint8 [R, R, 3] RGB at the bundle's resolution R."""
+    """One image to judge: uint8 [R, R, 3] RGB at the bundle's resolution R; its category chooses the prompt."""
 
     image_id: str
     image: np.ndarray
+    category: str | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ def detect(model: Model, requests: Sequence[Request], seed: int = 0) -> Iterator
     noises = [image_noise(request.image_id, seed, shape) for request in requests]
     eps, posterior_noise = (torch.stack(part).to(model.device, model.dtype) for part in zip(*noises, strict=True))
 
-    result = adaptive.reconstruct(model, images, eps, posterior_noise)
+    prompts = model.prompts_for([request.category for request in requests])
+    result = adaptive.reconstruct(model, images, eps, posterior_noise, prompts_BLD=prompts)
     test = adaptive.decode(model, result.input_latents) if s.compare_with == "round_trip" else images
     token_maps, distance = final_token_map(model, test, result.images)
     if full_size_only(model):

@@ -55,9 +55,10 @@ def muon_and_adamw(model: nn.Module, rate: float, outer: Iterable[nn.Module] = (
     The weights nearest the data (``outer``, by module) stay with AdamW: their sides are colours, not features.
     """
     kept = {id(parameter) for module in outer for parameter in module.parameters()}
-    inner = [p for p in model.parameters() if p.ndim in (2, 4) and id(p) not in kept]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    inner = [p for p in trained if p.ndim in (2, 4) and id(p) not in kept]
     chosen = {id(p) for p in inner}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
+    rest = [p for p in trained if id(p) not in chosen]
     return Muon(inner, lr=rate), torch.optim.AdamW(rest, lr=rate / 10, betas=(0.9, 0.98), weight_decay=0.0)
 
 

@@ -41,6 +41,7 @@ class Settings(BaseModel):
     )
     window: int = Field(0, ge=0, description="radius of the window match, tokens; 0 is the same place only")
     threshold: float | None = Field(None, description="image score above which an image is called anomalous")
+    thresholds: dict[str, float] = Field({}, description="of single categories, in a bundle for several")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -49,6 +50,10 @@ class Settings(BaseModel):
                 f"inference_steps {self.inference_steps} is larger than start_step {self.start_step}: lower it"
             )
         return self
+
+    def threshold_for(self, category: str | None) -> float | None:
+        """The threshold of one category: its own in a bundle for several, else the bundle's."""
+        return self.thresholds.get(category or "", self.threshold)
 
     @classmethod
     def parse(cls, values: dict[str, Any], where: str) -> Settings:

@@ -9,18 +9,13 @@ Shapes: B batch, H W image, M texture pool.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
-
-from glad_core.errors import GladError
 
 ForegroundMode = Literal[1, 2, 3]
 
@@ -45,7 +40,7 @@ def synthesize(
     Args:
         images_B3HW: good images, float32 in [-1, 1], on the CPU.
         seeds: one per image; all that happens to an image follows from its seed, itself and the texture pool.
-        textures: [M, 3, H', W'] in [-1, 1]; without a pool an augmented copy of the image itself is the texture.
+        textures: pool of pictures, uint8 [M, H', W', 3]; without one an augmented copy of the image is the texture.
         foreground_BHW: bool; anomalies stay on it.
         probability: chance of an anomaly; the other images come back unchanged.
 
@@ -123,27 +118,6 @@ def object_mask(images_B3HW: Tensor, mode: ForegroundMode, sigma: float = 6.0) -
     return TF.gaussian_blur(wide, [taps, taps], [sigma, sigma])[:, 0].to(images_B3HW.device)
 
 
-def load_textures(folder: Path, size: int, limit: int) -> Tensor:
-    """The first ``limit`` readable images below ``folder``, resized: float32 [M, 3, size, size] in [-1, 1].
-
-    Raises:
-        GladError: no image there.
-    """
-    pool: list[Tensor] = []
-    for path in sorted(folder.rglob("*")):
-        if len(pool) == limit:
-            break
-        try:
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow raises by kind of damage
-            continue
-        pool.append(torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1)
-    if not pool:
-        raise GladError(f"{folder}: no texture images in it; name a folder of pictures such as DTD's")
-    return torch.stack(pool)
-
-
 def _anomaly_mask(size: tuple[int, int], generator: torch.Generator, allowed_HW: Tensor | None) -> Tensor:
     """A thresholded, rotated Perlin field on the allowed region, [H, W] of 0 and 1; redrawn while it is empty."""
     for _ in range(MASK_TRIES):
@@ -165,7 +139,8 @@ def _texture(image_3HW: Tensor, textures: Tensor | None, generator: torch.Genera
     size = list(image_3HW.shape[-2:])
     if textures is not None:
         pick = int(torch.randint(len(textures), (1,), generator=generator))
-        picked = TF.resize(textures[pick], size, antialias=True).to(image_3HW.dtype)
+        picked = textures[pick].permute(2, 0, 1).float() / 127.5 - 1
+        picked = TF.resize(picked, size, antialias=True)
         return _augmented(picked, generator)
     turned = TF.rotate(image_3HW, 360 * _uniform(generator), interpolation=v2.InterpolationMode.BILINEAR)
     return _augmented(TF.horizontal_flip(turned), generator)

@@ -39,6 +39,13 @@ app = typer.Typer(
 )
 
 
+Part = StrEnum("Part", ["unet", "dino", "vae"])
+Precision = StrEnum("Precision", ["off", "bf16", "fp16"])
+Optimizer = StrEnum("Optimizer", ["adamw", "adamw8bit", "muon"])
+Device = StrEnum("Device", ["cpu", "cuda", "mps"])
+Promote = StrEnum("Promote", ["always", "gate", "never"])
+
+
 class Maps(StrEnum):
     token = "token"
     full = "full"
@@ -132,27 +139,148 @@ def demo(
 
 @app.command()
 def train(
-    dataset: Annotated[Path, typer.Argument(help="MVTec-AD tree, or one category's folder with train/good in it")],
-    out: Annotated[Path, typer.Option(help="Bundle to write")],
-    category: Annotated[str | None, typer.Option(help="Category within the tree")] = None,
-    base: Annotated[Path | None, typer.Option(help="Bundle to start from; the embedded small one by default")] = None,
+    dataset: Annotated[str, typer.Argument(help="MVTec-AD tree, or one category's folder with train/good in it")],
+    out: Annotated[str, typer.Option(help="Bundle to write, local or s3://")],
+    category: Annotated[
+        str | None, typer.Option(help="Category within the tree; a,b,c or all: one model for several")
+    ] = None,
+    base: Annotated[str, typer.Option(help="Bundle to start from; 'small' is the embedded one")] = "small",
+    part: Annotated[Part, typer.Option(help="What to train: the UNet (ATP), or adapt the DINO or the VAE")] = Part.unet,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; the base recommends")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images per step; the base recommends")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="The base recommends")] = None,
-    textures: Annotated[Path | None, typer.Option(help="Folder of texture pictures for synthetic anomalies")] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=0, help="The base recommends")] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="Images per pass and worker; gradients accumulate to --batch-size")
+    ] = None,
+    precision: Annotated[Precision | None, typer.Option(help="Of the matrix products; the base recommends")] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option("--gradient-checkpointing", help="Less memory, a third more time")
+    ] = None,
+    optimizer: Annotated[Optimizer | None, typer.Option(help="adamw8bit needs bitsandbytes and a GPU")] = None,
+    ema: Annotated[float | None, typer.Option(min=0, max=1, help="Decay of averaged weights; the base says")] = None,
+    textures: Annotated[str | None, typer.Option(help="Folder of texture pictures for synthetic anomalies")] = None,
     target_fpr: Annotated[float, typer.Option(min=0.001, max=0.5, help="False-positive rate of the threshold")] = 0.05,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything random")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda or mps")] = "cpu",
+    workers: Annotated[int, typer.Option(min=1, help="Processes training together, one GPU each")] = 1,
+    device: Annotated[Device | None, typer.Option(help="cuda where there is a GPU, else cpu")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster: host:port or auto; else this machine")] = None,
 ) -> None:
     """Fine-tune a bundle on good images (ATP) and calibrate it; the same command goes on after being killed."""
-    from pipelines.model_source import SMALL_BUNDLE
     from pipelines.train import TrainRequest
     from pipelines.train import train as run
 
-    recipe = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
-    request = TrainRequest(dataset, category, base or SMALL_BUNDLE, out, recipe, textures, device, target_fpr)
+    recipe = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "micro_batch": micro_batch,
+        "autocast": precision,
+        "gradient_checkpointing": gradient_checkpointing,
+        "optimizer": optimizer,
+        "ema_decay": ema,
+        "seed": seed,
+    }
+    request = TrainRequest(
+        dataset=dataset,
+        category=category,
+        base=base,
+        out=out,
+        recipe=recipe,
+        part=part.value,  # type: ignore[arg-type]
+        textures=textures,
+        device=device,
+        workers=workers,
+        target_fpr=target_fpr,
+        address=address,
+    )
     model_id = run(request, Console())
-    Console().print(f"bundle {model_id} in {escape(str(out))}", highlight=False)
+    Console().print(f"bundle {model_id} in {escape(out)}", highlight=False)
+
+
+@app.command()
+def retrain(
+    dataset: Annotated[str, typer.Argument(help="MVTec-AD tree, local or s3://")],
+    out: Annotated[str, typer.Option(help="Model registry: a folder, local or s3://")],
+    categories: Annotated[str, typer.Option(help="all, or a,b,c")] = "all",
+    base: Annotated[str, typer.Option(help="Bundle to start from; 'small' is the embedded one")] = "small",
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; the base recommends")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images per step; the base recommends")] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=0, help="The base recommends")] = None,
+    textures: Annotated[str | None, typer.Option(help="Folder of texture pictures for synthetic anomalies")] = None,
+    target_fpr: Annotated[float, typer.Option(min=0.001, max=0.5, help="False-positive rate of the threshold")] = 0.05,
+    promote: Annotated[
+        Promote, typer.Option(help="gate: only a version that detects no worse goes live")
+    ] = Promote.gate,
+    margin: Annotated[float, typer.Option(min=0, max=1, help="AUROC that the gate lets a version lose")] = 0.02,
+    max_parallel: Annotated[int | None, typer.Option(min=1, help="Categories at a time; as many as fit")] = None,
+    workers_per_category: Annotated[int, typer.Option(min=1, help="Processes training one category")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random")] = 0,
+    device: Annotated[Device | None, typer.Option(help="cuda where there is a GPU, else cpu")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster: host:port or auto; else this machine")] = None,
+) -> None:
+    """Retrain categories side by side into a registry; again, it does what is missing. Exit code 1 if any failed."""
+    from pipelines import retrain as job
+    from pipelines.train import TrainRequest
+
+    recipe = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
+    request = TrainRequest(
+        dataset=dataset,
+        category=categories,
+        base=base,
+        out=out,
+        recipe=recipe,
+        textures=textures,
+        device=device,
+        workers=workers_per_category,
+        target_fpr=target_fpr,
+        address=address,
+    )
+    if not job.retrain(job.RetrainRequest(request, max_parallel, promote.value, margin), Console()):  # type: ignore[arg-type]
+        raise typer.Exit(STOPPED)
+
+
+registries = typer.Typer(cls=OneLineErrors, no_args_is_help=True, help="Look at a model registry and switch versions.")
+app.add_typer(registries, name="registry")
+Registry = Annotated[str, typer.Argument(help="The --out of a `glad retrain`, local or s3://")]
+Category = Annotated[str, typer.Argument(help="Category in the registry")]
+
+
+@registries.command("list")
+def registry_list(registry: Registry) -> None:
+    """Every category's current version."""
+    from pipelines.registry import print_list
+
+    print_list(registry, Console())
+
+
+@registries.command("show")
+def registry_show(registry: Registry, category: Category) -> None:
+    """A category's versions."""
+    from pipelines.registry import print_versions
+
+    print_versions(registry, category, Console())
+
+
+@registries.command("promote")
+def registry_promote(
+    registry: Registry, category: Category, version: Annotated[str, typer.Argument(help="Version to score with")]
+) -> None:
+    """Make a version the current one."""
+    from cluster.storage import Storage
+    from pipelines import registry as models
+
+    models.promote(models.absolute(registry), category, version, Storage.from_environment(), "by hand")
+    Console().print(f"{category}: {version} is current", highlight=False)
+
+
+@registries.command("rollback")
+def registry_rollback(registry: Registry, category: Category) -> None:
+    """Make the version before the current one current again."""
+    from cluster.storage import Storage
+    from pipelines import registry as models
+
+    chosen = models.rollback(models.absolute(registry), category, Storage.from_environment())
+    Console().print(f"{category}: {chosen.version} is current again", highlight=False)
 
 
 bundles = typer.Typer(cls=OneLineErrors, no_args_is_help=True, help="Make and inspect model bundles.")

@@ -59,13 +59,17 @@ DECODED_SCHEMA = pa.schema(
 )
 
 
-def fetch_and_decode(storage: Storage, resolution: int) -> Callable[[pa.Table], pa.Table]:
-    """A stage: manifest rows in, `DECODED_SCHEMA` rows out, one for one; it never raises for a bad row."""
+def fetch_and_decode(storage: Storage, resolution: Callable[[str | None], int]) -> Callable[[pa.Table], pa.Table]:
+    """A stage: manifest rows in, `DECODED_SCHEMA` rows out, one for one; it never raises for a bad row.
+
+    Args:
+        resolution: side to which images of a category are resized, pixels.
+    """
 
     def stage(rows: pa.Table) -> pa.Table:
         manifest = rows.to_pylist()
         with ThreadPoolExecutor(FETCH_THREADS) as pool:
-            decoded = list(pool.map(lambda row: _decode_row(storage, row, resolution), manifest))
+            decoded = list(pool.map(lambda row: _decode_row(storage, row, resolution(row["category"])), manifest))
         return pa.Table.from_pylist(decoded, schema=DECODED_SCHEMA)
 
     return stage

@@ -1,9 +1,10 @@
-"""The actor of the scoring job: a model loaded once, decoded rows in, `SCORED_SCHEMA` rows out in any order."""
+"""The actor of the scoring job: models loaded once, decoded rows in, `SCORED_SCHEMA` rows out in any order."""
 
 from __future__ import annotations
 
 import io
 import os
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,15 +14,17 @@ import pyarrow as pa
 from PIL import Image
 
 from cluster.storage import Storage
-from pipelines.model_source import local_bundle
+from pipelines.model_source import Models, local_bundle
 from pipelines.results import SCORED_SCHEMA
+
+KEPT_MODELS = 4  # bundles an actor holds at a time
 
 
 @dataclass(frozen=True)
 class ActorSettings:
     """What an actor needs to know; ``threads`` is its share of the machine's CPUs."""
 
-    model: str
+    models: Models
     storage: Storage
     seed: int
     maps: Literal["token", "full"]
@@ -35,9 +38,10 @@ class GladActor:
 
     def __init__(self, settings: ActorSettings) -> None:
         self.settings = settings
+        self.loaded: OrderedDict[str, Any] = OrderedDict()
         self.failure: Exception | None = None
         try:
-            self.model = self._load()
+            self._prepare()
         except Exception as error:  # Ray would restart the actor for ever and bury the reason; the first call tells it
             self.failure = error
 
@@ -46,45 +50,69 @@ class GladActor:
             raise self.failure
         decoded = {row["image_id"]: row for row in rows.to_pylist()}
         out = [self._error(row) for row in decoded.values() if row["error_type"] is not None]
-        wanted = {image_id: row for image_id, row in decoded.items() if row["error_type"] is None}
-        out += self._detect(wanted)
+        wanted: dict[str, dict[str, dict[str, Any]]] = {}
+        for image_id, row in decoded.items():
+            if row["error_type"] is not None:
+                continue
+            key = self.settings.models.key(row["category"])
+            if key is None:
+                known = ", ".join(self.settings.models.categories)
+                message = f"no model for category '{row['category']}'; there are {known}"
+                out.append(self._error(row | {"stage": "score", "error_type": "no_model", "message": message}))
+            else:
+                wanted.setdefault(key, {})[image_id] = row
+        for key, group in wanted.items():
+            out += self._detect(self._model(key), group)
         return pa.Table.from_pylist(out, schema=SCORED_SCHEMA)
 
-    def _load(self) -> Any:
+    def _prepare(self) -> None:
         import torch
-
-        from glad_core.bundle import load_bundle
 
         torch.set_num_threads(self.settings.threads)
         # TF32 rounds differently for every batch shape; an image's score must not depend on its neighbours.
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
-        path = local_bundle(self.settings.model, self.settings.storage)
-        return load_bundle(path, device="cuda" if self.settings.gpu else "cpu", dtype=torch.float32)
+        if "" in self.settings.models.bundles:
+            self._model("")
 
-    def _detect(self, rows: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def _model(self, key: str) -> Any:
+        """A loaded bundle; an archive comes category by category, so a few of them kept are enough."""
+        import torch
+
+        from glad_core.bundle import load_bundle
+
+        if key not in self.loaded:
+            if len(self.loaded) == KEPT_MODELS:
+                self.loaded.popitem(last=False)
+            path = local_bundle(self.settings.models.bundles[key], self.settings.storage)
+            device = "cuda" if self.settings.gpu else "cpu"
+            self.loaded[key] = load_bundle(path, device=device, dtype=torch.float32)
+        self.loaded.move_to_end(key)
+        return self.loaded[key]
+
+    def _detect(self, model: Any, rows: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """One output row per input row. A batch that fails is tried again image by image, to lose only the culprit."""
         from glad_core.detect import Request, detect
 
-        side = self.model.settings.resolution
+        side = model.settings.resolution
         requests = [
-            Request(image_id, np.frombuffer(row["image"], np.uint8).reshape(side, side, 3))
+            Request(image_id, np.frombuffer(row["image"], np.uint8).reshape(side, side, 3), row["category"])
             for image_id, row in rows.items()
         ]
         try:
-            found = list(detect(self.model, requests, self.settings.seed))
+            found = list(detect(model, requests, self.settings.seed))
         except Exception as error:
             self._die_with_the_device()
             if len(rows) > 1:
                 for image_id, row in rows.items():
-                    yield from self._detect({image_id: row})
+                    yield from self._detect(model, {image_id: row})
                 return
             reason = " ".join(str(error).split())[:500]
             for row in rows.values():
                 yield self._error(row | {"stage": "score", "error_type": type(error).__name__, "message": reason})
             return
         for detection in found:
-            yield self._result(rows[detection.image_id], detection)
+            yield self._result(model, rows[detection.image_id], detection)
 
     def _die_with_the_device(self) -> None:
         """A GPU that no longer answers takes its process along; Ray starts another actor and gives it the rows."""
@@ -97,14 +125,14 @@ class GladActor:
         except Exception:
             os._exit(1)
 
-    def _result(self, row: dict[str, Any], detection: Any) -> dict[str, Any]:
-        threshold = self.model.settings.threshold
-        anomaly_map = self._map(detection.anomaly_map)
+    def _result(self, model: Any, row: dict[str, Any], detection: Any) -> dict[str, Any]:
+        threshold = model.settings.threshold_for(row["category"])
+        anomaly_map = self._map(model, detection.anomaly_map)
         return {
             "image_id": row["image_id"],
             "uri": row["uri"],
-            "category": row["category"] or self.model.category,
-            "model_id": self.model.model_id,
+            "category": row["category"] or model.category,
+            "model_id": model.model_id,
             "score": detection.score,
             "threshold": threshold,
             "is_anomalous": None if threshold is None else bool(np.float32(detection.score) > np.float32(threshold)),
@@ -120,14 +148,14 @@ class GladActor:
             "seconds": detection.seconds,
         }
 
-    def _map(self, anomaly_map: np.ndarray) -> np.ndarray:
+    def _map(self, model: Any, anomaly_map: np.ndarray) -> np.ndarray:
         import torch
 
         from glad_core.detect import full_size_map, full_size_only
 
-        if self.settings.maps == "token" or full_size_only(self.model):
+        if self.settings.maps == "token" or full_size_only(model):
             return anomaly_map
-        full = full_size_map(torch.from_numpy(anomaly_map)[None].float(), self.model.settings)
+        full = full_size_map(torch.from_numpy(anomaly_map)[None].float(), model.settings)
         return full[0].numpy().astype(np.float16)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""From what a user calls --model to a bundle folder on this machine."""
+"""From what a user calls --model to bundles: which one judges which image, and each as a folder on this machine."""
 
 from __future__ import annotations
 
@@ -6,14 +6,58 @@ import hashlib
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.storage import Storage, is_s3, join, local_path
 from glad_core import bundle
 from glad_core.errors import GladError
+from glad_core.settings import Settings
+from pipelines import registry
 
 SMALL = "small"
 SMALL_BUNDLE = Path(bundle.__file__).parent / "small_bundle"
+
+
+@dataclass(frozen=True)
+class Models:
+    """Which bundle judges which category. A single bundle has the key "" and judges all; a registry has one for each.
+
+    ``categories`` are those the models know, empty where one bundle judges whatever comes.
+    """
+
+    bundles: dict[str, str]
+    manifests: dict[str, bundle.Manifest]
+    categories: tuple[str, ...]
+
+    def key(self, category: str | None) -> str | None:
+        """The bundle for an image of this category; None where there is none."""
+        if self.categories and category not in self.categories:
+            return None
+        return "" if "" in self.bundles else category
+
+    def settings(self) -> dict[str, Settings]:
+        """The settings of every bundle, by its key."""
+        return {key: Settings.parse(manifest.settings, key) for key, manifest in self.manifests.items()}
+
+
+def find_models(model: str, storage: Storage) -> Models:
+    """The bundle, or the current bundles of the registry, that ``--model`` names.
+
+    Raises:
+        GladError: neither. StorageError: S3 cannot be used.
+    """
+    if model != SMALL and registry.is_registry(registry.absolute(model), storage):
+        bundles = registry.current_bundles(registry.absolute(model), storage)
+        manifests = {
+            name: registry.manifest(registry.absolute(model), name, place.rpartition("/")[2], storage)
+            for name, place in bundles.items()
+        }
+        return Models(bundles, manifests, tuple(sorted(bundles)))
+    path = local_bundle(model, storage)
+    manifest = bundle.read_manifest(path)
+    known = tuple(manifest.category.split(",")) if "," in manifest.category else ()
+    return Models({"": model if is_s3(model) or model == SMALL else str(path)}, {"": manifest}, known)
 
 
 def local_bundle(model: str, storage: Storage) -> Path:

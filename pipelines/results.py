@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from cluster.storage import Storage, StorageError, join
 from glad_core.errors import GladError
+from glad_core.settings import Settings
 
 RESULTS, ERRORS, MANIFEST, STARTED, COMPLETE = "results", "errors", "manifest", "started.json", "run.json"
 
@@ -129,9 +130,21 @@ def read_run(dest: str, storage: Storage) -> dict[str, Any]:
         raise GladError(f"{dest}: no finished run there (no {COMPLETE}); name the --out of a `glad score`")
     try:
         run = json.loads(storage.read(join(dest, COMPLETE)))
-        return {"settings": {}, "counts": {}} | run
+        return {"models": {}, "counts": {}} | run
     except (ValueError, TypeError) as error:
         raise GladError(f"{join(dest, COMPLETE)}: damaged; score again") from error
+
+
+def settings_of(run: dict[str, Any], category: str, where: str) -> Settings:
+    """The settings an image of this category was scored with, from run.json.
+
+    Raises:
+        GladError: run.json does not say.
+    """
+    model = run["models"].get("", run["models"].get(category))
+    if model is None:
+        raise GladError(f"{where}: names no model for category '{category}'; score again")
+    return Settings.parse(model["settings"], where)
 
 
 def _write_part(storage: Storage, folder: str, table: pa.Table) -> None:

@@ -16,14 +16,12 @@ from rich.table import Table
 
 from cluster import session
 from cluster.storage import Storage, StorageError, is_s3, join, local_path
-from glad_core import bundle
 from glad_core.errors import GladError
-from glad_core.settings import Settings
 from pipelines import results, sources
 from pipelines.actor_plan import ActorPlan, plan_actors
 from pipelines.decode import fetch_and_decode
-from pipelines.glad_actor import ActorSettings, GladActor
-from pipelines.model_source import SMALL, local_bundle
+from pipelines.glad_actor import KEPT_MODELS, ActorSettings, GladActor
+from pipelines.model_source import SMALL, Models, find_models
 from pipelines.progress import Progress
 
 # Decoding, writing and listing wait on storage most of the time: a quarter CPU each lets actors have the rest.
@@ -78,25 +76,23 @@ def score(request: ScoreRequest, console: Console) -> Counts:
     out, source = _absolute(request.out), _absolute(request.source)
     if source == out or out.startswith(source.rstrip("/") + "/"):
         raise GladError(f"{out} lies inside the archive {source}: choose an --out outside of it")
-    bundle_path = local_bundle(request.model, storage)
-    manifest = bundle.read_manifest(bundle_path)
-    settings = Settings.parse(manifest.settings, str(bundle_path / bundle.MANIFEST))
+    models = find_models(request.model, storage)
     if storage.kind(source) == "none" and not sources.WILDCARDS.search(source):
         raise GladError(f"{source}: no such file or folder; name a folder, a glob, a list of URIs or tar shards")
 
     results.claim(out, storage, request.overwrite)
     try:
         session.connect(request.address)
-        weights = sum(entry.size for entry in manifest.files.values())
-        plan = plan_actors(session.resources(), request, weights)
-        listed = list_remotely(source, request.category, storage, join(out, results.MANIFEST))
+        sizes = [sum(entry.size for entry in manifest.files.values()) for manifest in models.manifests.values()]
+        plan = plan_actors(session.resources(), request, sum(sorted(sizes)[-KEPT_MODELS:]))
+        listed = list_remotely(source, request.category, storage, join(out, results.MANIFEST), bool(models.categories))
     except BaseException:
         results.release(out, storage)  # nothing was scored: leave DEST free for the corrected command
         raise
     console.print(f"{listed.rows} images in {escape(source)}; {plan.describe()}", highlight=False)
 
     actor = ActorSettings(
-        model=request.model if is_s3(request.model) or request.model == SMALL else str(bundle_path),
+        models=models,
         storage=storage,
         seed=request.seed,
         maps=request.maps,
@@ -107,7 +103,7 @@ def score(request: ScoreRequest, console: Console) -> Counts:
     scored = anomalies = errors = 0
     clock = time.monotonic()
     with Progress(console, listed.rows) as progress:
-        for part in dataflow(storage, out, settings.resolution, actor, plan, request.batch_size, listed.rows):
+        for part in dataflow(storage, out, actor, plan, request.batch_size, listed.rows):
             scored, anomalies, errors = scored + part["scored"], anomalies + part["anomalies"], errors + part["errors"]
             progress.update(scored + errors, anomalies, errors)
             if request.max_errors is not None and errors > request.max_errors:
@@ -119,15 +115,16 @@ def score(request: ScoreRequest, console: Console) -> Counts:
     if scored + errors != listed.rows:
         raise GladError(f"{out}: {scored + errors} of {listed.rows} images came back; score again with --overwrite")
 
-    found = anomalies if settings.threshold is not None else None
+    calibrated = any(settings.threshold is not None for settings in models.settings().values())
+    found = anomalies if calibrated else None
     counts = Counts(listed.rows, scored, found, errors, listed.duplicates)
-    results.complete(out, storage, _run_record(request, source, out, manifest, plan, counts, started, seconds))
+    results.complete(out, storage, _run_record(request, source, out, models, plan, counts, started, seconds))
     _closing_table(console, counts, seconds, out)
     return counts
 
 
 def dataflow(
-    storage: Storage, out: str, resolution: int, actor: ActorSettings, plan: ActorPlan, batch_size: int, images: int
+    storage: Storage, out: str, actor: ActorSettings, plan: ActorPlan, batch_size: int, images: int
 ) -> Iterator[dict[str, int]]:
     """The job as one Ray Data chain: manifest -> fetch + decode -> GLAD -> results and errors.
 
@@ -135,6 +132,8 @@ def dataflow(
     """
     import ray.data
 
+    sides = {key: settings.resolution for key, settings in actor.models.settings().items()}
+    largest = max(sides.values())
     filesystem, manifest = storage.resolve(join(out, results.MANIFEST))
     # Small archives are written in small files, for progress; large ones in files worth opening.
     rows_per_file = min(MAX_ROWS_PER_FILE, max(batch_size, images // 40))
@@ -142,10 +141,9 @@ def dataflow(
     rows = ray.data.read_parquet(manifest, filesystem=filesystem, num_cpus=TASK_CPUS)
     # A block holds about one batch of pixels and leaves as soon as it is full, so actors start at once and results
     # arrive steadily. (`repartition` would say it better, but its task wants a whole CPU that the actors have.)
-    rows.context.target_max_block_size = batch_size * resolution * resolution * 3
-    decoded = rows.map_batches(
-        fetch_and_decode(storage, resolution), batch_size=batch_size, batch_format="pyarrow", num_cpus=TASK_CPUS
-    )
+    rows.context.target_max_block_size = batch_size * largest * largest * 3
+    decode = fetch_and_decode(storage, lambda category: sides.get(actor.models.key(category) or "", largest))
+    decoded = rows.map_batches(decode, batch_size=batch_size, batch_format="pyarrow", num_cpus=TASK_CPUS)
     judged = decoded.map_batches(
         GladActor,
         fn_constructor_args=(actor,),
@@ -161,30 +159,20 @@ def dataflow(
     try:
         yield from written.iter_rows()
     except Exception as error:
-        raise _root_cause(error) from None
+        raise session.root_cause(error, GladError, StorageError) from None
 
 
-def list_remotely(source: str, category: str | None, storage: Storage, folder: str) -> sources.ManifestSummary:
+def list_remotely(
+    source: str, category: str | None, storage: Storage, folder: str, several: bool
+) -> sources.ManifestSummary:
     """`sources.build_manifest` as a task on the cluster; the driver sees the counts alone."""
     import ray
 
-    task = ray.remote(num_cpus=TASK_CPUS)(sources.build_manifest)
+    task: Any = ray.remote(num_cpus=TASK_CPUS)(sources.build_manifest)
     try:
-        return ray.get(task.remote(source, category, storage, folder))
+        return ray.get(task.remote(source, category, storage, folder, several))
     except ray.exceptions.RayError as error:
-        raise _root_cause(error) from None
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    """The mistake behind Ray's wrapping, for its one line; Ray's own error where there is none."""
-    seen: BaseException | None = error
-    while seen is not None:
-        # Ray's wrapper of a task's error also is an instance of that error's class: look inside it first.
-        inner = getattr(seen, "cause", None) or seen.__cause__
-        if isinstance(seen, GladError | StorageError) and not hasattr(seen, "cause"):
-            return seen
-        seen = inner
-    return error
+        raise session.root_cause(error, GladError, StorageError) from None
 
 
 def _absolute(location: str) -> str:
@@ -195,7 +183,7 @@ def _run_record(
     request: ScoreRequest,
     source: str,
     out: str,
-    manifest: bundle.Manifest,
+    models: Models,
     plan: ActorPlan,
     counts: Counts,
     started: datetime,
@@ -206,9 +194,11 @@ def _run_record(
         "source": source,
         "out": out,
         "model": request.model,
-        "model_id": manifest.model_id,
-        "category": manifest.category,
-        "settings": manifest.settings,
+        # By category; the key "" is the one bundle for all images.
+        "models": {
+            key: {"model_id": manifest.model_id, "category": manifest.category, "settings": manifest.settings}
+            for key, manifest in models.manifests.items()
+        },
         "request": {"seed": request.seed, "batch_size": request.batch_size, "maps": request.maps}
         | {"reconstructions": request.reconstructions, "category": request.category, "max_errors": request.max_errors},
         "actors": asdict(plan),

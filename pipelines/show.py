@@ -37,7 +37,6 @@ def show(run_folder: str, top: int, out: Path, console: Console) -> None:
     storage = Storage.from_environment()
     folder = run_folder.rstrip("/") if is_s3(run_folder) else local_path(run_folder)
     run = results.read_run(folder, storage)
-    settings = Settings.parse(run["settings"], join(folder, results.COMPLETE))
     with clear_errors(folder, storage):
         rows = highest(folder, top, storage)
         places = _places(folder, [row["image_id"] for row in rows], storage)
@@ -46,7 +45,9 @@ def show(run_folder: str, top: int, out: Path, console: Console) -> None:
     if rows[0]["reconstruction"] is None:
         console.print("The run has no reconstructions to show: score with --reconstructions to keep them.")
 
-    maps = [full_map(row, settings) for row in rows]
+    where = join(folder, results.COMPLETE)
+    settings = [results.settings_of(run, row["category"], where) for row in rows]
+    maps = [full_map(row, of_row) for row, of_row in zip(rows, settings, strict=True)]
     hottest = max(float(anomaly_map.max()) for anomaly_map in maps)
     per_row = min(2, len(rows))
     lines = -(-len(rows) // per_row)
@@ -57,7 +58,7 @@ def show(run_folder: str, top: int, out: Path, console: Console) -> None:
         axis.axis("off")
     for index, (row, anomaly_map) in enumerate(zip(rows, maps, strict=True)):
         first = (index % per_row) * PANELS
-        picture = _input(places.get(row["image_id"]), storage, settings.resolution)
+        picture = _input(places.get(row["image_id"]), storage, settings[index].resolution)
         _draw(axes[index // per_row, first : first + PANELS], row, picture, anomaly_map, hottest)
     figure.tight_layout(pad=0.4)
     try:

@@ -14,7 +14,7 @@ import logging
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated
@@ -23,11 +23,12 @@ import torch
 import typer
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from glad_core import bundle, schedule
+from glad_core import bundle, samples, schedule, training
 from glad_core.calibration import calibrate
 from glad_core.images import to_tensor
+from glad_core.losses import AtpLoss
+from glad_core.samples import Recipe
 from glad_core.settings import Settings
-from glad_core.training import Recipe, TrainState, fine_tune
 from pipelines.small_codec import train_codec
 from pipelines.small_features import train_features
 from pipelines.small_pictures import board_picture, make_pool
@@ -93,6 +94,13 @@ def unet_stage(work: Path) -> None:
     """``work``/unet: the UNet from nothing, by the same ATP loop as `glad train`, on the pool's good boards."""
     boards = make_pool(work / "pool.npz")["boards"]
 
+    def rows() -> Iterator[dict[str, torch.Tensor]]:
+        for start in range(0, UNET_RECIPE.steps * UNET_RECIPE.batch_size, UNET_RECIPE.batch_size):
+            places = range(start, start + UNET_RECIPE.batch_size)
+            chosen = [samples.sample_at(UNET_RECIPE, place, len(boards)) for place in places]
+            made = samples.make_rows([boards[sample.index] for sample in chosen], chosen, UNET_RECIPE, "unet")
+            yield {name: torch.from_numpy(values) for name, values in made.items()}
+
     def train(folder: Path) -> None:
         torch.manual_seed(UNET_RECIPE.seed)
         vae = AutoencoderKL.from_pretrained(work / "vae").eval().requires_grad_(False)
@@ -109,20 +117,27 @@ def unet_stage(work: Path) -> None:
             attention_head_dim=4,
             norm_num_groups=16,
         )
-        state = TrainState.start(unet, UNET_RECIPE)
-        steps = fine_tune(
-            state,
+        with torch.no_grad():
+            batches = (to_tensor(list(boards[start : start + 32])) for start in range(0, len(boards), 32))
+            posteriors = [vae.encode(images).latent_dist for images in batches]
+        clean = (torch.cat([part.mean for part in posteriors]), torch.cat([part.std for part in posteriors]))
+        loss = AtpLoss(
+            unet,
             vae,
             schedule.alphas_cumprod(),
+            clean,
             torch.zeros(1, 1, 32),
-            lambda indices: to_tensor([boards[index] for index in indices]),
-            len(boards),
-            UNET_RECIPE,
+            torch.zeros(len(boards), dtype=torch.long),
+            blend=UNET_RECIPE.blend,
+            max_timestep=UNET_RECIPE.max_timestep,
+            autocast=UNET_RECIPE.autocast_dtype,
         )
-        for loss in steps:
-            if state.step % 50 == 0:
-                LOG.info("unet: step %d of %d, loss %.4f", state.step, UNET_RECIPE.steps, loss)
-        state.finish().save_pretrained(folder)
+        state = training.TrainState.start(loss, UNET_RECIPE)
+        for step in training.fine_tune(state, rows(), UNET_RECIPE):
+            if step.step % 50 == 0:
+                LOG.info("unet: step %d of %d, loss %.4f", step.step, UNET_RECIPE.steps, step.loss)
+        state.finish()
+        unet.save_pretrained(folder)
 
     stage(work / "unet", train)
 

@@ -54,7 +54,9 @@ class ManifestSummary:
     duplicates: int
 
 
-def build_manifest(source: str, category: str | None, storage: Storage, folder: str) -> ManifestSummary:
+def build_manifest(
+    source: str, category: str | None, storage: Storage, folder: str, several: bool = False
+) -> ManifestSummary:
     """List ``source`` into Parquet parts below ``folder``; holds one part in memory, and 16 bytes per image.
 
     Raises:
@@ -65,7 +67,7 @@ def build_manifest(source: str, category: str | None, storage: Storage, folder: 
 
     def unique() -> Iterator[Row]:
         nonlocal duplicates
-        for row in list_source(source, category, storage):
+        for row in list_source(source, category, storage, several):
             key = bytes.fromhex(row["image_id"])
             if key in seen:
                 duplicates += 1
@@ -86,8 +88,11 @@ def build_manifest(source: str, category: str | None, storage: Storage, folder: 
     return ManifestSummary(len(seen), duplicates)
 
 
-def list_source(source: str, category: str | None, storage: Storage) -> Iterator[Row]:
+def list_source(source: str, category: str | None, storage: Storage, several: bool = False) -> Iterator[Row]:
     """Manifest rows of any SOURCE.
+
+    Where the models are for ``several`` categories, ``category`` holds for every image, whatever the SOURCE; without
+    it an image's category is its MVTec-AD category, or else the first folder below SOURCE.
 
     Raises:
         GladError: unknown category, several categories and none chosen, an unreadable list.
@@ -95,6 +100,8 @@ def list_source(source: str, category: str | None, storage: Storage) -> Iterator
     """
     source = source if is_s3(source) else local_path(source)
     kind = storage.kind(source)
+    if several:
+        return _with_categories(source, category, storage, kind)
     if kind == "folder":
         return _list_folder(source, category, storage)
     if category is not None:
@@ -108,6 +115,25 @@ def list_source(source: str, category: str | None, storage: Storage) -> Iterator
     if WILDCARDS.search(source):
         return _list_glob(source, storage)
     raise StorageError(f"{source}: no such file or folder")
+
+
+def _with_categories(source: str, category: str | None, storage: Storage, kind: str) -> Iterator[Row]:
+    known = _mvtec_categories(source, storage) if kind == "folder" else []
+    if known and (category is None or category in known):
+        for name in known if category is None else [category]:
+            yield from _list_folder(join(source, name), name, storage)
+        return
+    whole = kind == "folder" and category is not None and source.rpartition("/")[2] == category
+    rows = _list_folder(source, category, storage) if whole else list_source(source, None, storage)
+    for row in rows:
+        inside = row["uri"].rpartition("::")[2].removeprefix(source).strip("/").split("/")
+        folder = inside[0] if len(inside) > 1 else None
+        yield row | {"category": category or row["category"] or folder}
+
+
+def _mvtec_categories(source: str, storage: Storage) -> list[str]:
+    """Names of the MVTec-AD categories directly in a folder."""
+    return [name for name in storage.folders(source) if {"train", "test"} <= set(storage.folders(join(source, name)))]
 
 
 def _list_folder(source: str, category: str | None, storage: Storage) -> Iterator[Row]:
@@ -128,7 +154,7 @@ def _mvtec_category(source: str, category: str | None, storage: Storage) -> str 
         if category not in (None, own_name):
             raise GladError(f"{source} is the category '{own_name}', not '{category}'; leave --category out")
         return source
-    known = [name for name in children if {"train", "test"} <= set(storage.folders(join(source, name)))]
+    known = _mvtec_categories(source, storage)
     if category is None and len(known) > 1:
         raise GladError(f"{source} holds {len(known)} categories ({', '.join(known)}): choose one with --category")
     if category is None:

@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.torch import load_file
 
-from glad_core import adaptive, detect, features, metrics, schedule, scoring, training
+from glad_core import adaptive, detect, features, losses, metrics, schedule, scoring
 from glad_core.bundle import Model
 from glad_core.settings import Settings
 
@@ -286,17 +286,17 @@ def test_training_target(name: str) -> None:
     check(case, "latents_anomaly", anomalous, 1e-5)
     normal, anomalous = case.tensor("latents_normal"), case.tensor("latents_anomaly")
 
-    blend = training.alpha_blend(anomalous, normal, t)
+    blend = losses.alpha_blend(anomalous, normal, t)
     check(case, "latents_blend", blend, 1e-6)
     check(case, "noisy_input", schedule.add_noise(alphas, blend, eps, t), 1e-5)
-    check(case, "eps_target", training.atp_target(alphas, blend, normal, eps, t), 1e-6)
-    check(case, "eps_target_paper_eq10", training.atp_target(alphas, anomalous, normal, eps, t), 1e-6)
+    check(case, "eps_target", losses.atp_target(alphas, blend, normal, eps, t), 1e-6)
+    check(case, "eps_target_paper_eq10", losses.atp_target(alphas, anomalous, normal, eps, t), 1e-6)
     check(case, "noisy_input_paper", schedule.add_noise(alphas, anomalous, eps, t), 1e-5)
 
-    cond = prompts["cond"]
+    cond = prompts["cond"].expand(len(t), -1, -1)
     unet.requires_grad_(True)
     unet.zero_grad()
-    loss = training.atp_loss(unet, alphas, anomalous, normal, eps, t, cond, blend=True)
+    loss = losses.atp_error(unet, alphas, anomalous, normal, eps, t, cond, blend=True).mean()
     check(case, "loss", loss.detach(), 1e-6)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
@@ -306,18 +306,18 @@ def test_training_target(name: str) -> None:
             check(case, key, unet.get_parameter(key.removeprefix("grad_clipped/")).grad, 1e-5)
     unet.zero_grad()
     with torch.no_grad():
-        paper = training.atp_loss(unet, alphas, anomalous, normal, eps, t, cond, blend=False)
+        paper = losses.atp_error(unet, alphas, anomalous, normal, eps, t, cond, blend=False).mean()
         check(case, "loss_paper_mse", paper, 1e-6)
 
     if "extreme_timesteps" in case:
         extreme = case.tensor("extreme_timesteps")
         expand = (len(extreme), -1, -1, -1)
         normal_1, anomalous_1, eps_1 = (x[1:2].expand(expand) for x in (normal, anomalous, eps))
-        blend = training.alpha_blend(anomalous_1, normal_1, extreme)
+        blend = losses.alpha_blend(anomalous_1, normal_1, extreme)
         check(case, "extreme_blend", blend, 1e-6)
-        target = training.atp_target(alphas, blend, normal_1, eps_1, extreme)
+        target = losses.atp_target(alphas, blend, normal_1, eps_1, extreme)
         check(case, "extreme_eps_target", target, 1e-6)
-        target = training.atp_target(alphas, anomalous_1, normal_1, eps_1, extreme)
+        target = losses.atp_target(alphas, anomalous_1, normal_1, eps_1, extreme)
         check(case, "extreme_eps_target_paper", target, 1e-6)
 
 

@@ -127,7 +127,7 @@ def test_the_stage_answers_every_row_and_never_raises(tmp_path, monkeypatch):
     rows.append({"image_id": "9", "uri": "broken.tar", "size": 5, **lost})
     columns = ["image_id", "uri", "category", "size", "shard", "offset", "stage", "error_type", "message"]
     table = pa.table({name: [row.get(name) for row in rows] for name in columns})
-    out = fetch_and_decode(Storage(), 16)(table)
+    out = fetch_and_decode(Storage(), lambda category: 16)(table)
     assert out.schema == DECODED_SCHEMA
     assert out["error_type"].to_pylist() == [None, "empty", "too_large", "missing", "missing", "damaged"]
     assert out["stage"].to_pylist() == [None, "fetch", "fetch", "fetch", "fetch", "list"]

@@ -10,6 +10,7 @@ from glad_core import detect as detect_module
 from glad_core.errors import GladError
 from pipelines.decode import DECODED_SCHEMA
 from pipelines.glad_actor import ActorSettings, GladActor
+from pipelines.model_source import Models
 from pipelines.results import RESULTS_SCHEMA, SCORED_SCHEMA
 
 SIDE = 32
@@ -22,7 +23,8 @@ def actor(tiny_bundle):
 
 def settings(bundle, **changed):
     values = {"seed": 0, "maps": "token", "reconstructions": False, "gpu": False, "threads": 1}
-    return ActorSettings(model=str(bundle), storage=Storage(), **(values | changed))
+    models = Models({"": str(bundle)}, {}, ())
+    return ActorSettings(models=models, storage=Storage(), **(values | changed))
 
 
 def rows(*image_ids, bad=()):

@@ -1,79 +1,192 @@
-"""`glad train` as a user runs it, on a tiny bundle and real files."""
+"""`glad train` as a user runs it: real Ray Train, a tiny bundle, real files."""
 
-import json
+import hashlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
+import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from glad_core import bundle
+from cluster.storage import Storage
+from glad_core import bundle, samples, training
+from glad_core.losses import AtpLoss, to_pixels
+from glad_core.samples import Recipe
 from pipelines.cli import app
+from pipelines.training_data import GoodImage, read_pixels
+
+GLAD = [sys.executable, "-c", "from pipelines.cli import main; main()"]
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("dataset")
-    good = root / "part" / "train" / "good"
-    good.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    for number in range(9):
-        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(good / f"{number:03}.png")
+    for category in ("part", "other"):
+        good = root / category / "train" / "good"
+        good.mkdir(parents=True)
+        (root / category / "test").mkdir()
+        for number in range(9):
+            Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(good / f"{number:03}.png")
     return root
 
 
-def command(dataset: Path, base: Path, out: Path, steps: int) -> list[str]:
-    options = ["--base", base, "--out", out, "--steps", steps, "--batch-size", 2, "--learning-rate", 1e-4]
-    return ["train", str(dataset), "--category", "part", *map(str, options)]
+def command(dataset: Path, base: Path, out: Path | str, steps: int, *more: object, category: str = "part") -> list[str]:
+    options = ["--base", base, "--out", out, "--steps", steps, "--batch-size", 2, "--learning-rate", 1e-4, *more]
+    return ["train", str(dataset), "--category", category, *map(str, options)]
 
 
-def weights(folder: Path) -> dict:
-    return load_file(folder / "unet/diffusion_pytorch_model.safetensors")
+def invoke(*arguments: object) -> str:
+    outcome = CliRunner().invoke(app, [*map(str, arguments)])
+    assert outcome.exit_code == 0, outcome.output
+    return outcome.stdout
+
+
+def weights(folder: Path, part: str = "unet/diffusion_pytorch_model") -> dict:
+    return load_file(folder / f"{part}.safetensors")
+
+
+def kill_a_training_worker() -> None:
+    """SIGKILL to the first Ray Train worker seen training."""
+    while True:
+        for process in psutil.Process().children(recursive=True):  # of this Ray, not of the dying driver's
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                time.sleep(8)  # by now it trains
+                process.kill()
+                return
+        time.sleep(0.05)
+
+
+def in_one_process(dataset: Path, base: Path, steps: int) -> tuple[dict, list[float]]:
+    """The weights and losses of the very same run without Ray, an interruption or a second worker."""
+    model = bundle.load_bundle(base)
+    recipe = Recipe(steps=steps, batch_size=2, learning_rate=1e-4)
+    files = {path.name: str(path) for path in (dataset / "part/train/good").iterdir()}
+    held_out = min(files, key=lambda name: hashlib.sha256(name.encode()).digest())
+    images = read_pixels([GoodImage(files[name], "part") for name in sorted(files) if name != held_out], 32, Storage())
+    with torch.no_grad():
+        pairs = [to_pixels(torch.from_numpy(np.stack(images[first : first + 2]))) for first in range(0, 8, 2)]
+        posteriors = [model.vae.encode(pair) for pair in pairs]
+    clean = tuple(torch.cat([getattr(p.latent_dist, part) for p in posteriors]) for part in ("mean", "std"))
+    loss = AtpLoss(
+        model.unet, model.vae, model.alphas, clean, model.prompt_cond, torch.zeros(8, dtype=torch.long), blend=True
+    )
+
+    def rows():
+        for step in range(steps):
+            chosen = [samples.sample_at(recipe, place, 8) for place in (2 * step, 2 * step + 1)]
+            made = samples.make_rows([images[sample.index] for sample in chosen], chosen, recipe, "unet")
+            yield {name: torch.from_numpy(values) for name, values in made.items()}
+
+    found = [step.loss for step in training.fine_tune(training.TrainState.start(loss, recipe), rows(), recipe)]
+    return model.unet.state_dict(), found
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_ends_with_the_same_bundle(tmp_path, dataset, tiny_bundle):
-    steps = 160
-    whole = CliRunner().invoke(app, command(dataset, tiny_bundle, tmp_path / "whole", steps))
-    assert whole.exit_code == 0, whole.output
-
+def test_a_run_that_loses_its_driver_and_a_worker_ends_bitwise_as_if_nothing_had_happened(
+    tmp_path, dataset, tiny_bundle, ray_session
+):
+    steps = 320
     arguments = command(dataset, tiny_bundle, tmp_path / "killed", steps)
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from pipelines.cli import main; main()", *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-    )
+    driver = subprocess.Popen([*GLAD, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
     work = tmp_path / "killed.train"
-    while not (work / "checkpoint.pt").exists():
-        assert process.poll() is None
+    while not list(work.glob("checkpoint_*")):
+        assert driver.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
     assert not (tmp_path / "killed").exists()
+    assert not (work / "metrics" / "part-00000301.parquet").exists()
 
-    resumed = CliRunner().invoke(app, arguments)
-    assert resumed.exit_code == 0, resumed.output
-    assert "going on from step" in resumed.stdout
-    assert not (work / "checkpoint.pt").exists()
-    logged = [json.loads(line)["step"] for line in (work / "loss.jsonl").read_text().splitlines()]
-    assert logged == list(range(1, steps + 1))
+    killer = threading.Thread(target=kill_a_training_worker, daemon=True)
+    killer.start()
+    invoke(*arguments)
+    killer.join(1)
+    assert not killer.is_alive()
+    assert not work.exists()
 
     manifest = bundle.verify(tmp_path / "killed")
     assert manifest.category == "part"
     assert manifest.settings["threshold"] > 0
     assert manifest.settings["delta"] > 0
     assert manifest.provenance["base"] == bundle.read_manifest(tiny_bundle).model_id
-    trained, base = weights(tmp_path / "whole"), weights(tiny_bundle)
-    assert any((trained[name] != base[name]).any() for name in base)
+    invoke(*command(dataset, tiny_bundle, tmp_path / "whole", steps))
+    expected, base = weights(tmp_path / "whole"), weights(tiny_bundle)
+    assert any((expected[name] != base[name]).any() for name in base)
     for name, weight in weights(tmp_path / "killed").items():
-        assert (weight == trained[name]).all(), name
+        assert (weight == expected[name]).all(), name
+
+    rows, whole = (pq.read_table(tmp_path / f"{name}.training.parquet").to_pylist() for name in ("killed", "whole"))
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    assert [row["loss"] for row in rows] == [row["loss"] for row in whole]
+    bands = {"loss_t0", "loss_t750", "loss_normal", "loss_abnormal", "images_per_second", "data_wait_share"}
+    assert bands <= set(rows[0])
+    assert list((tmp_path / "killed.tensorboard").glob("events.out*"))
+
+
+@pytest.mark.slow
+def test_two_workers_train_what_one_does(tmp_path, dataset, tiny_bundle, ray_session):
+    invoke(*command(dataset, tiny_bundle, tmp_path / "two", 5, "--workers", 2))
+    expected, losses = in_one_process(dataset, tiny_bundle, 5)
+    two, base = weights(tmp_path / "two"), weights(tiny_bundle)
+    assert pq.read_table(tmp_path / "two.training.parquet")["loss"].to_pylist() == pytest.approx(losses, rel=1e-3)
+    # AdamW's first steps are of size lr however small the gradient, so rounding turns some of them round.
+    moved = np.mean([float((expected[name] - base[name]).abs().mean()) for name in base])
+    apart = np.mean([float((expected[name] - two[name]).abs().mean()) for name in base])
+    assert apart < 0.05 * moved
+
+
+@pytest.mark.slow
+def test_adapting_dino_and_vae_changes_them_and_nothing_else(tmp_path, dataset, tiny_bundle, ray_session):
+    invoke(*command(dataset, tiny_bundle, tmp_path / "dino", 5, "--part", "dino"))
+    assert bundle.verify(tmp_path / "dino").provenance["dino_recipe"]["steps"] == 5
+    frozen, adapted = (weights(tmp_path / "dino", f"{part}/model") for part in ("features", "final_features"))
+    changed = {name for name in frozen if (frozen[name] != adapted[name]).any()}
+    assert changed
+    assert all(".mlp." in name for name in changed)
+    assert all((value == weights(tiny_bundle)[name]).all() for name, value in weights(tmp_path / "dino").items())
+
+    invoke(*command(dataset, tmp_path / "dino", tmp_path / "vae", 5, "--part", "vae"))
+    vae, before = (weights(folder, "vae/diffusion_pytorch_model") for folder in (tmp_path / "vae", tiny_bundle))
+    assert any((vae[name] != before[name]).any() for name in before)
+    assert all(
+        (value == adapted[name]).all() for name, value in weights(tmp_path / "vae", "final_features/model").items()
+    )
+
+
+@pytest.mark.slow
+def test_one_model_for_several_categories(tmp_path, dataset, tiny_bundle, ray_session):
+    out = tmp_path / "both"
+    invoke(*command(dataset, tiny_bundle, out, 5, category="all"))
+    manifest = bundle.verify(out)
+    assert manifest.category == "other,part"
+    assert set(manifest.settings["thresholds"]) == {"other", "part"}
+    model = bundle.load_bundle(out)
+    assert not (model.prompts["other"] == model.prompts["part"]).all()
+
+    archive = tmp_path / "archive"
+    rng = np.random.default_rng(3)
+    for folder in ("part", "other", "unknown"):
+        (archive / folder).mkdir(parents=True)
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(archive / folder / "a.png")
+    invoke("score", archive, "--model", out, "--out", tmp_path / "run", "--actors", 1)
+    rows = {row["category"]: row for row in pq.read_table(tmp_path / "run" / "results").to_pylist()}
+    assert set(rows) == {"other", "part"}
+    for category, row in rows.items():
+        assert row["threshold"] == pytest.approx(manifest.settings["thresholds"][category])
+    (error,) = pq.read_table(tmp_path / "run" / "errors").to_pylist()
+    assert error["error_type"] == "no_model"
+    assert "unknown" in error["message"]
 
 
 def refused(outcome, *words):
@@ -89,34 +202,44 @@ def test_mistakes_are_one_line(tmp_path, dataset, tiny_bundle):
 
     out = tmp_path / "out"
     rest = ["--base", tiny_bundle, "--out", out]
+    (tmp_path / "empty").mkdir()
     refused(train(dataset, "--category", "prat", *rest), "no category 'prat'", "did you mean 'part'")
+    refused(train(dataset, *rest), "holds 2 categories", "--category")
     refused(train(tmp_path / "nowhere", *rest), "no such dataset folder")
-    refused(train(tmp_path, *rest), "no category with train/good")
-    refused(train(dataset, "--base", tmp_path, "--out", out), "not a GLAD bundle")
-    refused(train(dataset, "--category", "part", "--base", tiny_bundle, "--out", tiny_bundle), "already exists")
-    refused(train(dataset, "--category", "part", "--device", "gpu7", *rest), "--device gpu7 cannot be used")
-    refused(train(dataset, "--category", "part", "--textures", tmp_path, *rest), "no texture images")
+    refused(train(tmp_path / "empty", *rest), "no category with train/good")
+    part = [dataset, "--category", "part"]
+    refused(train(*part, "--base", tmp_path / "empty", "--out", out), "not a GLAD bundle")
+    refused(train(*part, "--base", tiny_bundle, "--out", tiny_bundle), "already exists")
+    refused(train(*part, "--textures", tmp_path / "empty", *rest), "no texture images")
+    refused(train(*part, "--workers", 3, "--batch-size", 4, *rest), "--batch-size 4", "3 workers")
+    refused(train(*part, "--optimizer", "adamw8bit", *rest), "pip install bitsandbytes")
 
     few = tmp_path / "few" / "train" / "good"
     few.mkdir(parents=True)
     (few / "a.png").write_bytes(b"not an image")
-    refused(train(few.parents[1], *rest), "1 images; at least 8")
-    for number in range(8):
-        (few / f"{number}.png").write_bytes(b"not an image")
-    refused(train(few.parents[1], *rest), "0.png", "remove or repair")
+    refused(train(few.parents[1], *rest), "1 good images", "two are needed")
     assert not out.exists()
 
 
-def test_a_checkpoint_of_another_run_is_not_continued(tmp_path, dataset, tiny_bundle):
-    out = tmp_path / "out"
-    first = subprocess.Popen(
-        [sys.executable, "-c", "from pipelines.cli import main; main()", *command(dataset, tiny_bundle, out, 100_000)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
+def test_what_ray_has_to_find_out_is_one_line_too(tmp_path, dataset, tiny_bundle, ray_session):
+    broken = tmp_path / "broken" / "train" / "good"
+    broken.mkdir(parents=True)
+    for number in range(3):
+        (broken / f"{number}.png").write_bytes(b"not an image")
+    (broken / "3.png").write_bytes((dataset / "part/train/good/000.png").read_bytes())
+    rest = ["--base", str(tiny_bundle), "--out", str(tmp_path / "out"), "--steps", "3", "--batch-size", "2"]
+    outcome = CliRunner().invoke(app, ["train", str(tmp_path / "broken"), *rest])
+    refused(outcome, "1 readable good images", "0.png", "not PNG")
+
+    refused(
+        CliRunner().invoke(
+            app, ["train", str(dataset), "--category", "part", *rest, "--workers", "2", "--device", "cuda"]
+        ),
+        "GPUs",
     )
-    while not (tmp_path / "out.train" / "checkpoint.pt").exists():
-        assert first.poll() is None
-        time.sleep(0.05)
-    first.kill()
-    first.wait()
-    refused(CliRunner().invoke(app, command(dataset, tiny_bundle, out, 200)), "another run", "recipe")
+    (tmp_path / "broken" / "train" / "good" / "4.png").write_bytes((dataset / "part/train/good/001.png").read_bytes())
+    outcome = CliRunner().invoke(app, ["train", str(tmp_path / "broken"), *rest, "--learning-rate", "1e30"])
+    refused(outcome, "diverged at step", "--learning-rate")
+    assert "2.png: not PNG" in outcome.stdout
+    assert "skipped" in outcome.stdout
+    refused(CliRunner().invoke(app, ["train", str(tmp_path / "broken"), *rest]), "another run", "recipe")
