@@ -1,3 +1,6 @@
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -28,3 +31,22 @@ def test_calibration_sets_the_steps_and_the_threshold_from_good_images(tiny_bund
     again = load_bundle(tiny_bundle, settings=settings)
     scores = [result.score for result in detect(again, [Request(str(i), image) for i, image in enumerate(good)])]
     assert settings.threshold == pytest.approx(max(scores), abs=1e-4)
+
+
+@pytest.mark.parametrize(("skill", "passed"), [(3.0, True), (1.0, True), (0.0, False)])
+def test_the_gate_lets_through_what_detects_no_worse(tiny_bundle, monkeypatch, skill: float, passed: bool) -> None:
+    """Scores are drawn, not computed: anomalies lie ``skill`` (the old model: 1) standard deviations higher."""
+    old = load_bundle(tiny_bundle)
+    new = replace(old, settings=old.settings.model_copy(update={"image_score_top_k": 1}))
+
+    def judged(model, images, *rest):
+        rng = np.random.default_rng(0)
+        shift = np.repeat([0.0, skill if model is new else 1.0], len(images) // 2)
+        return [SimpleNamespace(score=score) for score in rng.normal(size=len(images)) + shift]
+
+    monkeypatch.setattr(calibration, "_judge", judged)
+    good = [np.zeros((32, 32, 3), np.uint8)] * 60
+    verdict = calibration.compare(new, old, good, good, 3, margin=0.02)
+    assert verdict.passed is passed
+    assert (verdict.new > verdict.old) is (skill > 1)
+    assert verdict.low <= verdict.new - verdict.old

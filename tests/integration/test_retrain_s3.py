@@ -1,0 +1,89 @@
+"""`glad retrain` and scoring by registry, with the dataset local and the registry on a real S3 server."""
+
+import json
+import threading
+import time
+
+import numpy as np
+import psutil
+import pytest
+from conftest import make_bucket
+from PIL import Image
+from typer.testing import CliRunner
+
+from cluster.storage import Storage
+from pipelines import registry
+from pipelines.cli import app
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    rng = np.random.default_rng(0)
+    for category in ("bolt", "nut"):
+        for folder, count in (("train/good", 6), ("test/good", 2)):
+            place = tmp_path / "data" / category / folder
+            place.mkdir(parents=True)
+            for number in range(count):
+                Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(place / f"{number}.png")
+    return tmp_path / "data"
+
+
+def kill_one_worker():
+    while True:
+        for process in psutil.Process().children(recursive=True):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                time.sleep(3)
+                process.kill()
+                return
+        time.sleep(0.05)
+
+
+def test_categories_side_by_side_into_a_registry(dataset, tiny_bundle, s3_server, ray_session, tmp_path, monkeypatch):
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    make_bucket(s3_server, "models")
+    storage, home = Storage.from_environment(), "s3://models/registry"
+
+    def retrain(*more):
+        options = ["--base", str(tiny_bundle), "--out", home, "--steps", "4", "--batch-size", "2"]
+        return CliRunner().invoke(app, ["retrain", str(dataset), *options, *more])
+
+    kept = [(path, path.read_bytes()) for path in (dataset / "nut/train/good").iterdir()]
+    for path, _ in kept:
+        path.write_bytes(b"torn")
+    killer = threading.Thread(target=kill_one_worker, daemon=True)
+    killer.start()
+    outcome = retrain()
+    assert outcome.exit_code == 1, outcome.output
+    assert not killer.is_alive()
+    assert "readable good images" in outcome.stdout
+    assert registry.current(home, "nut", storage) is None
+    first = registry.current(home, "bolt", storage)
+    assert first.reason == "first version"
+
+    for path, data in kept:
+        path.write_bytes(data)
+    outcome = retrain()
+    assert outcome.exit_code == 0, outcome.output
+    assert "up to date" in outcome.stdout
+    assert registry.current(home, "bolt", storage) == first
+    assert storage.kind(f"{home}/nut/{registry.current(home, 'nut', storage).version}.training.parquet") == "file"
+    assert not list(storage.walk(f"{home}/.work/nut"))
+
+    outcome = retrain("--categories", "bolt", "--seed", "1", "--margin", "1")
+    assert outcome.exit_code == 0, outcome.output
+    assert "promoted: AUROC" in outcome.stdout
+    second = registry.current(home, "bolt", storage)
+    assert second.earlier == [first.version]
+
+    out = tmp_path / "run"
+    outcome = CliRunner().invoke(app, ["score", str(dataset), "--model", home, "--out", str(out), "--actors", "1"])
+    assert outcome.exit_code == 0, outcome.output
+    models = json.loads((out / "run.json").read_text())["models"]
+    assert {name: model["model_id"] for name, model in models.items()} == {
+        name: registry.current(home, name, storage).version for name in ("bolt", "nut")
+    }
+    sheet = CliRunner().invoke(app, ["show", str(out), "--out", str(tmp_path / "sheet.png")])
+    assert sheet.exit_code == 0, sheet.output
