@@ -17,6 +17,7 @@ from torch import Tensor
 from glad_core import metrics, synthesis
 from glad_core.bundle import Model
 from glad_core.detect import Detection, Request, detect, full_size_map
+from glad_core.images import to_tensor
 from glad_core.settings import Settings
 
 # The published settings walk 30 timesteps at a time (T = 750, S = 25) and stop searching at 350 / 750 of T.
@@ -161,14 +162,12 @@ def _synthetic(
     good: Sequence[np.ndarray], foreground_mode: synthesis.ForegroundMode, seed: int
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Each good image with a synthetic anomaly, and the masks [n, R, R]."""
-    images = torch.from_numpy(np.stack(good)).permute(0, 3, 1, 2).float() / 127.5 - 1
-    foreground = synthesis.foreground(images, foreground_mode) if foreground_mode != 3 else None
+    foreground = synthesis.foreground(to_tensor(good), foreground_mode) if foreground_mode != 3 else None
     seeds = [seed * 1_000_003 + index for index in range(len(good))]
     anomalous, masks = synthesis.synthesize(
-        images, seeds=seeds, textures=None, foreground_BHW=foreground, probability=1.0
+        torch.from_numpy(np.stack(good)), seeds=seeds, foreground_BHW=foreground, probability=1.0
     )
-    pixels = ((anomalous.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    return list(pixels), masks[:, 0].numpy() > 0
+    return list(anomalous.numpy()), masks.numpy()
 
 
 def _judge(

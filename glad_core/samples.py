@@ -98,16 +98,18 @@ def make_rows(
     }
     if part != "unet":
         return rows
-    normal = to_tensor(images)
+    pictures = torch.from_numpy(rows["image"])
+    foreground = None
+    if recipe.foreground_mode != 3:
+        foreground = synthesis.foreground(to_tensor(images), recipe.foreground_mode)
     anomalous, masks = synthesis.synthesize(
-        normal,
+        pictures,
         seeds=[sample.anomaly_seed for sample in samples],
         textures=textures,
-        foreground_BHW=synthesis.foreground(normal, recipe.foreground_mode) if recipe.foreground_mode != 3 else None,
+        foreground_BHW=foreground,
         probability=recipe.anomaly_probability,
     )
-    pixels = ((anomalous.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)  # a camera's picture has 8 bits too
-    return rows | {"image": pixels.permute(0, 2, 3, 1).contiguous().numpy(), "mask": masks[:, 0].numpy() > 0}
+    return rows | {"image": anomalous.numpy(), "mask": masks.numpy()}
 
 
 def derived_seed(*parts: object) -> int:

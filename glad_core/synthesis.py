@@ -3,18 +3,18 @@
 A Perlin mask decides where; a texture, or the image with its pieces shuffled, decides what; β how strongly. Every
 image draws from its own seed, so what happens to it does not depend on its batch.
 
-Shapes: B batch, H W image, M texture pool.
+Shapes: B batch, H W image, M texture pool, n pixels under a mask.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 ForegroundMode = Literal[1, 2, 3]
@@ -28,7 +28,7 @@ MASK_TRIES = 8
 
 
 def synthesize(
-    images_B3HW: Tensor,
+    images_BHW3: Tensor,
     *,
     seeds: Sequence[int],
     textures: Tensor | None = None,
@@ -37,53 +37,66 @@ def synthesize(
 ) -> tuple[Tensor, Tensor]:
     """Give images synthetic anomalies: x^a = (1 - m)·x + m·(β·x + (1 - β)·source), β uniform in [0, 0.8].
 
+    Only the pixels under the mask are ever worked on; the rest of the source would not be seen.
+
     Args:
-        images_B3HW: good images, float32 in [-1, 1], on the CPU.
+        images_BHW3: good images, uint8, on the CPU.
         seeds: one per image; all that happens to an image follows from its seed, itself and the texture pool.
-        textures: pool of pictures, uint8 [M, H', W', 3]; without one an augmented copy of the image is the texture.
+        textures: pool of pictures, uint8 [M, H', W', 3]; without one a turned copy of the image is the texture.
         foreground_BHW: bool; anomalies stay on it.
         probability: chance of an anomaly; the other images come back unchanged.
 
     Returns:
-        The images, float32 [B, 3, H, W] in [-1, 1], and masks, float32 [B, 1, H, W] of 0 and 1 (all 0: unchanged).
+        The images, uint8 [B, H, W, 3], and masks, bool [B, H, W] (nowhere True: unchanged).
 
     Raises:
         ValueError: not one seed per image.
     """
-    anomalous, masks = [], []
-    for row, (image, seed) in enumerate(zip(images_B3HW, seeds, strict=True)):
+    anomalous = images_BHW3.clone()
+    masks = torch.zeros(images_BHW3.shape[:3], dtype=torch.bool)
+    for row, (image, seed) in enumerate(zip(images_BHW3, seeds, strict=True)):
         generator = torch.Generator().manual_seed(seed)
-        mask = torch.zeros(image.shape[-2:])
-        if _uniform(generator) < probability:
-            mask = _anomaly_mask(image.shape[-2:], generator, None if foreground_BHW is None else foreground_BHW[row])
-            if _uniform(generator) < TEXTURE_PROBABILITY:
-                source = _texture(image, textures, generator)
-            else:
-                source = _shuffled_structure(image, generator)
-            beta = MAX_BETA * _uniform(generator)
-            image = (1 - mask) * image + mask * (beta * image + (1 - beta) * source)
-        anomalous.append(image)
-        masks.append(mask[None])
-    return torch.stack(anomalous), torch.stack(masks)
+        if _uniform(generator) >= probability:
+            continue
+        allowed = None if foreground_BHW is None else foreground_BHW[row]
+        masks[row] = _anomaly_mask(image.shape[0], image.shape[1], generator, allowed)
+        y, x = masks[row].nonzero(as_tuple=True)
+        if not len(y):
+            continue
+        if _uniform(generator) < TEXTURE_PROBABILITY:
+            source = _texture(image, textures, y, x, generator)
+        else:
+            source = _shuffled_structure(image, y, x, generator)
+        source = _recoloured(source, generator)
+        beta = MAX_BETA * _uniform(generator)
+        mixed = torch.lerp(source.float(), image[y, x].float(), beta)
+        anomalous[row, y, x] = mixed.round().to(torch.uint8)
+    return anomalous, masks
 
 
 def perlin(size: tuple[int, int], cells: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Perlin gradient noise, [H, W] in about [-1, 1], with ``cells`` lattice cells along each axis."""
+    """Perlin gradient noise, [H, W] in about [-1, 1], with ``cells`` lattice cells along each axis.
+
+    The blend of a pixel's four corners is separable, so the whole field is two matrix products.
+    """
     angles = 2 * torch.pi * torch.rand((cells[0] + 1, cells[1] + 1), generator=generator)
-    gradients = torch.stack([angles.cos(), angles.sin()], dim=-1)
-    y = (torch.arange(size[0]) + 0.5) / size[0] * cells[0]
-    x = (torch.arange(size[1]) + 0.5) / size[1] * cells[1]
-    row, column = y.long(), x.long()
-    fy, fx = (y - row)[:, None], (x - column)[None, :]
+    (weight_y, offset_y), (weight_x, offset_x) = (_corner_weights(*axis) for axis in zip(size, cells, strict=True))
+    down = offset_y @ angles.cos() @ weight_x.T
+    right = weight_y @ angles.sin() @ offset_x.T
+    return 2**0.5 * (down + right)
 
-    def corner(down: int, right: int) -> Tensor:
-        gradient = gradients[row + down][:, column + right]
-        return gradient[..., 0] * (fy - down) + gradient[..., 1] * (fx - right)
 
-    fade_y, fade_x = (f**3 * (f * (6 * f - 15) + 10) for f in (fy, fx))  # Perlin's quintic
-    top = torch.lerp(corner(0, 0), corner(0, 1), fade_x.expand(size))
-    bottom = torch.lerp(corner(1, 0), corner(1, 1), fade_x.expand(size))
-    return 2**0.5 * torch.lerp(top, bottom, fade_y.expand(size))
+def _corner_weights(size: int, cells: int) -> tuple[Tensor, Tensor]:
+    """How much each lattice point counts at each pixel of one axis, and that times its distance, [size, cells + 1]."""
+    place = (torch.arange(size) + 0.5) / size * cells
+    cell = place.long()
+    f = place - cell
+    fade = f**3 * (f * (6 * f - 15) + 10)  # Perlin's quintic
+    pixel = torch.arange(size)
+    weights, offsets = torch.zeros(2, size, cells + 1)
+    weights[pixel, cell], weights[pixel, cell + 1] = 1 - fade, fade
+    offsets[pixel, cell], offsets[pixel, cell + 1] = (1 - fade) * f, fade * (f - 1)
+    return weights, offsets
 
 
 def foreground(images_B3HW: Tensor, mode: ForegroundMode) -> Tensor:
@@ -118,63 +131,74 @@ def object_mask(images_B3HW: Tensor, mode: ForegroundMode, sigma: float = 6.0) -
     return TF.gaussian_blur(wide, [taps, taps], [sigma, sigma])[:, 0].to(images_B3HW.device)
 
 
-def _anomaly_mask(size: tuple[int, int], generator: torch.Generator, allowed_HW: Tensor | None) -> Tensor:
-    """A thresholded, rotated Perlin field on the allowed region, [H, W] of 0 and 1; redrawn while it is empty."""
+def _anomaly_mask(height: int, width: int, generator: torch.Generator, allowed_HW: Tensor | None) -> Tensor:
+    """A thresholded, turned Perlin field on the allowed region, bool [H, W]; redrawn while it is empty."""
     for _ in range(MASK_TRIES):
         exponents = torch.randint(len(PERLIN_EXPONENTS), (2,), generator=generator).tolist()
-        field = perlin(size, (2 ** exponents[0], 2 ** exponents[1]), generator)
-        angle = 360 * _uniform(generator) - 180
-        mask = (
-            TF.rotate(field[None], angle, interpolation=v2.InterpolationMode.BILINEAR)[0] > PERLIN_THRESHOLD
-        ).float()
+        field = perlin((height, width), (2 ** exponents[0], 2 ** exponents[1]), generator) > PERLIN_THRESHOLD
+        y, x = _turned(torch.arange(height)[:, None], torch.arange(width)[None], height, width, generator)
+        # A rim of False catches what lies outside.
+        place = y.clamp_(-1, height).add_(1).mul_(width + 2).add_(x.clamp_(-1, width).add_(1)).int()
+        mask = F.pad(field, (1, 1, 1, 1)).flatten().index_select(0, place.flatten()).view(height, width)
         if allowed_HW is not None:
-            mask = mask * allowed_HW
+            mask &= allowed_HW
         if mask.any():
             break
     return mask
 
 
-def _texture(image_3HW: Tensor, textures: Tensor | None, generator: torch.Generator) -> Tensor:
-    """A texture from the pool, or the image turned, mirrored and recoloured, at the image's size."""
-    size = list(image_3HW.shape[-2:])
+def _turned(y: Tensor, x: Tensor, height: int, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Pixels (y, x) of a picture turned by a random angle, as pixels of the picture as it was; some lie outside it.
+
+    Whole numbers, but float32: integers are slower here.
+    """
+    angle = 2 * math.pi * _uniform(generator)
+    cos, sin = math.cos(angle), math.sin(angle)
+    middle_y, middle_x = (height - 1) / 2, (width - 1) / 2
+    dy, dx = y - middle_y, x - middle_x
+    return (dy * cos + (middle_y - dx * sin)).round_(), (dy * sin + (middle_x + dx * cos)).round_()
+
+
+def _texture(
+    image_HW3: Tensor, textures: Tensor | None, y_n: Tensor, x_n: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Colours uint8 [n, 3] at these pixels, of a texture from the pool or of the image itself, turned and mirrored."""
+    height, width = image_HW3.shape[:2]
     if textures is not None:
-        pick = int(torch.randint(len(textures), (1,), generator=generator))
-        picked = textures[pick].permute(2, 0, 1).float() / 127.5 - 1
-        picked = TF.resize(picked, size, antialias=True)
-        return _augmented(picked, generator)
-    turned = TF.rotate(image_3HW, 360 * _uniform(generator), interpolation=v2.InterpolationMode.BILINEAR)
-    return _augmented(TF.horizontal_flip(turned), generator)
+        texture = textures[int(torch.randint(len(textures), (1,), generator=generator))]
+        return texture[y_n * texture.shape[0] // height, x_n * texture.shape[1] // width]
+    y, x = _turned(y_n, width - 1 - x_n, height, width, generator)
+    return image_HW3[y.long() % height, x.long() % width]
 
 
-def _shuffled_structure(image_3HW: Tensor, generator: torch.Generator) -> Tensor:
-    """The image, recoloured, cut into 8 x 8 pieces that change places (sides are padded to a multiple of 8)."""
-    height, width = image_3HW.shape[-2:]
-    pad_y, pad_x = -height % STRUCTURE_GRID, -width % STRUCTURE_GRID
-    image = F.pad(_augmented(image_3HW, generator)[None], (0, pad_x, 0, pad_y), mode="replicate")[0]
-    piece_y, piece_x = image.shape[-2] // STRUCTURE_GRID, image.shape[-1] // STRUCTURE_GRID
-    pieces = image.unfold(1, piece_y, piece_y).unfold(2, piece_x, piece_x).flatten(1, 2)
+def _shuffled_structure(image_HW3: Tensor, y_n: Tensor, x_n: Tensor, generator: torch.Generator) -> Tensor:
+    """Colours uint8 [n, 3] at these pixels once the image's 8 x 8 pieces have changed places."""
+    height, width = image_HW3.shape[:2]
+    piece_y, piece_x = -(-height // STRUCTURE_GRID), -(-width // STRUCTURE_GRID)
     order = torch.randperm(STRUCTURE_GRID**2, generator=generator)
-    grid = pieces[:, order].view(3, STRUCTURE_GRID, STRUCTURE_GRID, piece_y, piece_x)
-    return grid.permute(0, 1, 3, 2, 4).reshape(image.shape)[:, :height, :width]
+    piece = order[y_n // piece_y * STRUCTURE_GRID + x_n // piece_x]
+    y = piece // STRUCTURE_GRID * piece_y + y_n % piece_y
+    x = piece % STRUCTURE_GRID * piece_x + x_n % piece_x
+    return image_HW3[y.clamp(max=height - 1), x.clamp(max=width - 1)]
 
 
-def _augmented(image_3HW: Tensor, generator: torch.Generator) -> Tensor:
-    """Three of MemSeg's colour changes in random order, [3, H, W] in [-1, 1]."""
-    image = (image_3HW + 1) / 2
+def _recoloured(colours_n3: Tensor, generator: torch.Generator) -> Tensor:
+    """Three of MemSeg's colour changes in random order, uint8 [n, 3]; all of them treat pixels one by one."""
     strength = torch.rand(6, generator=generator).tolist()
     changes = [
         lambda x: TF.adjust_brightness(x, 0.6 + 0.8 * strength[0]),
         lambda x: TF.adjust_contrast(x, 0.5 + strength[1]),
         lambda x: TF.adjust_saturation(x, 0.5 + strength[2]),
         lambda x: TF.adjust_hue(x, strength[3] - 0.5),
-        lambda x: TF.adjust_sharpness(x, 2 * strength[4]),
-        lambda x: TF.solarize(x, 0.5 + 0.5 * strength[5]),
+        lambda x: TF.posterize(x, 2 + int(4 * strength[4])),
+        lambda x: TF.solarize(x, 128 + 127 * strength[5]),
         TF.autocontrast,
-        lambda x: TF.equalize((x * 255).to(torch.uint8)) / 255,
+        TF.equalize,
     ]
+    picture = colours_n3.T[:, None].contiguous()
     for pick in torch.randperm(len(changes), generator=generator)[:3].tolist():
-        image = changes[pick](image.clamp(0, 1))
-    return image.clamp(0, 1) * 2 - 1
+        picture = changes[pick](picture)
+    return picture[:, 0].T
 
 
 def _uniform(generator: torch.Generator) -> float:
