@@ -28,7 +28,9 @@ def create(
     Args:
         diffusion: folder in diffusers format, or hub id such as ``CompVis/stable-diffusion-v1-4``.
         features: timm name such as ``vit_base_patch8_224.dino``; its pretrained weights are fetched.
-        preset: ``DATASET/CATEGORY`` of the published settings, e.g. ``MVTec-AD/screw``.
+        category: what the model judges; several with commas between have a prompt each.
+        preset: ``DATASET/CATEGORY`` of the published settings, e.g. ``MVTec-AD/screw``; for several categories those of
+            the dataset's one model.
         settings: settings that override the preset's.
 
     Raises:
@@ -39,12 +41,13 @@ def create(
     published: dict[str, Any] = {}
     if preset is not None:
         dataset, _, name = preset.partition("/")
-        published = presets.preset(dataset, name)
+        published = presets.preset(dataset, name, multi_class="," in category)
         category = category or name
     parsed = Settings.parse(published | settings, "settings")
+    several = [name.strip() for name in category.split(",")] if "," in category else []
     unet = _part(UNet2DConditionModel, diffusion, "unet")
     vae = _part(AutoencoderKL, diffusion, "vae")
-    cond, uncond = _prompt_embeddings(diffusion)
+    cond, uncond, *each = _prompt_embeddings(diffusion, several)
     vit = _pretrained_vit(features)
     return bundle.save_bundle(
         out,
@@ -54,8 +57,9 @@ def create(
         features_config={"architecture": features, "args": {}},
         prompt_cond=cond,
         prompt_uncond=uncond,
+        prompts=dict(zip(several, each, strict=True)),
         settings=parsed,
-        category=category,
+        category=",".join(several) or category,
         provenance={"diffusion": diffusion, "features": features, "prompt": PROMPT, "preset": preset},
     )
 
@@ -106,6 +110,7 @@ def import_unet(base: Path, checkpoint: Path, out: Path, *, category: str, prese
         final_features=None if model.final_features is model.features else model.final_features,
         prompt_cond=model.prompt_cond,
         prompt_uncond=model.prompt_uncond,
+        prompts=model.prompts,
         settings=parsed,
         category=category or manifest.category,
         provenance={"base": manifest.model_id, "unet_checkpoint": checkpoint.name, "preset": preset},
@@ -150,8 +155,8 @@ def _part(cls: Any, diffusion: str, subfolder: str, **options: Any) -> Any:
         ) from error
 
 
-def _prompt_embeddings(diffusion: str) -> tuple[Tensor, Tensor]:
-    """Embeddings of the constant prompt and of the empty one, [1, L, D] each."""
+def _prompt_embeddings(diffusion: str, categories: list[str]) -> tuple[Tensor, ...]:
+    """Embeddings of the constant prompt, of the empty one and of the prompt with each category, [1, L, D] each."""
     from transformers import CLIPTextModel, CLIPTokenizer
 
     encoder = _part(CLIPTextModel, diffusion, "text_encoder")
@@ -161,10 +166,9 @@ def _prompt_embeddings(diffusion: str) -> tuple[Tensor, Tensor]:
         raise GladError(f"{Path(diffusion) / 'tokenizer'}: no CLIP tokenizer there") from error
     options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-    tokens = tokenizer([PROMPT, ""], max_length=length, **options)
+    tokens = tokenizer([PROMPT, "", *(f"{PROMPT} {name}" for name in categories)], max_length=length, **options)
     with torch.inference_mode():
-        cond, uncond = encoder(tokens.input_ids)[0].clone().split(1)
-    return cond, uncond
+        return encoder(tokens.input_ids)[0].clone().split(1)
 
 
 def _pretrained_vit(features: str) -> Any:

@@ -293,7 +293,7 @@ def bundle_create(
     out: Annotated[Path, typer.Option(help="Bundle to write")],
     features: Annotated[str, typer.Option(help="timm name of the ViT")] = "vit_base_patch8_224.dino",
     preset: Annotated[str | None, typer.Option(help="Published settings, DATASET/CATEGORY: MVTec-AD/screw")] = None,
-    category: Annotated[str, typer.Option(help="Name of what the model judges")] = "",
+    category: Annotated[str, typer.Option(help="What the model judges; a,b,c: one model for several")] = "",
 ) -> None:
     """A bundle from a diffusion model and a timm ViT."""
     from pipelines.bundle import create

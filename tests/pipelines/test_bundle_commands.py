@@ -11,6 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from typer.testing import CliRunner
 
 from glad_core import bundle
+from glad_core.errors import GladError
 from glad_core.features import create_vit
 from pipelines.cli import app
 
@@ -138,3 +139,20 @@ def test_a_checkpoint_is_never_executed_nor_half_taken(tmp_path, tiny_bundle, ca
 
 def test_the_default_features_exist_in_timm():
     assert "vit_base_patch8_224.dino" in timm.list_models("vit*", pretrained=True)
+
+
+@pytest.mark.usefixtures("offline_vit")
+def test_a_bundle_for_several_categories_has_a_prompt_for_each(tmp_path, stable_diffusion):
+    out = tmp_path / "several"
+    options = ["--features", FEATURES, "--preset", "MVTec-AD/cable", "--category", "cable,screw"]
+    made = glad("create", stable_diffusion, "--out", out, *options)
+    assert made.exit_code == 0, made.output
+    model = bundle.load_bundle(out)
+    assert model.settings.start_step == 650
+    assert model.settings.resolution == 256
+    both = model.prompts_for(["cable", "screw", "cable"])
+    assert both.shape == (3, 20, 16)
+    assert torch.equal(both[0], both[2])
+    assert not torch.equal(both[0], both[1])
+    with pytest.raises(GladError, match="'bottle' is none of this bundle's"):
+        model.prompts_for(["bottle"])
