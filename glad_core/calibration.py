@@ -16,6 +16,7 @@ from torch import Tensor
 
 from glad_core import metrics, synthesis
 from glad_core.bundle import Model
+from glad_core.counting import PixelCounts
 from glad_core.detect import Detection, Request, detect, full_size_map
 from glad_core.images import to_tensor
 from glad_core.settings import Settings
@@ -197,7 +198,10 @@ def _separation(model: Model, goods: list[Detection], bads: list[Detection], mas
     )[:, 0].numpy()
     if not truth.any():
         return metrics.image_metrics(scores, labels)["AUROC"]
-    return metrics.image_metrics(scores, labels)["AUROC"] + metrics.pixel_metrics(maps.numpy(), truth > 0)["P-AP"]
+    pixels = PixelCounts()
+    for anomaly_map, mask in zip(maps.numpy(), truth, strict=True):
+        pixels.add(anomaly_map, mask)
+    return metrics.image_metrics(scores, labels)["AUROC"] + pixels.metrics()["P-AP"]
 
 
 def map_at_full_size(model: Model, image: Detection) -> Tensor:

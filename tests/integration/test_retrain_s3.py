@@ -1,5 +1,6 @@
-"""`glad retrain` and scoring by registry, with the dataset local and the registry on a real S3 server."""
+"""`glad retrain` and scoring by registry, with dataset and registry on a real S3 server."""
 
+import io
 import json
 import threading
 import time
@@ -18,16 +19,24 @@ from pipelines.cli import app
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def dataset(tmp_path):
+DATASET = "s3://models/data"
+
+
+def upload_dataset(storage):
+    """Two categories of six good images; those of the second are torn until they are uploaded again."""
     rng = np.random.default_rng(0)
+    torn = {}
     for category in ("bolt", "nut"):
         for folder, count in (("train/good", 6), ("test/good", 2)):
-            place = tmp_path / "data" / category / folder
-            place.mkdir(parents=True)
             for number in range(count):
-                Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(place / f"{number}.png")
-    return tmp_path / "data"
+                stream = io.BytesIO()
+                Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(stream, "PNG")
+                uri, data = f"{DATASET}/{category}/{folder}/{number}.png", stream.getvalue()
+                if (category, folder) == ("nut", "train/good"):
+                    torn[uri] = data
+                    data = b"torn"
+                storage.write(uri, data)
+    return torn
 
 
 def kill_one_worker():
@@ -40,19 +49,17 @@ def kill_one_worker():
         time.sleep(0.05)
 
 
-def test_categories_side_by_side_into_a_registry(dataset, tiny_bundle, s3_server, ray_session, tmp_path, monkeypatch):
+def test_categories_side_by_side_into_a_registry(tiny_bundle, s3_server, ray_session, tmp_path, monkeypatch):
     for name, value in s3_server.items():
         monkeypatch.setenv(name, value)
     make_bucket(s3_server, "models")
     storage, home = Storage.from_environment(), "s3://models/registry"
+    torn = upload_dataset(storage)
 
     def retrain(*more):
         options = ["--base", str(tiny_bundle), "--out", home, "--steps", "4", "--batch-size", "2"]
-        return CliRunner().invoke(app, ["retrain", str(dataset), *options, *more])
+        return CliRunner().invoke(app, ["retrain", DATASET, *options, *more])
 
-    kept = [(path, path.read_bytes()) for path in (dataset / "nut/train/good").iterdir()]
-    for path, _ in kept:
-        path.write_bytes(b"torn")
     killer = threading.Thread(target=kill_one_worker, daemon=True)
     killer.start()
     outcome = retrain()
@@ -63,8 +70,8 @@ def test_categories_side_by_side_into_a_registry(dataset, tiny_bundle, s3_server
     first = registry.current(home, "bolt", storage)
     assert first.reason == "first version"
 
-    for path, data in kept:
-        path.write_bytes(data)
+    for uri, data in torn.items():
+        storage.write(uri, data)
     outcome = retrain()
     assert outcome.exit_code == 0, outcome.output
     assert "up to date" in outcome.stdout
@@ -79,7 +86,7 @@ def test_categories_side_by_side_into_a_registry(dataset, tiny_bundle, s3_server
     assert second.earlier == [first.version]
 
     out = tmp_path / "run"
-    outcome = CliRunner().invoke(app, ["score", str(dataset), "--model", home, "--out", str(out), "--actors", "1"])
+    outcome = CliRunner().invoke(app, ["score", DATASET, "--model", home, "--out", str(out), "--actors", "1"])
     assert outcome.exit_code == 0, outcome.output
     models = json.loads((out / "run.json").read_text())["models"]
     assert {name: model["model_id"] for name, model in models.items()} == {
