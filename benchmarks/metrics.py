@@ -2,8 +2,8 @@
 
     python benchmarks/metrics.py [--json]
 
-- ``full_set_seconds``, ``peak_rss_gb``: I-AUROC, I-AP, I-F1-max, P-AUROC, P-AP, P-F1-max and PRO of 1,725 float16 maps of
-  512 x 512 with masks, read from disk by two processes; the largest process's memory.
+- ``full_set_seconds``, ``peak_rss_gb``: I-AUROC, I-AP, I-F1-max, P-AUROC, P-AP, P-F1-max and PRO of 1,725 float16 maps
+  of 512 x 512 with masks, read from disk by two processes; the largest process's memory.
 - ``pro_speedup``: PRO of 100 such maps by 200 thresholds and a loop over regions, as the released code does it, against
   `PixelCounts`; ``pro_abs_error``: difference of the two values.
 """

@@ -110,6 +110,39 @@ def show(
     draw(results, top, out, Console())
 
 
+@app.command()
+def evaluate(
+    results: Annotated[str, typer.Argument(help="The --out of a `glad score`, local or s3://")],
+    dataset: Annotated[str, typer.Option(help="Dataset with ground truth: MVTec-AD's layout or VisA's")],
+    out: Annotated[Path | None, typer.Option(help="Folder for metrics.csv, metrics.md and metrics.json")] = None,
+    pro_limit: Annotated[float, typer.Option(min=0.001, max=1, help="Largest false positive rate of PRO")] = 0.3,
+    pro_thresholds: Annotated[
+        int | None, typer.Option(min=2, help="Count PRO at so many even thresholds (published: 200) instead of at all")
+    ] = None,
+) -> None:
+    """The paper's tables: detection and localisation metrics by category, with the published figures beside them."""
+    from pipelines.evaluate import evaluate as run
+
+    run(results, dataset, Console(), out=out, pro_limit=pro_limit, pro_thresholds=pro_thresholds)
+
+
+datasets_app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, help="Look at datasets with ground truth.")
+app.add_typer(datasets_app, name="datasets")
+
+
+@datasets_app.callback()
+def _datasets() -> None: ...
+
+
+@datasets_app.command("check")
+def datasets_check(path: Annotated[str, typer.Argument(help="Dataset folder, local or s3://")]) -> None:
+    """What a dataset holds and what is wrong with it: unreadable files, missing or misfitting masks (exit code 1)."""
+    from pipelines.datasets import check
+
+    if not check(path, Console()):
+        raise typer.Exit(STOPPED)
+
+
 @app.command("demo-data")
 def demo_data(
     out: Annotated[Path, typer.Argument(help="Folder for the MVTec-AD tree")],
