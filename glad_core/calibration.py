@@ -153,6 +153,11 @@ def judged_images(good: int, start_steps: int = 6) -> int:
     return 3 * min(good, SELECTION_IMAGES) * start_steps + 2 * good
 
 
+def images_needed(target_fpr: float) -> int:
+    """How many good images the conformal quantile needs to keep a false-positive rate: ⌈1/α⌉ - 1."""
+    return math.ceil(1 / target_fpr - 1e-9) - 1
+
+
 def conformal_quantile(scores: Sequence[float] | np.ndarray, target_fpr: float) -> float:
     """The ⌈(n + 1)(1 - α)⌉-th smallest score (split conformal prediction); the largest when n is too small for α."""
     rank = math.ceil((len(scores) + 1) * (1 - target_fpr))

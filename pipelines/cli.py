@@ -126,6 +126,45 @@ def evaluate(
     run(results, dataset, Console(), out=out, pro_limit=pro_limit, pro_thresholds=pro_thresholds)
 
 
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Option(help="Bundle to calibrate; 'small' is the embedded one")],
+    out: Annotated[Path, typer.Option(help="Calibrated bundle to write")],
+    good: Annotated[
+        str | None, typer.Argument(help="Good images the model was not trained on: folder, glob, list or tar shards")
+    ] = None,
+    run: Annotated[str | None, typer.Option(help="Instead of images: a finished `glad score` over good images")] = None,
+    target_fpr: Annotated[float, typer.Option(min=0.0001, max=0.5, help="False-positive rate of the threshold")] = 0.05,
+    threshold_only: Annotated[bool, typer.Option("--threshold-only", help="Keep T, δ and min_step")] = False,
+    foreground: Annotated[
+        int, typer.Option(min=1, max=3, help="Synthetic anomalies on 1 darker, 2 brighter object, 3 anywhere")
+    ] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of noise and synthetic anomalies")] = 0,
+    address: Annotated[str | None, typer.Option(help="Ray cluster: host:port or auto; else this machine")] = None,
+) -> None:
+    """T, δ, min_step and the decision threshold from good images alone; says how many the target needs."""
+    from pipelines import calibrate as job
+
+    if (good is None) == (run is None):
+        raise GladError("give either good images or --run, the results of scoring some")
+    request = job.CalibrateRequest(good, run, model, out, target_fpr, threshold_only, foreground, seed, address)
+    Console().print(f"bundle {job.calibrate(request, Console())} in {escape(str(out))}", highlight=False)
+
+
+@app.command()
+def drift(
+    first: Annotated[str, typer.Argument(help="A finished run, e.g. over calibration images")],
+    second: Annotated[str, typer.Argument(help="Another, e.g. tonight's")],
+    out: Annotated[Path | None, typer.Option(help="PNG of both distributions")] = None,
+    alpha: Annotated[float, typer.Option(min=0, max=1, help="Probability of a false alarm")] = 0.01,
+) -> None:
+    """Whether two runs' scores and stop steps are distributed alike. Exit code 1 if they are not."""
+    from pipelines.drift import drift as compare
+
+    if compare(first, second, out, Console(), alpha=alpha):
+        raise typer.Exit(STOPPED)
+
+
 datasets_app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, help="Look at datasets with ground truth.")
 app.add_typer(datasets_app, name="datasets")
 

@@ -230,10 +230,11 @@ def _cells(of: dict[str, float]) -> list[str]:
 
 
 HEADERS = ("category", "/".join(IMAGE_COLUMNS), "I-AUROC 95 %", "/".join(PIXEL_COLUMNS), "AUPIMO")
+NARROW = ("category", "I-AUROC/\nI-AP/I-F1-max", "I-AUROC\n95 %", "P-AUROC/P-AP/\nP-F1-max/PRO", "AUPIMO")
 
 
 def _table(metrics: dict[str, dict[str, float]], title: str) -> Table:
-    table = Table(*HEADERS, title=title)
+    table = Table(*NARROW, title=title)
     for name, of in metrics.items():
         if name == "average":
             table.add_section()
@@ -252,7 +253,7 @@ def _published_tables(dataset: str | None, categories: set[str]) -> Iterable[Tab
     if dataset is None:
         return
     facts = published()
-    averages = Table("method", HEADERS[1], HEADERS[3], title=f"Published, {dataset}, all categories (Table 2)")
+    averages = Table("method", NARROW[1], NARROW[3], title=f"Published, {dataset}, all categories (Table 2)")
     for method, of in facts["averages"][dataset].items():
         image, pixel = (
             "/".join(str(of.get(column, "-")) for column in columns) for columns in (IMAGE_COLUMNS, PIXEL_COLUMNS)

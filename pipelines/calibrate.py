@@ -1,0 +1,146 @@
+"""`glad calibrate`: T, δ, min_step and the decision threshold from good images alone.
+
+T and δ are chosen on a few images (`glad_core.calibration`); the threshold comes from the scores of all of them, which
+the scoring job computes on Ray like any archive's.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.dataset as pads
+from rich.console import Console
+from rich.markup import escape
+
+from cluster.storage import Storage, is_s3, join, local_path
+from glad_core import bundle
+from glad_core.calibration import calibrate as choose_steps
+from glad_core.calibration import conformal_quantile, images_needed, judged_images
+from glad_core.errors import GladError
+from glad_core.settings import Settings
+from pipelines import results
+from pipelines.decode import ImageError, decode, fetch
+from pipelines.model_source import local_bundle
+from pipelines.score import ScoreRequest, score
+from pipelines.sources import list_source
+
+STEP_IMAGES = 40  # images that T, δ and min_step are chosen on
+
+
+@dataclass(frozen=True)
+class CalibrateRequest:
+    """What `glad calibrate` was asked; ``source`` holds good images only, ``run`` a finished run over good images."""
+
+    source: str | None
+    run: str | None
+    model: str
+    out: Path
+    target_fpr: float
+    threshold_only: bool
+    foreground_mode: int
+    seed: int = 0
+    address: str | None = None
+
+
+def calibrate(request: CalibrateRequest, console: Console) -> str:
+    """Write the calibrated bundle and return its model id.
+
+    Raises:
+        GladError, StorageError, SessionError: nothing to calibrate on, ``out`` exists, too few images for the target.
+    """
+    storage = Storage.from_environment()
+    if request.out.exists():
+        raise GladError(f"{request.out} already exists: choose another --out or remove it")
+    base = local_bundle(request.model, storage)
+    manifest = bundle.read_manifest(base)
+    settings = Settings.parse(manifest.settings, str(base))
+    needed = images_needed(request.target_fpr)
+    with tempfile.TemporaryDirectory(dir=_parent(request.out)) as folder:
+        made = Path(folder) / "bundle"
+        shutil.copytree(base, made)
+        run = request.run
+        if run is None:
+            assert request.source is not None
+            if not request.threshold_only:
+                settings = _steps(request, made, settings, storage, console)
+                bundle.update_settings(made, settings, {})
+            run = str(Path(folder) / "run")
+            score(
+                ScoreRequest(request.source, run, model=str(made), seed=request.seed, address=request.address), console
+            )
+        elif not request.threshold_only:
+            raise GladError("a finished run fixes T and δ: add --threshold-only, or give the good images themselves")
+        scores, judged_by = _scores(run, storage)
+        if request.run is not None and judged_by != {manifest.model_id}:
+            raise GladError(f"{run} was scored by {', '.join(sorted(judged_by))}, --model is {manifest.model_id}")
+        if len(scores) < needed:
+            raise GladError(
+                f"{len(scores)} good images: a false-positive rate of {request.target_fpr:g} needs at least {needed}; "
+                f"give more images or a --target-fpr of at least {1 / (len(scores) + 1):.3g}"
+            )
+        threshold = conformal_quantile(scores, request.target_fpr)
+        provenance = {"target_fpr": request.target_fpr, "calibration_images": len(scores)}
+        model_id = bundle.update_settings(made, settings.model_copy(update={"threshold": threshold}), provenance)
+        made.rename(request.out)
+    console.print(
+        f"T {settings.start_step}, δ {settings.delta:.4g}, min_step {settings.min_step}; threshold {threshold:.4g} "
+        f"from {len(scores)} good images: a new good image exceeds it with probability at most {request.target_fpr:g}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return model_id
+
+
+def _steps(request: CalibrateRequest, made: Path, settings: Settings, storage: Storage, console: Console) -> Settings:
+    """T, δ and min_step from up to `STEP_IMAGES` good images, evenly spread over the source."""
+    assert request.source is not None
+    source = request.source if is_s3(request.source) else local_path(request.source)
+    rows = [row for row in list_source(source, None, storage) if row.get("error_type") is None]
+    if not rows:
+        raise GladError(f"{source}: no images in it; name a folder, glob, list or tar of good images")
+    places = np.linspace(0, len(rows) - 1, min(len(rows), STEP_IMAGES)).round().astype(int)
+    good = []
+    for place in places:
+        try:
+            good.append(decode(fetch(storage, rows[place]), settings.resolution).pixels)
+        except ImageError as error:
+            console.print(f"[yellow]{escape(rows[place]['uri'])}: {escape(str(error))}; skipped[/yellow]")
+    console.print(f"choosing T and δ on {len(good)} of {len(rows)} images", highlight=False)
+    model = bundle.load_bundle(made)
+    with console.status("") as status:
+        total, done = judged_images(len(good)), 0
+
+        def judged(count: int) -> None:
+            nonlocal done
+            done += count
+            status.update(f"{done} of {total} reconstructions")
+
+        return choose_steps(
+            model,
+            good,
+            foreground_mode=request.foreground_mode,  # type: ignore[arg-type]
+            target_fpr=request.target_fpr,
+            seed=request.seed,
+            on_image=judged,
+        )
+
+
+def _scores(run: str, storage: Storage) -> tuple[list[float], set[str]]:
+    """The scores of a finished run, and the models that gave them."""
+    folder = run.rstrip("/") if is_s3(run) else local_path(run)
+    results.read_run(folder, storage)
+    filesystem, path = storage.resolve(join(folder, results.RESULTS))
+    table = pads.dataset(path, filesystem=filesystem).to_table(columns=["score", "model_id"])
+    return table["score"].to_pylist(), set(table["model_id"].to_pylist())
+
+
+def _parent(out: Path) -> Path:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GladError(f"cannot write {out.parent}: {error.strerror}; choose another --out") from error
+    return out.parent
