@@ -43,6 +43,7 @@ Part = StrEnum("Part", ["unet", "dino", "vae"])
 Precision = StrEnum("Precision", ["off", "bf16", "fp16"])
 Optimizer = StrEnum("Optimizer", ["adamw", "adamw8bit", "muon"])
 Device = StrEnum("Device", ["cpu", "cuda", "mps"])
+Method = StrEnum("Method", ["glad", "nearest"])
 Promote = StrEnum("Promote", ["always", "gate", "never"])
 
 
@@ -72,6 +73,10 @@ def score(
     reconstructions: Annotated[bool, typer.Option("--reconstructions", help="Store reconstructions as PNG")] = False,
     address: Annotated[str | None, typer.Option(help="Ray cluster: host:port or auto; else this machine")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another run's results in --out")] = False,
+    method: Annotated[
+        Method, typer.Option(help="nearest: compare with remembered good patches instead, a cheap yardstick")
+    ] = Method.glad,
+    good: Annotated[str | None, typer.Option(help="Good images for --method nearest: folder, glob or list")] = None,
 ) -> None:
     """Score every image of an archive; unreadable ones are listed in OUT/errors and do not stop the job."""
     from pipelines import score as job
@@ -91,6 +96,8 @@ def score(
         reconstructions=reconstructions,
         address=address,
         overwrite=overwrite,
+        method=method.value,  # type: ignore[arg-type]
+        good=good,
     )
     try:
         job.score(request, Console())

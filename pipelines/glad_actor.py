@@ -22,7 +22,10 @@ KEPT_MODELS = 4  # bundles an actor holds at a time
 
 @dataclass(frozen=True)
 class ActorSettings:
-    """What an actor needs to know; ``threads`` is its share of the machine's CPUs."""
+    """What an actor needs to know; ``threads`` is its share of the machine's CPUs.
+
+    With a ``memory`` (`pipelines.memory`) images are judged by it instead of by reconstruction.
+    """
 
     models: Models
     storage: Storage
@@ -31,6 +34,7 @@ class ActorSettings:
     reconstructions: bool
     gpu: bool
     threads: int
+    memory: str | None = None
 
 
 class GladActor:
@@ -39,6 +43,7 @@ class GladActor:
     def __init__(self, settings: ActorSettings) -> None:
         self.settings = settings
         self.loaded: OrderedDict[str, Any] = OrderedDict()
+        self.memory: Any = None
         self.failure: Exception | None = None
         try:
             self._prepare()
@@ -74,6 +79,10 @@ class GladActor:
         torch.backends.cuda.matmul.allow_tf32 = False
         if "" in self.settings.models.bundles:
             self._model("")
+        if self.settings.memory is not None:
+            from pipelines.memory import read_memory
+
+            self.memory = read_memory(self.settings.memory, self.settings.storage)
 
     def _model(self, key: str) -> Any:
         """A loaded bundle; an archive comes category by category, so a few of them kept are enough."""
@@ -93,6 +102,7 @@ class GladActor:
     def _detect(self, model: Any, rows: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """One output row per input row. A batch that fails is tried again image by image, to lose only the culprit."""
         from glad_core.detect import Request, detect
+        from glad_core.nearest import detect_nearest
 
         side = model.settings.resolution
         requests = [
@@ -100,7 +110,10 @@ class GladActor:
             for image_id, row in rows.items()
         ]
         try:
-            found = list(detect(model, requests, self.settings.seed))
+            if self.memory is not None:
+                found = list(detect_nearest(model, self.memory.patches, requests))
+            else:
+                found = list(detect(model, requests, self.settings.seed))
         except Exception as error:
             self._die_with_the_device()
             if len(rows) > 1:
@@ -126,8 +139,9 @@ class GladActor:
             os._exit(1)
 
     def _result(self, model: Any, row: dict[str, Any], detection: Any) -> dict[str, Any]:
-        threshold = model.settings.threshold_for(row["category"])
+        threshold = self.memory.threshold if self.memory else model.settings.threshold_for(row["category"])
         anomaly_map = self._map(model, detection.anomaly_map)
+        keep = self.settings.reconstructions and self.memory is None
         return {
             "image_id": row["image_id"],
             "uri": row["uri"],
@@ -142,7 +156,7 @@ class GladActor:
             "anomaly_map": anomaly_map.ravel(),
             "map_height": anomaly_map.shape[0],
             "map_width": anomaly_map.shape[1],
-            "reconstruction": _png(detection.reconstruction) if self.settings.reconstructions else None,
+            "reconstruction": _png(detection.reconstruction) if keep else None,
             "width": row["width"],
             "height": row["height"],
             "seconds": detection.seconds,

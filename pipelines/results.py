@@ -21,6 +21,7 @@ from glad_core.errors import GladError
 from glad_core.settings import Settings
 
 RESULTS, ERRORS, MANIFEST, STARTED, COMPLETE = "results", "errors", "manifest", "started.json", "run.json"
+MEMORY = "memory.safetensors"  # of a run with the nearest-neighbour method
 
 RESULTS_SCHEMA = pa.schema(
     [
@@ -88,6 +89,7 @@ def release(dest: str, storage: Storage) -> None:
     storage.delete_file(join(dest, COMPLETE))
     for name in (RESULTS, ERRORS, MANIFEST):
         storage.delete_folder(join(dest, name))
+    storage.delete_file(join(dest, MEMORY))
     storage.delete_file(join(dest, STARTED))
 
 

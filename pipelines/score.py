@@ -21,6 +21,7 @@ from pipelines import results, sources
 from pipelines.actor_plan import ActorPlan, plan_actors
 from pipelines.decode import fetch_and_decode
 from pipelines.glad_actor import KEPT_MODELS, ActorSettings, GladActor
+from pipelines.memory import build_memory, read_memory
 from pipelines.model_source import SMALL, Models, find_models
 from pipelines.progress import Progress
 
@@ -35,7 +36,10 @@ class TooManyErrors(Exception):
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """What the user asked for; None where the machine decides. ``num_cpus`` and ``num_gpus`` are per actor."""
+    """What the user asked for; None where the machine decides. ``num_cpus`` and ``num_gpus`` are per actor.
+
+    ``good`` holds the images that ``nearest`` remembers.
+    """
 
     source: str
     out: str
@@ -51,6 +55,8 @@ class ScoreRequest:
     reconstructions: bool = False
     address: str | None = None
     overwrite: bool = False
+    method: Literal["glad", "nearest"] = "glad"
+    good: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,12 @@ def score(request: ScoreRequest, console: Console) -> Counts:
     if source == out or out.startswith(source.rstrip("/") + "/"):
         raise GladError(f"{out} lies inside the archive {source}: choose an --out outside of it")
     models = find_models(request.model, storage)
+    if (request.method == "nearest") != (request.good is not None):
+        raise GladError(
+            "--method nearest needs good images to remember: --good FOLDER (and only that method takes them)"
+        )
+    if request.method == "nearest" and "" not in models.bundles:
+        raise GladError(f"{request.model} is a registry: --method nearest takes one bundle, for its features")
     if storage.kind(source) == "none" and not sources.WILDCARDS.search(source):
         raise GladError(f"{source}: no such file or folder; name a folder, a glob, a list of URIs or tar shards")
 
@@ -86,6 +98,7 @@ def score(request: ScoreRequest, console: Console) -> Counts:
         sizes = [sum(entry.size for entry in manifest.files.values()) for manifest in models.manifests.values()]
         plan = plan_actors(session.resources(), request, sum(sorted(sizes)[-KEPT_MODELS:]))
         listed = list_remotely(source, request.category, storage, join(out, results.MANIFEST), bool(models.categories))
+        memory = _remember(request, models, storage, out, plan) if request.good is not None else None
     except BaseException:
         results.release(out, storage)  # nothing was scored: leave DEST free for the corrected command
         raise
@@ -99,6 +112,7 @@ def score(request: ScoreRequest, console: Console) -> Counts:
         reconstructions=request.reconstructions,
         gpu=plan.num_gpus > 0,
         threads=plan.threads,
+        memory=memory,
     )
     scored = anomalies = errors = 0
     clock = time.monotonic()
@@ -115,7 +129,9 @@ def score(request: ScoreRequest, console: Console) -> Counts:
     if scored + errors != listed.rows:
         raise GladError(f"{out}: {scored + errors} of {listed.rows} images came back; score again with --overwrite")
 
-    calibrated = any(settings.threshold is not None for settings in models.settings().values())
+    calibrated = memory is None and any(settings.threshold is not None for settings in models.settings().values())
+    if memory is not None:
+        calibrated = read_memory(memory, storage).threshold is not None
     found = anomalies if calibrated else None
     counts = Counts(listed.rows, scored, found, errors, listed.duplicates)
     results.complete(out, storage, _run_record(request, source, out, models, plan, counts, started, seconds))
@@ -175,6 +191,21 @@ def list_remotely(
         raise session.root_cause(error, GladError, StorageError) from None
 
 
+def _remember(request: ScoreRequest, models: Models, storage: Storage, out: str, plan: ActorPlan) -> str:
+    """The memory of good patches, made by a task with an actor's resources; returns where it is."""
+    import ray
+
+    assert request.good is not None
+    place = join(out, results.MEMORY)
+    device = "cuda" if plan.num_gpus else "cpu"
+    task: Any = ray.remote(num_cpus=plan.num_cpus, num_gpus=plan.num_gpus)(build_memory)
+    try:
+        ray.get(task.remote(_absolute(request.good), models.bundles[""], storage, place, device, request.seed))
+    except ray.exceptions.RayError as error:
+        raise session.root_cause(error, GladError, StorageError) from None
+    return place
+
+
 def _absolute(location: str) -> str:
     return location.rstrip("/") if is_s3(location) else local_path(location)
 
@@ -199,6 +230,7 @@ def _run_record(
             key: {"model_id": manifest.model_id, "category": manifest.category, "settings": manifest.settings}
             for key, manifest in models.manifests.items()
         },
+        "method": request.method,
         "request": {"seed": request.seed, "batch_size": request.batch_size, "maps": request.maps}
         | {"reconstructions": request.reconstructions, "category": request.category, "max_errors": request.max_errors},
         "actors": asdict(plan),

@@ -135,3 +135,22 @@ def test_a_damaged_bundle_is_one_line_though_the_actor_finds_it(tmp_path, tiny_b
     assert outcome.exit_code == 2, outcome.output
     assert outcome.stderr.count("\n") == 1
     assert "sha256" in outcome.stderr
+
+
+def test_the_nearest_neighbour_yardstick_runs_through_the_same_job(tmp_path, photos, tiny_bundle, ray_session):
+    def score(*more):
+        arguments = ["score", str(photos), "--model", str(tiny_bundle), "--out", str(tmp_path / "run"), *map(str, more)]
+        return CliRunner().invoke(app, arguments)
+
+    refused = score("--method", "nearest")
+    assert refused.exit_code == 2
+    assert "--good" in refused.stderr
+    outcome = score("--method", "nearest", "--good", photos / "left", "--actors", 1)
+    assert outcome.exit_code == 0, outcome.output
+    rows = pq.read_table(tmp_path / "run" / "results").to_pylist()
+    assert len(rows) == 12
+    assert {row["stop_reason"] for row in rows} == {"none"}
+    assert {row["threshold"] for row in rows} == {None}  # one image held out is too few for 5 %
+    remembered = sorted(row["score"] for row in rows if "/left/" in row["uri"])[:5]
+    assert max(remembered) < min(row["score"] for row in rows if "/right/" in row["uri"])
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["method"] == "nearest"
