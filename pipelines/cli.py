@@ -159,6 +159,25 @@ def calibrate(
 
 
 @app.command()
+def ablate(
+    dataset: Annotated[str, typer.Argument(help="Dataset with ground truth, or one category's folder")],
+    model: Annotated[str, typer.Option(help="Bundle trained with synthetic anomalies")],
+    plain: Annotated[str, typer.Option(help="Bundle trained without: glad train --no-anomalies")],
+    out: Annotated[Path, typer.Option(help="Folder for the runs and tables; complete runs are not repeated")],
+    category: Annotated[str | None, typer.Option(help="Category within an MVTec-AD folder")] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds of the noise")] = "0,1,2",
+) -> None:
+    """The paper's Tables 3 and 4: what ADS, ATP and SAFF bring, and fixed against adaptive steps."""
+    from pipelines.ablate import ablate as run
+
+    try:
+        chosen = [int(seed) for seed in seeds.split(",")]
+    except ValueError as error:
+        raise GladError(f"--seeds {seeds}: give whole numbers with commas between, such as 0,1,2") from error
+    run(dataset, category, model, plain, chosen, out, Console())
+
+
+@app.command()
 def drift(
     first: Annotated[str, typer.Argument(help="A finished run, e.g. over calibration images")],
     second: Annotated[str, typer.Argument(help="Another, e.g. tonight's")],
@@ -238,6 +257,9 @@ def train(
     optimizer: Annotated[Optimizer | None, typer.Option(help="adamw8bit needs bitsandbytes and a GPU")] = None,
     ema: Annotated[float | None, typer.Option(min=0, max=1, help="Decay of averaged weights; the base says")] = None,
     textures: Annotated[str | None, typer.Option(help="Folder of texture pictures for synthetic anomalies")] = None,
+    anomalies: Annotated[
+        bool, typer.Option("--anomalies/--no-anomalies", help="Without: a plain diffusion model, for comparison")
+    ] = True,
     target_fpr: Annotated[float, typer.Option(min=0.001, max=0.5, help="False-positive rate of the threshold")] = 0.05,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything random")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Processes training together, one GPU each")] = 1,
@@ -257,6 +279,7 @@ def train(
         "gradient_checkpointing": gradient_checkpointing,
         "optimizer": optimizer,
         "ema_decay": ema,
+        "anomaly_probability": None if anomalies else 0.0,
         "seed": seed,
     }
     request = TrainRequest(

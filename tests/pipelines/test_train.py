@@ -1,5 +1,6 @@
 """`glad train` as a user runs it: real Ray Train, a tiny bundle, real files."""
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -60,10 +61,11 @@ def kill_a_training_worker() -> None:
     """SIGKILL to the first Ray Train worker seen training."""
     while True:
         for process in psutil.Process().children(recursive=True):  # of this Ray, not of the dying driver's
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                time.sleep(8)  # by now it trains
-                process.kill()
-                return
+            with contextlib.suppress(psutil.Error):  # ended in the meantime
+                if "RayTrainWorker" in " ".join(process.cmdline()):
+                    time.sleep(8)  # by now it trains
+                    process.kill()
+                    return
         time.sleep(0.05)
 
 
