@@ -272,7 +272,7 @@ def finish(job: TrainJob, seen: Survey, target_fpr: float, checkpoint: Any, deli
     device = "cuda" if job.gpus else job.device
     model = bundle.load_bundle(base, device)
     with checkpoint.as_directory() as folder:
-        model = _with_weights(model, job, load_file(Path(folder) / FINAL))
+        model = with_weights(model, job, load_file(Path(folder) / FINAL))
     half = _is_half(base)
     if half:
         model.unet.half().float()  # calibrate what will be stored
@@ -328,7 +328,7 @@ def finish(job: TrainJob, seen: Survey, target_fpr: float, checkpoint: Any, deli
         return deliver(made, {"job": job, "seen": seen, "device": device})
 
 
-def _with_weights(model: bundle.Model, job: TrainJob, weights: dict[str, torch.Tensor]) -> bundle.Model:
+def with_weights(model: bundle.Model, job: TrainJob, weights: dict[str, torch.Tensor]) -> bundle.Model:
     """``model`` with the trained part; `glad_core.losses` names the parts."""
 
     def part(name: str) -> dict[str, torch.Tensor]:

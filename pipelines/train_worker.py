@@ -66,8 +66,8 @@ class TrainJob:
 def train_worker(config: dict[str, Any]) -> None:
     """Ray Train's entry point; ``config`` holds the ``job`` and the queue of its ``events``.
 
-    What no retry can mend is written beside the checkpoints, so that the worker group that Ray Train starts next ends
-    at once instead of failing the same way.
+    What no retry can mend is written beside the checkpoints. A lone worker then ends. Where others wait for it, it
+    fails, and the group that Ray Train starts next ends at once instead of failing the same way.
     """
     import ray.train
 
@@ -82,7 +82,9 @@ def train_worker(config: dict[str, Any]) -> None:
         message = _reason(error)
         if message is not None:
             job.storage.write(fatal, message.encode())
-        raise
+        if message is None or job.workers > 1:
+            raise
+        ray.train.report({"fatal": message})
 
 
 def _reason(error: Exception) -> str | None:
