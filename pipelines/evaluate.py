@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from scipy.stats import rankdata
 
 from cluster import session
@@ -234,7 +234,7 @@ NARROW = ("category", "I-AUROC/\nI-AP/I-F1-max", "I-AUROC\n95 %", "P-AUROC/P-AP/
 
 
 def _table(metrics: dict[str, dict[str, float]], title: str) -> Table:
-    table = Table(*NARROW, title=title)
+    table = Table(*(Column(name, overflow="fold") for name in NARROW), title=title)
     for name, of in metrics.items():
         if name == "average":
             table.add_section()
