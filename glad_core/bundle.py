@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -162,6 +163,38 @@ def save_bundle(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return manifest.model_id
+
+
+def save_derived(
+    path: Path, base: Path, model: Model, settings: Settings, *, category: str, provenance: dict[str, Any]
+) -> str:
+    """Write ``model``, which was loaded from the bundle ``base`` and changed, as a bundle of base's precision.
+
+    Returns:
+        The model id.
+    """
+    half = is_half(base)
+    return save_bundle(
+        path,
+        unet=model.unet.half() if half else model.unet,
+        vae=model.vae.half() if half else model.vae,
+        features=model.features,
+        features_config=json.loads((base / "features/config.json").read_text()),
+        final_features=None if model.final_features is model.features else model.final_features,
+        prompt_cond=model.prompt_cond,
+        prompt_uncond=model.prompt_uncond,
+        prompts=model.prompts,
+        settings=settings,
+        category=category,
+        provenance=provenance,
+        scheduler_config=json.loads((base / "scheduler/scheduler_config.json").read_text()),
+    )
+
+
+def is_half(path: Path) -> bool:
+    """Whether a bundle keeps its UNet in float16."""
+    with safe_open(path / "unet/diffusion_pytorch_model.safetensors", framework="pt") as weights:
+        return weights.get_slice(next(iter(weights.keys()))).get_dtype() == "F16"
 
 
 def update_settings(path: str | Path, settings: Settings, provenance: dict[str, Any]) -> str:

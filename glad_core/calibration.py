@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 
 from glad_core import metrics, synthesis
@@ -24,33 +24,31 @@ from glad_core.settings import Settings
 # The published settings walk 30 timesteps at a time (T = 750, S = 25) and stop searching at 350 / 750 of T.
 STRIDE = 30
 MIN_STEP_SHARE = 350 / 750
+START_STEPS = (250, 350, 450, 550, 650, 750)  # the candidates for T
 SELECTION_IMAGES = 16  # T is chosen on so many good images; δ and the threshold then use all
 
 
-def calibrate(
+def choose_steps(
     model: Model,
     good: Sequence[np.ndarray],
     *,
     categories: Sequence[str] | None = None,
-    start_steps: Sequence[int] = (250, 350, 450, 550, 650, 750),
+    start_steps: Sequence[int] = START_STEPS,
     foreground_mode: synthesis.ForegroundMode = 3,
-    target_fpr: float = 0.05,
     batch_size: int = 8,
     seed: int = 0,
     on_image: Callable[[int], None] = lambda done: None,
 ) -> Settings:
-    """Settings of ``model`` with T, S, min_step, δ and the threshold chosen for these good images.
+    """Settings of ``model`` with T, S, min_step and δ chosen for these good images; the threshold stays.
 
     For every candidate T: δ is the 95 % quantile, over good images, of the largest step score they reach before
     min_step, so that few good images trigger; then the T is taken that best separates good images from the same images
-    with synthetic anomalies (image AUROC plus pixel AP on the synthetic masks). The threshold is the conformal
-    quantile of the good scores: a new good image exceeds it with probability at most ``target_fpr``, provided there
-    are at least 1/target_fpr - 1 good images (with fewer, the largest good score is used).
+    with synthetic anomalies (image AUROC plus pixel AP on the synthetic masks).
 
     Args:
         good: held-out good images, uint8 [R, R, 3] each, not seen in training.
-        categories: of the images, where the bundle serves several; each then gets a threshold of its own.
-        on_image: called with the number of images judged, `judged_images` in all.
+        categories: of the images, where the bundle serves several.
+        on_image: called with the number of images judged, `judged_images` less the last round in all.
     """
     kinds = list(categories) if categories is not None else [model.category] * len(good)
     # Evenly spread, so that every category has its say.
@@ -79,14 +77,45 @@ def calibrate(
         if best is None or quality > best[0]:
             best = (quality, start_step)
     assert best is not None
-    chosen = with_delta(best[1], good, kinds)
-    scores = np.array([image.score for image in _judge(chosen, good, kinds, batch_size, seed, on_image)])
-    thresholds = {"threshold": conformal_quantile(scores, target_fpr)}
+    return with_delta(best[1], good, kinds).settings
+
+
+def calibrate(
+    model: Model,
+    good: Sequence[np.ndarray],
+    *,
+    categories: Sequence[str] | None = None,
+    start_steps: Sequence[int] = START_STEPS,
+    foreground_mode: synthesis.ForegroundMode = 3,
+    target_fpr: float = 0.05,
+    batch_size: int = 8,
+    seed: int = 0,
+    on_image: Callable[[int], None] = lambda done: None,
+) -> Settings:
+    """`choose_steps`, and the threshold from the same images.
+
+    The threshold is the conformal quantile of the good scores: a new good image exceeds it with probability at most
+    ``target_fpr``, provided there are at least `images_needed` good images (with fewer, the largest good score is
+    used). With several categories each gets one of its own.
+    """
+    settings = choose_steps(
+        model,
+        good,
+        categories=categories,
+        start_steps=start_steps,
+        foreground_mode=foreground_mode,
+        batch_size=batch_size,
+        seed=seed,
+        on_image=on_image,
+    )
+    kinds = list(categories) if categories is not None else [model.category] * len(good)
+    judged = _judge(replace(model, settings=settings), good, kinds, batch_size, seed, on_image)
+    scores = np.array([image.score for image in judged])
+    thresholds: dict[str, Any] = {"threshold": conformal_quantile(scores, target_fpr)}
     if model.prompts:
         of = np.array(kinds)
-        each = {kind: conformal_quantile(scores[of == kind], target_fpr) for kind in sorted(set(kinds))}
-        return chosen.settings.model_copy(update=thresholds | {"thresholds": each})
-    return chosen.settings.model_copy(update=thresholds)
+        thresholds["thresholds"] = {k: conformal_quantile(scores[of == k], target_fpr) for k in sorted(set(kinds))}
+    return settings.model_copy(update=thresholds)
 
 
 @dataclass(frozen=True)
@@ -134,21 +163,15 @@ def compare(
         judged = _judge(model, [*good, *anomalous], kinds, 8, seed, lambda done: None)
         scores.append(np.array([image.score for image in judged]))
     size = len(good_new)
-
-    def auroc(which: int, rows: np.ndarray) -> np.ndarray:
-        """Of every line of ``rows``, whose second half are anomalies: the Mann-Whitney statistic."""
-        ranks = rankdata(scores[which][rows], axis=1)[:, size:]
-        return (ranks.sum(axis=1) - size * (size + 1) / 2) / size**2
-
     rng = np.random.default_rng(seed)
-    halves = [half * size + rng.integers(0, size, (resamples, size)) for half in (0, 1)]
-    rows = np.concatenate(halves, axis=1)
-    low = float(np.quantile(auroc(0, rows) - auroc(1, rows), 0.025))
-    everything = np.arange(2 * size)[None]
-    return Comparison(float(auroc(0, everything)[0]), float(auroc(1, everything)[0]), low, margin)
+    drawn = [half * size + rng.integers(0, size, (resamples, size)) for half in (0, 1)]
+    new_resampled, old_resampled = (metrics.auroc_of_resamples(of, *drawn) for of in scores)
+    everything = np.arange(2 * size).reshape(2, 1, size)
+    auroc_new, auroc_old = (float(metrics.auroc_of_resamples(of, *everything)[0]) for of in scores)
+    return Comparison(auroc_new, auroc_old, float(np.quantile(new_resampled - old_resampled, 0.025)), margin)
 
 
-def judged_images(good: int, start_steps: int = 6) -> int:
+def judged_images(good: int, start_steps: int = len(START_STEPS)) -> int:
     """How many images `calibrate` judges, for a progress bar."""
     return 3 * min(good, SELECTION_IMAGES) * start_steps + 2 * good
 

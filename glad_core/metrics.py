@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 from scipy import ndimage
+from scipy.stats import rankdata
 from sklearn import metrics as sk
 
 
@@ -20,6 +21,17 @@ def image_metrics(scores_N: np.ndarray, labels_N: np.ndarray) -> dict[str, float
     scores = np.asarray(scores_N, dtype=np.float64)
     spread = scores.max() - scores.min()
     return _curves((scores - scores.min()) / (spread if spread > 0 else 1.0), np.asarray(labels_N).astype(int))
+
+
+def auroc_of_resamples(scores: np.ndarray, good_RG: np.ndarray, bad_RA: np.ndarray) -> np.ndarray:
+    """Image AUROC of every resample, [R]: the Mann-Whitney statistic of each line's good and anomalous images.
+
+    Args:
+        scores: of all images; ``good_RG`` and ``bad_RA`` are indices into them.
+    """
+    goods, bads = good_RG.shape[1], bad_RA.shape[1]
+    ranks = rankdata(scores[np.concatenate([good_RG, bad_RA], axis=1)], axis=1)[:, goods:]
+    return (ranks.sum(axis=1) - bads * (bads + 1) / 2) / (goods * bads)
 
 
 def pixel_metrics(maps_NHW: np.ndarray, masks_NHW: np.ndarray, thresholds: int = 200) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -101,20 +100,13 @@ def import_unet(base: Path, checkpoint: Path, out: Path, *, category: str, prese
                 f"{checkpoint}: {name} is {tuple(weights[name].shape)}, this base's UNet has {tuple(value.shape)}"
             )
     model.unet.load_state_dict(weights)
-    return bundle.save_bundle(
+    return bundle.save_derived(
         out,
-        unet=model.unet,
-        vae=model.vae,
-        features=model.features,
-        features_config=json.loads((base / "features/config.json").read_text()),
-        final_features=None if model.final_features is model.features else model.final_features,
-        prompt_cond=model.prompt_cond,
-        prompt_uncond=model.prompt_uncond,
-        prompts=model.prompts,
-        settings=parsed,
+        base,
+        model,
+        parsed,
         category=category or manifest.category,
         provenance={"base": manifest.model_id, "unet_checkpoint": checkpoint.name, "preset": preset},
-        scheduler_config=json.loads((base / "scheduler/scheduler_config.json").read_text()),
     )
 
 

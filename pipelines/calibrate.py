@@ -18,8 +18,7 @@ from rich.markup import escape
 
 from cluster.storage import Storage, is_s3, join, local_path
 from glad_core import bundle
-from glad_core.calibration import calibrate as choose_steps
-from glad_core.calibration import conformal_quantile, images_needed, judged_images
+from glad_core.calibration import choose_steps, conformal_quantile, images_needed, judged_images
 from glad_core.errors import GladError
 from glad_core.settings import Settings
 from pipelines import results
@@ -112,7 +111,7 @@ def _steps(request: CalibrateRequest, made: Path, settings: Settings, storage: S
     console.print(f"choosing T and δ on {len(good)} of {len(rows)} images", highlight=False)
     model = bundle.load_bundle(made)
     with console.status("") as status:
-        total, done = judged_images(len(good)), 0
+        total, done = judged_images(len(good)) - len(good), 0
 
         def judged(count: int) -> None:
             nonlocal done
@@ -123,7 +122,6 @@ def _steps(request: CalibrateRequest, made: Path, settings: Settings, storage: S
             model,
             good,
             foreground_mode=request.foreground_mode,  # type: ignore[arg-type]
-            target_fpr=request.target_fpr,
             seed=request.seed,
             on_image=judged,
         )

@@ -15,9 +15,10 @@ from typer.core import TyperGroup
 from cluster.session import SessionError
 from cluster.storage import StorageError
 from glad_core.errors import GladError
+from pipelines import cli_models
+from pipelines.cli_models import STOPPED, Address
 
 USER_ERROR = 2  # exit code of a mistake in what was asked
-STOPPED = 1  # exit code of a job that --max-errors stopped
 
 
 class OneLineErrors(TyperGroup):
@@ -39,12 +40,7 @@ app = typer.Typer(
 )
 
 
-Part = StrEnum("Part", ["unet", "dino", "vae"])
-Precision = StrEnum("Precision", ["off", "bf16", "fp16"])
-Optimizer = StrEnum("Optimizer", ["adamw", "adamw8bit", "muon"])
-Device = StrEnum("Device", ["cpu", "cuda", "mps"])
 Method = StrEnum("Method", ["glad", "nearest"])
-Promote = StrEnum("Promote", ["always", "gate", "never"])
 
 
 class Maps(StrEnum):
@@ -71,7 +67,7 @@ def score(
     ] = None,
     maps: Annotated[Maps, typer.Option(help="Resolution of the stored anomaly maps")] = Maps.token,
     reconstructions: Annotated[bool, typer.Option("--reconstructions", help="Store reconstructions as PNG")] = False,
-    address: Annotated[str | None, typer.Option(help="Ray cluster: host:port or auto; else this machine")] = None,
+    address: Address = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another run's results in --out")] = False,
     method: Annotated[
         Method, typer.Option(help="nearest: compare with remembered good patches instead, a cheap yardstick")
@@ -147,7 +143,7 @@ def calibrate(
         int, typer.Option(min=1, max=3, help="Synthetic anomalies on 1 darker, 2 brighter object, 3 anywhere")
     ] = 3,
     seed: Annotated[int, typer.Option(min=0, help="Seed of noise and synthetic anomalies")] = 0,
-    address: Annotated[str | None, typer.Option(help="Ray cluster: host:port or auto; else this machine")] = None,
+    address: Address = None,
 ) -> None:
     """T, δ, min_step and the decision threshold from good images alone; says how many the target needs."""
     from pipelines import calibrate as job
@@ -191,12 +187,8 @@ def drift(
         raise typer.Exit(STOPPED)
 
 
-datasets_app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, help="Look at datasets with ground truth.")
+datasets_app = typer.Typer(no_args_is_help=True, help="Look at datasets with ground truth.")
 app.add_typer(datasets_app, name="datasets")
-
-
-@datasets_app.callback()
-def _datasets() -> None: ...
 
 
 @datasets_app.command("check")
@@ -235,194 +227,7 @@ def demo(
     run(out, Console())
 
 
-@app.command()
-def train(
-    dataset: Annotated[str, typer.Argument(help="MVTec-AD tree, or one category's folder with train/good in it")],
-    out: Annotated[str, typer.Option(help="Bundle to write, local or s3://")],
-    category: Annotated[
-        str | None, typer.Option(help="Category within the tree; a,b,c or all: one model for several")
-    ] = None,
-    base: Annotated[str, typer.Option(help="Bundle to start from; 'small' is the embedded one")] = "small",
-    part: Annotated[Part, typer.Option(help="What to train: the UNet (ATP), or adapt the DINO or the VAE")] = Part.unet,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; the base recommends")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images per step; the base recommends")] = None,
-    learning_rate: Annotated[float | None, typer.Option(min=0, help="The base recommends")] = None,
-    micro_batch: Annotated[
-        int | None, typer.Option(min=1, help="Images per pass and worker; gradients accumulate to --batch-size")
-    ] = None,
-    precision: Annotated[Precision | None, typer.Option(help="Of the matrix products; the base recommends")] = None,
-    gradient_checkpointing: Annotated[
-        bool | None, typer.Option("--gradient-checkpointing", help="Less memory, a third more time")
-    ] = None,
-    optimizer: Annotated[Optimizer | None, typer.Option(help="adamw8bit needs bitsandbytes and a GPU")] = None,
-    ema: Annotated[float | None, typer.Option(min=0, max=1, help="Decay of averaged weights; the base says")] = None,
-    textures: Annotated[str | None, typer.Option(help="Folder of texture pictures for synthetic anomalies")] = None,
-    anomalies: Annotated[
-        bool, typer.Option("--anomalies/--no-anomalies", help="Without: a plain diffusion model, for comparison")
-    ] = True,
-    target_fpr: Annotated[float, typer.Option(min=0.001, max=0.5, help="False-positive rate of the threshold")] = 0.05,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random")] = 0,
-    workers: Annotated[int, typer.Option(min=1, help="Processes training together, one GPU each")] = 1,
-    device: Annotated[Device | None, typer.Option(help="cuda where there is a GPU, else cpu")] = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster: host:port or auto; else this machine")] = None,
-) -> None:
-    """Fine-tune a bundle on good images (ATP) and calibrate it; the same command goes on after being killed."""
-    from pipelines.train import TrainRequest
-    from pipelines.train import train as run
-
-    recipe = {
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "micro_batch": micro_batch,
-        "autocast": precision,
-        "gradient_checkpointing": gradient_checkpointing,
-        "optimizer": optimizer,
-        "ema_decay": ema,
-        "anomaly_probability": None if anomalies else 0.0,
-        "seed": seed,
-    }
-    request = TrainRequest(
-        dataset=dataset,
-        category=category,
-        base=base,
-        out=out,
-        recipe=recipe,
-        part=part.value,  # type: ignore[arg-type]
-        textures=textures,
-        device=device,
-        workers=workers,
-        target_fpr=target_fpr,
-        address=address,
-    )
-    model_id = run(request, Console())
-    Console().print(f"bundle {model_id} in {escape(out)}", highlight=False)
-
-
-@app.command()
-def retrain(
-    dataset: Annotated[str, typer.Argument(help="MVTec-AD tree, local or s3://")],
-    out: Annotated[str, typer.Option(help="Model registry: a folder, local or s3://")],
-    categories: Annotated[str, typer.Option(help="all, or a,b,c")] = "all",
-    base: Annotated[str, typer.Option(help="Bundle to start from; 'small' is the embedded one")] = "small",
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; the base recommends")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images per step; the base recommends")] = None,
-    learning_rate: Annotated[float | None, typer.Option(min=0, help="The base recommends")] = None,
-    textures: Annotated[str | None, typer.Option(help="Folder of texture pictures for synthetic anomalies")] = None,
-    target_fpr: Annotated[float, typer.Option(min=0.001, max=0.5, help="False-positive rate of the threshold")] = 0.05,
-    promote: Annotated[
-        Promote, typer.Option(help="gate: only a version that detects no worse goes live")
-    ] = Promote.gate,
-    margin: Annotated[float, typer.Option(min=0, max=1, help="AUROC that the gate lets a version lose")] = 0.02,
-    max_parallel: Annotated[int | None, typer.Option(min=1, help="Categories at a time; as many as fit")] = None,
-    workers_per_category: Annotated[int, typer.Option(min=1, help="Processes training one category")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random")] = 0,
-    device: Annotated[Device | None, typer.Option(help="cuda where there is a GPU, else cpu")] = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster: host:port or auto; else this machine")] = None,
-) -> None:
-    """Retrain categories side by side into a registry; again, it does what is missing. Exit code 1 if any failed."""
-    from pipelines import retrain as job
-    from pipelines.train import TrainRequest
-
-    recipe = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
-    request = TrainRequest(
-        dataset=dataset,
-        category=categories,
-        base=base,
-        out=out,
-        recipe=recipe,
-        textures=textures,
-        device=device,
-        workers=workers_per_category,
-        target_fpr=target_fpr,
-        address=address,
-    )
-    if not job.retrain(job.RetrainRequest(request, max_parallel, promote.value, margin), Console()):  # type: ignore[arg-type]
-        raise typer.Exit(STOPPED)
-
-
-registries = typer.Typer(cls=OneLineErrors, no_args_is_help=True, help="Look at a model registry and switch versions.")
-app.add_typer(registries, name="registry")
-Registry = Annotated[str, typer.Argument(help="The --out of a `glad retrain`, local or s3://")]
-Category = Annotated[str, typer.Argument(help="Category in the registry")]
-
-
-@registries.command("list")
-def registry_list(registry: Registry) -> None:
-    """Every category's current version."""
-    from pipelines.registry import print_list
-
-    print_list(registry, Console())
-
-
-@registries.command("show")
-def registry_show(registry: Registry, category: Category) -> None:
-    """A category's versions."""
-    from pipelines.registry import print_versions
-
-    print_versions(registry, category, Console())
-
-
-@registries.command("promote")
-def registry_promote(
-    registry: Registry, category: Category, version: Annotated[str, typer.Argument(help="Version to score with")]
-) -> None:
-    """Make a version the current one."""
-    from cluster.storage import Storage
-    from pipelines import registry as models
-
-    models.promote(models.absolute(registry), category, version, Storage.from_environment(), "by hand")
-    Console().print(f"{category}: {version} is current", highlight=False)
-
-
-@registries.command("rollback")
-def registry_rollback(registry: Registry, category: Category) -> None:
-    """Make the version before the current one current again."""
-    from cluster.storage import Storage
-    from pipelines import registry as models
-
-    chosen = models.rollback(models.absolute(registry), category, Storage.from_environment())
-    Console().print(f"{category}: {chosen.version} is current again", highlight=False)
-
-
-bundles = typer.Typer(cls=OneLineErrors, no_args_is_help=True, help="Make and inspect model bundles.")
-app.add_typer(bundles, name="bundle")
-
-
-@bundles.command("create")
-def bundle_create(
-    diffusion: Annotated[str, typer.Argument(help="Stable Diffusion folder in diffusers format, or hub id")],
-    out: Annotated[Path, typer.Option(help="Bundle to write")],
-    features: Annotated[str, typer.Option(help="timm name of the ViT")] = "vit_base_patch8_224.dino",
-    preset: Annotated[str | None, typer.Option(help="Published settings, DATASET/CATEGORY: MVTec-AD/screw")] = None,
-    category: Annotated[str, typer.Option(help="What the model judges; a,b,c: one model for several")] = "",
-) -> None:
-    """A bundle from a diffusion model and a timm ViT."""
-    from pipelines.bundle import create
-
-    Console().print(create(diffusion, features, out, category=category, preset=preset, settings={}))
-
-
-@bundles.command("import-unet")
-def bundle_import_unet(
-    base: Annotated[Path, typer.Argument(help="Bundle to take everything else from")],
-    checkpoint: Annotated[Path, typer.Argument(help="The authors' checkpoint-*/pytorch_model.bin")],
-    out: Annotated[Path, typer.Option(help="Bundle to write")],
-    preset: Annotated[str | None, typer.Option(help="Published settings, DATASET/CATEGORY")] = None,
-    category: Annotated[str, typer.Option(help="Name of what the model judges")] = "",
-) -> None:
-    """A bundle with the UNet of an authors' checkpoint, read without running its pickle."""
-    from pipelines.bundle import import_unet
-
-    Console().print(import_unet(base, checkpoint, out, category=category, preset=preset))
-
-
-@bundles.command("inspect")
-def bundle_inspect(path: Annotated[Path, typer.Argument(help="Bundle folder")]) -> None:
-    """Print what is inside a bundle and verify every file."""
-    from pipelines.bundle import inspect
-
-    inspect(path, Console())
+cli_models.add_to(app)
 
 
 def _fail(message: str, code: int) -> NoReturn:

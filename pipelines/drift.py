@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pyarrow.dataset as pads
+from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
@@ -14,9 +14,7 @@ from scipy import stats
 from cluster.storage import Storage, is_s3, join, local_path
 from glad_core.errors import GladError
 from pipelines import results
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from pipelines.show import save_figure
 
 CATEGORIES_SHOWN = 12
 
@@ -93,10 +91,4 @@ def _plot(runs: list[dict[str, dict[str, np.ndarray]]], shared: list[str], label
             axes[row, column].set_title(f"{name}: {'score' if what == 'score' else 'stop step'}", fontsize=9)
     axes[0, 0].legend(fontsize=7)
     figure.tight_layout()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out, dpi=110, format="png")
-    except OSError as error:
-        raise GladError(f"{out}: {error.strerror or error}; choose another --out") from error
-    finally:
-        plt.close(figure)
+    save_figure(figure, out)

@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
-from scipy.stats import rankdata
 
 from cluster import session
 from cluster.storage import Storage, is_s3, join, local_path
 from glad_core.counting import PixelCounts
 from glad_core.errors import GladError
-from glad_core.metrics import image_metrics
+from glad_core.metrics import auroc_of_resamples, image_metrics
 from pipelines import results
 from pipelines.datasets import Example, published_name, read_dataset, read_mask, resize_mask
 from pipelines.decode import ImageError
@@ -84,9 +84,7 @@ def auroc_interval(scores: np.ndarray, labels: np.ndarray, seed: int = 0) -> tup
     """95 % bootstrap interval of the image AUROC; good and anomalous images are resampled apart."""
     rng = np.random.default_rng(seed)
     good, bad = np.flatnonzero(labels == 0), np.flatnonzero(labels)
-    rows = np.concatenate([rng.choice(kind, (RESAMPLES, len(kind))) for kind in (good, bad)], axis=1)
-    ranks = rankdata(scores[rows], axis=1)[:, len(good) :]
-    areas = (ranks.sum(axis=1) - len(bad) * (len(bad) + 1) / 2) / (len(good) * len(bad))
+    areas = auroc_of_resamples(scores, *(rng.choice(kind, (RESAMPLES, len(kind))) for kind in (good, bad)))
     low, high = np.quantile(areas, [0.025, 0.975])
     return float(low), float(high)
 
@@ -121,6 +119,11 @@ def evaluate(
         metrics["average"] = {
             column: float(np.mean([of[column] for of in metrics.values()])) for column in next(iter(metrics.values()))
         }
+    of_test = sum(example.split == "test" and example.category in tallies for example in examples)
+    judged = sum(len(tally.images) for tally in tallies.values())
+    if judged < of_test:
+        missing = f"{of_test - judged} of {of_test} test images have no result: see {join(folder, results.ERRORS)}"
+        console.print(f"[yellow]{escape(missing)}, or score the rest[/yellow]", highlight=False, soft_wrap=True)
     unmasked = sum(tally.without_mask for tally in tallies.values())
     if unmasked:
         console.print(

@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 import pyarrow.dataset as pads
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
 
@@ -61,6 +62,16 @@ def show(run_folder: str, top: int, out: Path, console: Console) -> None:
         picture = _input(places.get(row["image_id"]), storage, settings[index].resolution)
         _draw(axes[index // per_row, first : first + PANELS], row, picture, anomaly_map, hottest)
     figure.tight_layout(pad=0.4)
+    save_figure(figure, out)
+    console.print(f"{len(rows)} images in {escape(str(out))}", highlight=False)
+
+
+def save_figure(figure: Figure, out: Path) -> None:
+    """Write a figure as PNG and close it.
+
+    Raises:
+        GladError: ``out`` cannot be written.
+    """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=110, format="png")
@@ -68,7 +79,6 @@ def show(run_folder: str, top: int, out: Path, console: Console) -> None:
         raise GladError(f"{out}: {error.strerror or error}; choose another --out") from error
     finally:
         plt.close(figure)
-    console.print(f"{len(rows)} images in {escape(str(out))}", highlight=False)
 
 
 def highest(folder: str, top: int, storage: Storage) -> list[dict[str, Any]]:

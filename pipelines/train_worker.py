@@ -10,7 +10,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,46 +20,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cluster.storage import Storage, is_s3, join
-from glad_core import adaptive, losses, samples, training
+from cluster.storage import is_s3, join
+from glad_core import losses, training
 from glad_core.bundle import Model, load_bundle
-from glad_core.detect import image_noise
+from glad_core.detect import Request, detect
 from glad_core.errors import GladError
 from pipelines import training_data
+from pipelines.follow import tell
 from pipelines.model_source import local_bundle
+from pipelines.train_job import CHECKPOINT, FATAL, FINAL, METRICS, TENSORBOARD, TrainJob
 from pipelines.training_data import GoodImage
 
 CHECKPOINT_EVERY = 100  # steps
 NOTE_EVERY = 0.5  # seconds between two events
-FATAL = "fatal.txt"  # in the run's folder: why going on is pointless
-CHECKPOINT, FINAL, METRICS = "checkpoint.pt", "final.safetensors", "metrics"
-
-
-@dataclass(frozen=True)
-class TrainJob:
-    """One training run, as every worker gets it.
-
-    ``categories``: of ``images``; several share one model. ``work``: the run's folder, local or S3. ``cpus``, ``gpus``:
-    of one worker.
-    """
-
-    name: str
-    base: str
-    part: samples.Part
-    recipe: samples.Recipe
-    categories: list[str]
-    images: list[GoodImage]
-    textures: str | None
-    work: str
-    storage: Storage
-    workers: int
-    cpus: float
-    gpus: float
-    device: str
-
-    @property
-    def threads(self) -> int:
-        return max(1, int(self.cpus))
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -77,7 +49,7 @@ def train_worker(config: dict[str, Any]) -> None:
         ray.train.report({"fatal": job.storage.read(fatal).decode()})
         return
     try:
-        _train(job, config["events"].put)
+        _train(job, config["events"])
     except (GladError, torch.OutOfMemoryError, OSError) as error:
         message = _reason(error)
         if message is not None:
@@ -98,7 +70,7 @@ def _reason(error: Exception) -> str | None:
     return None
 
 
-def _train(job: TrainJob, tell: Callable[[dict[str, Any]], None]) -> None:
+def _train(job: TrainJob, events: Any) -> None:
     import ray.train
     import ray.train.torch
 
@@ -107,7 +79,7 @@ def _train(job: TrainJob, tell: Callable[[dict[str, Any]], None]) -> None:
     torch.set_num_threads(job.threads)
     device = ray.train.torch.get_device() if job.gpus else torch.device(job.device)
     model = load_bundle(local_bundle(job.base, job.storage), device)
-    tell({"job": job.name, "state": "prepare", "done": 0, "total": 0, "note": ""})
+    tell(events, job.name, "prepare")
     loss = make_loss(job, model, rank, world)
     state = training.TrainState.start(loss, job.recipe)
     checkpoint = ray.train.get_checkpoint()
@@ -133,7 +105,7 @@ def _train(job: TrainJob, tell: Callable[[dict[str, Any]], None]) -> None:
         if rank == 0 and (time.monotonic() - last_note > NOTE_EVERY or step.step == job.recipe.steps):
             last_note = time.monotonic()
             note = _note(done, world)
-            tell({"job": job.name, "state": "train", "done": step.step, "total": job.recipe.steps, "note": note})
+            tell(events, job.name, "train", done=step.step, total=job.recipe.steps, note=note)
         if step.step % CHECKPOINT_EVERY == 0 or step.step == job.recipe.steps:
             _report(job, state, done, rank, world)
             done = []
@@ -198,15 +170,10 @@ def _posterior(model: Model, images: list[GoodImage], pixels: np.ndarray) -> tup
 
 
 def _reconstructed(model: Model, images: list[GoodImage], pixels: np.ndarray) -> tuple[Tensor]:
-    """What the bundle rebuilds of good images, uint8 [B, R, R, 3]; noise by image, as in scoring."""
-    batch = losses.to_pixels(torch.from_numpy(pixels)).to(model.device)
-    side = model.settings.resolution // model.vae_factor
-    shape = (model.vae.config.latent_channels, side, side)
-    noises = [image_noise(image.digest, 0, shape) for image in images]
-    eps, posterior = (torch.stack(part).to(model.device) for part in zip(*noises, strict=True))
-    prompts = model.prompts_for([image.category for image in images])
-    rebuilt = adaptive.reconstruct(model, batch, eps, posterior, prompts_BLD=prompts).images
-    return (((rebuilt.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu(),)
+    """What the bundle rebuilds of good images, uint8 [B, R, R, 3]."""
+    requests = [Request(image.digest, of, image.category) for image, of in zip(images, pixels, strict=True)]
+    rebuilt = {found.image_id: found.reconstruction for found in detect(model, requests)}
+    return (torch.from_numpy(np.stack([rebuilt[image.digest] for image in images])),)
 
 
 def _note(done: list[training.StepResult], world: int) -> str:
@@ -270,7 +237,7 @@ def _log(job: TrainJob, rows: list[dict[str, float]]) -> None:
     from tensorboardX import SummaryWriter
 
     if not is_s3(job.work):
-        with SummaryWriter(f"{job.work}/tensorboard") as writer:
+        with SummaryWriter(join(job.work, TENSORBOARD)) as writer:
             for row in rows:
                 for name, value in row.items():
                     writer.add_scalar(name, value, int(row["step"]))

@@ -64,6 +64,8 @@ def scored(tmp_path: Path, tiny_bundle) -> tuple[Path, Path, list[dict]]:
 @pytest.mark.slow
 def test_the_table_is_what_scikit_learn_says(scored, tmp_path, ray_session) -> None:
     run, data, rows = scored
+    extra = data / "cable/test/good/099.png"
+    extra.write_bytes((data / "cable/test/good/000.png").read_bytes())  # never scored
     outcome = CliRunner().invoke(app, ["evaluate", str(run), "--dataset", str(data), "--out", str(tmp_path / "tables")])
     assert outcome.exit_code == 0, outcome.output
     ours = json.loads((tmp_path / "tables/metrics.json").read_text())["ours"]
@@ -84,6 +86,7 @@ def test_the_table_is_what_scikit_learn_says(scored, tmp_path, ray_session) -> N
             assert ours[category][name] == pytest.approx(value, abs=1e-6), name
         assert ours[category]["I-AUROC low"] <= ours[category]["I-AUROC"] <= ours[category]["I-AUROC high"]
     assert ours["average"]["PRO"] == pytest.approx((ours["bottle"]["PRO"] + ours["cable"]["PRO"]) / 2)
+    assert "1 of 19 test images have no result" in outcome.stdout
     assert "Published, MVTec-AD" in outcome.stdout  # both are MVTec-AD's
     assert "99.1/99.6/98.1" in outcome.stdout  # PatchCore
     assert (tmp_path / "tables/metrics.csv").read_text().startswith("category,I-AUROC,I-AP,I-F1-max,P-AUROC")

@@ -1,4 +1,3 @@
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from glad_core.settings import Settings
 from pipelines import registry
 from pipelines.retrain import RetrainRequest, look_up, parallel_jobs, publish_and_promote
 from pipelines.train import TrainRequest, plan_job
+from pipelines.train_job import Outcome, TrainJob
 from pipelines.training_data import GoodImage, Survey
 
 STORAGE = Storage()
@@ -41,48 +41,52 @@ def trained(tmp_path: Path, tiny_bundle):
         pq.write_table(pa.table({"step": [2, 1], "loss": [0.1, 0.2]}), work / "metrics/part-1.parquet")
         request = TrainRequest("", "bolt", str(tiny_bundle), "", {"seed": n})
         job = replace(plan_job(request, ["bolt"], STORAGE, name="bolt", work=str(work)), images=held_out)
-        return made, {"job": job, "seen": Survey(held_out, held_out, [], [], f"data{n}"), "device": "cpu"}
+        seen = Survey(held_out, held_out, [], [], f"data{n}")
+        bundle.update_settings(
+            made, Settings.parse(bundle.read_manifest(made).settings, "test"), {"run": job.run_id(seen)}
+        )
+        return made, job, seen
 
     return make
 
 
-def deliver(trained_run, tmp_path: Path, promote: str = "gate", margin: float = 0.02) -> dict[str, str]:
-    made, facts = trained_run
+def deliver(trained_run, tmp_path: Path, promote: str = "gate", margin: float = 0.02) -> Outcome:
     home = str(tmp_path / "registry")
-    return json.loads(publish_and_promote(made, facts, storage=STORAGE, home=home, promote=promote, margin=margin))
+    return publish_and_promote(*trained_run, storage=STORAGE, home=home, promote=promote, margin=margin)
 
 
 def test_the_gate_decides_what_goes_live(tmp_path, trained) -> None:
     home = str(tmp_path / "registry")
     first = deliver(trained(0), tmp_path)
-    assert first["outcome"] == "promoted"
-    assert registry.current(home, "bolt", STORAGE).version == first["version"]
-    assert pq.read_table(f"{home}/bolt/{first['version']}.training.parquet")["step"].to_pylist() == [1, 2]
+    assert first.words == "promoted"
+    assert registry.current(home, "bolt", STORAGE).version == first.model_id
+    assert pq.read_table(f"{home}/bolt/{first.model_id}.training.parquet")["step"].to_pylist() == [1, 2]
     assert not Path(home, ".work", "bolt").exists()
 
     kept = deliver(trained(1), tmp_path, margin=-1)  # nothing is better by a whole AUROC
-    assert kept["outcome"].startswith(f"kept {first['version']}: AUROC")
-    assert registry.current(home, "bolt", STORAGE).version == first["version"]
+    assert kept.words.startswith(f"kept {first.model_id}: AUROC")
+    assert registry.current(home, "bolt", STORAGE).version == first.model_id
     second = deliver(trained(2), tmp_path, margin=1)
-    assert second["outcome"].startswith("promoted: AUROC")
-    assert registry.current(home, "bolt", STORAGE).earlier == [first["version"]]
+    assert second.words.startswith("promoted: AUROC")
+    assert registry.current(home, "bolt", STORAGE).earlier == [first.model_id]
     never = deliver(trained(3), tmp_path, promote="never")
-    assert "not promoted" in never["outcome"]
-    assert registry.current(home, "bolt", STORAGE).version == second["version"]
-    assert deliver(trained(4), tmp_path, promote="always")["outcome"] == "promoted"
+    assert "not promoted" in never.words
+    assert registry.current(home, "bolt", STORAGE).version == second.model_id
+    assert deliver(trained(4), tmp_path, promote="always").words == "promoted"
     assert len(registry.versions(home, "bolt", STORAGE)) == 5
 
 
 def test_the_same_run_is_not_repeated_and_another_has_a_folder_of_its_own(tmp_path, trained) -> None:
     home = str(tmp_path / "registry")
-    made, facts = trained(0)
-    fresh = look_up(facts["job"], facts["seen"], storage=STORAGE, home=home)
+    made, job, seen = trained(0)
+    fresh = look_up(job, seen, storage=STORAGE, home=home)
     assert fresh.work.startswith(f"{home}/.work/bolt/")
-    outcome = deliver((made, facts), tmp_path)
-    known = json.loads(look_up(facts["job"], facts["seen"], storage=STORAGE, home=home))
-    assert known == {"outcome": "up to date", "version": outcome["version"]}
-    grown = replace(facts["seen"], fingerprint="more images")
-    assert look_up(facts["job"], grown, storage=STORAGE, home=home).work != fresh.work
+    outcome = deliver((made, job, seen), tmp_path)
+    assert look_up(job, seen, storage=STORAGE, home=home) == Outcome("up to date", outcome.model_id)
+    grown = replace(seen, fingerprint="more images")
+    assert look_up(job, grown, storage=STORAGE, home=home).work != fresh.work
+    stricter = look_up(replace(job, target_fpr=0.01), seen, storage=STORAGE, home=home)
+    assert isinstance(stricter, TrainJob)  # another threshold is another bundle
 
 
 @pytest.mark.parametrize(

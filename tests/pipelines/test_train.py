@@ -25,7 +25,8 @@ from glad_core import bundle, samples, training
 from glad_core.losses import AtpLoss, to_pixels
 from glad_core.samples import Recipe
 from pipelines.cli import app
-from pipelines.train import TrainRequest, plan_job, with_weights
+from pipelines.train import TrainRequest, plan_job
+from pipelines.train_finish import with_weights
 from pipelines.train_worker import make_loss
 from pipelines.training_data import GoodImage, read_pixels
 

@@ -1,0 +1,106 @@
+"""The end of a training run: trained weights into the base, calibration on the held-out images, delivery."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import load_file
+
+from cluster.storage import Storage, join, local_path
+from glad_core import bundle
+from glad_core.calibration import calibrate, judged_images
+from pipelines import training_data
+from pipelines.follow import tell
+from pipelines.model_source import local_bundle
+from pipelines.train_job import FINAL, METRICS, TENSORBOARD, Outcome, TrainJob
+from pipelines.training_data import Survey
+
+Deliver = Callable[[Path, TrainJob, Survey], Outcome]  # brings a finished bundle's folder where it belongs
+
+
+def finish(job: TrainJob, seen: Survey, checkpoint: Any, deliver: Deliver, events: Any) -> Outcome:
+    """Make the bundle from a run's last checkpoint and deliver it. Runs as a Ray task."""
+    torch.set_num_threads(job.threads)
+    base = local_bundle(job.base, job.storage)
+    model = bundle.load_bundle(base, job.device)
+    with checkpoint.as_directory() as folder:
+        model = with_weights(model, job, load_file(Path(folder) / FINAL))
+    if bundle.is_half(base):
+        model.unet.half().float()  # calibrate what will be stored
+        model.vae.half().float()
+    held_out = training_data.read_pixels(seen.held_out, model.settings.resolution, job.storage)
+    total, done = judged_images(len(held_out)), 0
+
+    def judged(count: int) -> None:
+        nonlocal done
+        done += count
+        tell(events, job.name, "calibrate", done=done, total=total)
+
+    settings = calibrate(
+        model,
+        held_out,
+        categories=[image.category for image in seen.held_out],
+        foreground_mode=job.recipe.foreground_mode,
+        target_fpr=job.target_fpr,
+        seed=job.recipe.seed,
+        on_image=judged,
+    )
+    manifest = bundle.read_manifest(base)
+    provenance = {
+        "run": job.run_id(seen),
+        "base": manifest.model_id,
+        "part": job.part,
+        "dataset_fingerprint": seen.fingerprint,
+        "good_images": len(seen.fit),
+        "held_out_images": len(seen.held_out),
+        "skipped_images": len(seen.skipped),
+        "target_fpr": job.target_fpr,
+        # The UNet's recipe is what the next training starts from, whatever part was trained last.
+        "recipe": manifest.provenance.get("recipe", {}),
+        ("recipe" if job.part == "unet" else f"{job.part}_recipe"): job.recipe.model_dump(),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "bundle"
+        bundle.save_derived(made, base, model, settings, category=",".join(job.categories), provenance=provenance)
+        tell(events, job.name, "deliver")
+        return deliver(made, job, seen)
+
+
+def with_weights(model: bundle.Model, job: TrainJob, weights: dict[str, torch.Tensor]) -> bundle.Model:
+    """``model`` with the trained part; `glad_core.losses` names the parts."""
+    part = partial(_below, weights)
+    if job.part == "vae":
+        model.vae.load_state_dict(part("vae."))
+        return model
+    if job.part == "dino":
+        adapted = bundle.load_vit(local_bundle(job.base, job.storage) / "features", model.device)
+        adapted.load_state_dict(part("vit."))
+        return replace(model, final_features=adapted)
+    model.unet.load_state_dict(part("unet."))
+    if len(job.categories) == 1:
+        return model
+    prompts = dict(zip(job.categories, weights["prompts"].to(model.device).split(1), strict=True))
+    return replace(model, prompts=model.prompts | prompts)
+
+
+def _below(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def clear_work(storage: Storage, work: str, beside: str) -> None:
+    """Keep a finished run's metrics, ``beside`` the bundle; its checkpoints are of no more use."""
+    filesystem, path = storage.resolve(join(work, METRICS))
+    filesystem_out, path_out = storage.resolve(f"{beside}.training.parquet")
+    table = pq.read_table(path, filesystem=filesystem)
+    pq.write_table(table.sort_by("step"), path_out, filesystem=filesystem_out)
+    kept = join(work, TENSORBOARD)
+    if storage.kind(kept) == "folder":
+        Path(local_path(kept)).rename(local_path(f"{beside}.tensorboard"))
+    storage.delete_folder(work)
