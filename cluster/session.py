@@ -54,6 +54,13 @@ def resources() -> dict[str, float]:
     return dict(ray.cluster_resources())
 
 
+def node_cpus() -> list[float]:
+    """CPUs of every living node: what one task or worker can ask for at most is one node's."""
+    import ray
+
+    return [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+
+
 def root_cause(error: BaseException, *kinds: type[Exception]) -> BaseException:
     """The exception of one of ``kinds`` behind Ray's wrapping, for its one line; Ray's own where there is none."""
     seen: BaseException | None = error

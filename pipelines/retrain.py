@@ -52,12 +52,11 @@ def retrain(request: RetrainRequest, console: Console) -> bool:
     train.claim_work(storage, join(home, WORK))
     session.connect(request.train.address)
     parallel = parallel_jobs(request, session.resources(), len(jobs))
-    grows = request.train.address is not None
     deliver = partial(publish_and_promote, storage=storage, home=home, promote=request.promote, margin=request.margin)
     prepare = partial(look_up, storage=storage, home=home)
     tasks = {}
     for name, job in jobs.items():
-        sized = train.with_resources(job, request.train.device, session.resources(), parallel, grows=grows)
+        sized = train.with_resources(job, request.train, parallel)
         tasks[name] = partial(train.run_training, sized, {name: found[name]}, deliver, prepare=prepare)
     console.print(f"{len(tasks)} categories, {parallel} at a time", highlight=False)
     outcomes = follow(tasks, parallel, console)

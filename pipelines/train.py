@@ -8,6 +8,7 @@ or the command itself, given again.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +30,7 @@ from pipelines.train_job import FATAL, IDENTITY, Outcome, TrainJob
 from pipelines.train_worker import train_worker
 from pipelines.training_data import DATA_CPUS, GoodImage, Survey
 
+LEAST_CPUS = 0.25  # of a worker
 MAX_FAILURES = 8  # worker groups lost to killed processes and preempted nodes before a run gives up
 # What `glad train --part` starts from where the UNet's recipe in the base bundle does not speak for the part.
 PART_RECIPES: dict[str, dict[str, Any]] = {
@@ -70,7 +72,7 @@ def train(request: TrainRequest, console: Console) -> str:
         raise GladError(f"{out} already exists: choose another --out or remove it")
     claim_work(storage, job.work)
     session.connect(request.address)
-    job = with_resources(job, request.device, session.resources(), parallel=1, grows=request.address is not None)
+    job = with_resources(job, request)
     deliver = partial(deliver_bundle, storage=storage, out=out)
     outcome = follow({job.name: partial(run_training, job, found, deliver)}, 1, console)[job.name]
     if isinstance(outcome, BaseException):
@@ -125,30 +127,42 @@ def claim_work(storage: Storage, work: str) -> None:
         raise StorageError(f"cannot write {work}: choose another --out ({error})") from error
 
 
-def with_resources(
-    job: TrainJob, device: str | None, available: dict[str, float], parallel: int, *, grows: bool
-) -> TrainJob:
-    """The job with its share of the cluster, ``parallel`` such jobs running at a time.
+def with_resources(job: TrainJob, request: TrainRequest, parallel: int = 1) -> TrainJob:
+    """The job with its share of the connected cluster, ``parallel`` such jobs running at a time.
 
-    A GPU each where there are any (or ``device`` asks for cuda). Otherwise the CPUs are shared out, but for what one
-    task of each stage of the data needs to go on.
+    A GPU per worker where there are any (or cuda is asked for); otherwise the CPUs are shared out (`cpu_share`).
 
     Raises:
-        GladError: more than this machine has. A cluster may grow (``grows``), so there nothing is refused.
+        GladError: more than this machine has. A cluster at an address may grow, so there nothing is refused.
     """
-    cpus, gpus = available.get("CPU", 1.0), available.get("GPU", 0.0)
-    if device == "cuda" or (device is None and gpus):
+    grows = request.address is not None
+    gpus = session.resources().get("GPU", 0.0)
+    if request.device == "cuda" or (request.device is None and gpus):
         if job.workers > gpus and not grows:
             raise GladError(f"{job.workers} workers need as many GPUs, this machine has {gpus:g}: lower --workers")
         return replace(job, cpus=1.0, gpus=1.0, device="cuda")
-    if device is not None:
-        _check_device(device)
-    share = round((cpus - DATA_CPUS) / (job.workers * parallel), 2)
-    if share < 0.25 and not grows:
+    if request.device is not None:
+        _check_device(request.device)
+    share = cpu_share(session.node_cpus(), job.workers * parallel)
+    if share < LEAST_CPUS and not grows:
         raise GladError(
-            f"{job.workers * parallel} workers do not fit this machine's {cpus:g} CPUs: lower the number of workers"
+            f"{job.workers * parallel} workers do not fit this machine's {sum(session.node_cpus()):g} CPUs: "
+            "lower the number of workers"
         )
-    return replace(job, cpus=max(share, 0.25), gpus=0.0, device=device or "cpu")
+    return replace(job, cpus=max(share, LEAST_CPUS), device=request.device or "cpu")
+
+
+def cpu_share(nodes: list[float], workers: int) -> float:
+    """The most CPUs each of ``workers`` can have when none spans two nodes and every node keeps some for the data."""
+    free = [cpus - DATA_CPUS for cpus in nodes if cpus > DATA_CPUS]
+    # What is shared out evenly on some node is the only kind of answer there can be.
+    shares = sorted({node / count for node in free for count in range(1, workers + 1)}, reverse=True)
+    for share in shares:
+        # Rounded down, so that the shares of a node never add up to more than it has.
+        rounded = math.floor(share * 100) / 100
+        if rounded and sum(int(node / rounded + 1e-9) for node in free) >= workers:
+            return rounded
+    return 0.0
 
 
 def _check_device(device: str) -> None:
