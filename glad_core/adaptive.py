@@ -41,9 +41,8 @@ class Step:
 
 @dataclass
 class Reconstruction:
-    """The result for a batch: images [B, 3, R, R] in about [-1, 1] (not clamped), latents [B, C, H, W] at step 0."""
+    """The result for a batch: ``latents`` [B, C, H, W] at step 0, to be decoded, and those of the input."""
 
-    images: Tensor
     latents: Tensor
     input_latents: Tensor
     stop_step: list[int | None]
@@ -75,6 +74,9 @@ def reconstruct(
     batch = images_B3RR.shape[0]
     z = encode(model, images_B3RR, posterior_noise_BCHW)
     cond = model.prompt_cond.expand(batch, -1, -1) if prompts_BLD is None else prompts_BLD
+    if s.profile == "fast":
+        x0_hat = one_call(model, z, eps_BCHW, cond)
+        return Reconstruction(x0_hat, z, [None] * batch, ["none"] * batch, [[] for _ in range(batch)])
 
     ts = torch.tensor(schedule.timesteps(s.start_step, s.inference_steps), device=z.device)
     stride = s.start_step // s.inference_steps
@@ -83,7 +85,7 @@ def reconstruct(
 
     k = torch.zeros(batch, dtype=torch.long, device=z.device)  # each image's own place in `ts`
     searching = torch.full((batch,), s.delta > 0, device=z.device)  # still looking for its adaptive step
-    result = Reconstruction(x, x, z, [None] * batch, ["none"] * batch, [[] for _ in range(batch)])
+    result = Reconstruction(x, z, [None] * batch, ["none"] * batch, [[] for _ in range(batch)])
 
     while (k < len(ts)).any():
         rows = (k < len(ts)).nonzero()[:, 0]
@@ -136,8 +138,15 @@ def reconstruct(
             step.x0, step.latents = x0, x[rows].clone()
             on_step(step)
 
-    result.latents, result.images = x, decode(model, x)
+    result.latents = x
     return result
+
+
+def one_call(model: Model, z_BCHW: Tensor, eps_BCHW: Tensor, cond_BLD: Tensor) -> Tensor:
+    """Profile `fast`, beside the paper: the clean prediction of the input noised to T, by one UNet call (Eq. 1-2)."""
+    t = torch.full((len(z_BCHW),), min(model.settings.start_step, len(model.alphas) - 1), device=z_BCHW.device)
+    x_t = schedule.add_noise(model.alphas, z_BCHW, eps_BCHW, t)
+    return schedule.predict_x0(model.alphas, x_t, predict_noise(model, x_t, t, cond_BLD), t)
 
 
 def compare(model: Model, x0_true_BCHW: Tensor, x0_hat_BCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,7 +159,9 @@ def compare(model: Model, x0_true_BCHW: Tensor, x0_hat_BCHW: Tensor) -> tuple[Te
     blocks = features.used_blocks(model.features)
     if s.variant == "official":
         blocks = blocks[-1:]
-    both = features.patch_tokens(model.features, decode(model, torch.cat([x0_true_BCHW, x0_hat_BCHW])), blocks)
+    images = decode(model, torch.cat([x0_true_BCHW, x0_hat_BCHW]))
+    with model.precision():
+        both = features.patch_tokens(model.features, images, blocks)
     dtype = torch.float16 if s.variant == "official" else torch.float32
     pairs = [tokens.to(dtype).chunk(2) for tokens in both]
     map_bhw = scoring.token_map(
@@ -177,20 +188,27 @@ def fuse(map_bhw: Tensor, x0_hat_BCHW: Tensor, x0_true_BCHW: Tensor) -> Tensor:
 def predict_noise(model: Model, x_t_BCHW: Tensor, t_B: Tensor, cond_BLD: Tensor) -> Tensor:
     """ε_θ(x_t, t) with classifier-free guidance: ε_u + w·(ε_c - ε_u). At w = 1 the unconditional call is left out."""
     w = model.settings.guidance_scale
+    x, t, prompts = x_t_BCHW, t_B, cond_BLD
+    if w != 1:
+        x, t = torch.cat([x, x]), torch.cat([t, t])
+        prompts = torch.cat([model.prompt_uncond.expand(len(t_B), -1, -1), cond_BLD])
+    with model.precision():
+        eps = model.unet(x, t, encoder_hidden_states=prompts).sample.to(x.dtype)
     if w == 1:
-        return model.unet(x_t_BCHW, t_B, encoder_hidden_states=cond_BLD).sample
-    prompts = torch.cat([model.prompt_uncond.expand(len(t_B), -1, -1), cond_BLD])
-    eps = model.unet(torch.cat([x_t_BCHW, x_t_BCHW]), torch.cat([t_B, t_B]), encoder_hidden_states=prompts).sample
+        return eps
     eps_uncond, eps_cond = eps.chunk(2)
     return eps_uncond + w * (eps_cond - eps_uncond)
 
 
 def encode(model: Model, images_B3RR: Tensor, posterior_noise_BCHW: Tensor) -> Tensor:
     """A sample of the VAE's posterior times its scaling factor, [B, C, H, W]."""
-    posterior = model.vae.encode(images_B3RR).latent_dist
-    return (posterior.mean + posterior.std * posterior_noise_BCHW) * model.vae.config.scaling_factor
+    with model.precision():
+        posterior = model.vae.encode(images_B3RR).latent_dist
+    mean, std = posterior.mean.to(images_B3RR.dtype), posterior.std.to(images_B3RR.dtype)
+    return (mean + std * posterior_noise_BCHW) * model.vae.config.scaling_factor
 
 
 def decode(model: Model, latents_BCHW: Tensor) -> Tensor:
     """Latents to pixels, [B, 3, R, R] in about [-1, 1], not clamped."""
-    return model.vae.decode(latents_BCHW / model.vae.config.scaling_factor).sample
+    with model.precision():
+        return model.vae.decode(latents_BCHW / model.vae.config.scaling_factor).sample.to(latents_BCHW.dtype)

@@ -71,6 +71,9 @@ class Manifest(BaseModel):
 class Model:
     """A loaded bundle. ``alphas`` is ᾱ_t [1000]; prompts are [1, L, D]; ``vae_factor`` pixels per latent.
 
+    With ``autocast`` (bfloat16 or float16) the networks' matrix products and convolutions run in that precision; the
+    schedule, the comparisons and the scores stay in ``dtype``.
+
     A bundle for several categories has a prompt for each in ``prompts``; one for a single category has none there.
     """
 
@@ -87,6 +90,11 @@ class Model:
     device: torch.device
     dtype: torch.dtype
     prompts: dict[str, Tensor] = field(default_factory=dict)
+    autocast: torch.dtype | None = None
+
+    def precision(self) -> torch.autocast:
+        """The context that network calls run in."""
+        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
 
     @property
     def vae_factor(self) -> int:
@@ -144,6 +152,8 @@ def save_bundle(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
+        for network in (unet, vae):
+            network.to(memory_format=torch.contiguous_format)  # safetensors takes no other; the engine changes it
         unet.save_pretrained(partial / "unet", safe_serialization=True)
         vae.save_pretrained(partial / "vae", safe_serialization=True)
         scheduler = DDIMScheduler.from_config(scheduler_config or stable_diffusion_schedule())
@@ -261,11 +271,13 @@ def load_bundle(
     dtype: torch.dtype = torch.float32,
     *,
     settings: Settings | None = None,
+    autocast: torch.dtype | None = None,
 ) -> Model:
     """Load a verified bundle for inference on ``device``.
 
     Args:
         settings: score with these instead of the bundle's own.
+        autocast: lower precision of the network calls.
 
     Raises:
         GladError: missing, damaged, incomplete or foreign bundle, or settings its networks cannot run.
@@ -300,6 +312,7 @@ def load_bundle(
         model_id=manifest.model_id,
         device=torch.device(device),
         dtype=dtype,
+        autocast=autocast,
     )
     _check_fit(model, str(path))
     return model

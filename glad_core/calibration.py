@@ -17,14 +17,17 @@ from torch import Tensor
 from glad_core import metrics, synthesis
 from glad_core.bundle import Model
 from glad_core.counting import PixelCounts
-from glad_core.detect import Detection, Request, detect, full_size_map
+from glad_core.detect import Detection, Request, full_size_map
+from glad_core.engine import Engine, run
 from glad_core.images import to_tensor
-from glad_core.settings import Settings
+from glad_core.search import largest_fall
+from glad_core.settings import Profile, Settings
 
 # The published settings walk 30 timesteps at a time (T = 750, S = 25) and stop searching at 350 / 750 of T.
 STRIDE = 30
 MIN_STEP_SHARE = 350 / 750
 START_STEPS = (250, 350, 450, 550, 650, 750)  # the candidates for T
+FAST_STEPS = (50, 100, 150, 200, 250, 300)  # and for the one step of profile `fast`
 SELECTION_IMAGES = 16  # T is chosen on so many good images; δ and the threshold then use all
 
 
@@ -33,7 +36,8 @@ def choose_steps(
     good: Sequence[np.ndarray],
     *,
     categories: Sequence[str] | None = None,
-    start_steps: Sequence[int] = START_STEPS,
+    profile: Profile = "exact",
+    start_steps: Sequence[int] | None = None,
     foreground_mode: synthesis.ForegroundMode = 3,
     batch_size: int = 8,
     seed: int = 0,
@@ -43,7 +47,8 @@ def choose_steps(
 
     For every candidate T: δ is the 95 % quantile, over good images, of the largest step score they reach before
     min_step, so that few good images trigger; then the T is taken that best separates good images from the same images
-    with synthetic anomalies (image AUROC plus pixel AP on the synthetic masks).
+    with synthetic anomalies (image AUROC plus pixel AP on the synthetic masks). The largest fall of a score on the way
+    becomes the bound of the guarded search (`search`). Profile `fast` has no steps, only T is chosen.
 
     Args:
         good: held-out good images, uint8 [R, R, 3] each, not seen in training.
@@ -57,19 +62,22 @@ def choose_steps(
     anomalous, masks = _synthetic(few, foreground_mode, seed)
 
     def with_delta(start_step: int, images: Sequence[np.ndarray], kinds: Sequence[str]) -> Model:
-        values = model.settings.model_dump() | {
-            "start_step": start_step,
+        values = model.settings.model_dump() | {"profile": profile, "start_step": start_step, "score_fall": None}
+        if profile == "fast":
+            return replace(model, settings=Settings(**values | {"inference_steps": 1, "min_step": 0, "delta": 0.0}))
+        values |= {
             "inference_steps": max(1, round(start_step / STRIDE)),
             "min_step": round(start_step * MIN_STEP_SHARE),
         }
         # An unreachable δ makes every image walk, and compare, all the way down to min_step.
         walk = Settings(**values | {"delta": 1e4, "saff": False})
         walked = _judge(replace(model, settings=walk), images, kinds, batch_size, seed, on_image)
-        delta = float(np.quantile([max(score for _, score in image.steps) for image in walked], 0.95))
-        return replace(model, settings=Settings(**values | {"delta": delta}))
+        scores = np.array([[score for _, score in image.steps] for image in walked])
+        delta = float(np.quantile(scores.max(axis=1), 0.95))
+        return replace(model, settings=Settings(**values | {"delta": delta, "score_fall": largest_fall(scores)}))
 
     best: tuple[float, int] | None = None
-    for start_step in start_steps:
+    for start_step in start_steps or (FAST_STEPS if profile == "fast" else START_STEPS):
         candidate = with_delta(start_step, few, few_kinds)
         goods = _judge(candidate, few, few_kinds, batch_size, seed, on_image)
         bads = _judge(candidate, anomalous, few_kinds, batch_size, seed, on_image)
@@ -85,7 +93,8 @@ def calibrate(
     good: Sequence[np.ndarray],
     *,
     categories: Sequence[str] | None = None,
-    start_steps: Sequence[int] = START_STEPS,
+    profile: Profile = "exact",
+    start_steps: Sequence[int] | None = None,
     foreground_mode: synthesis.ForegroundMode = 3,
     target_fpr: float = 0.05,
     batch_size: int = 8,
@@ -102,6 +111,7 @@ def calibrate(
         model,
         good,
         categories=categories,
+        profile=profile,
         start_steps=start_steps,
         foreground_mode=foreground_mode,
         batch_size=batch_size,
@@ -171,9 +181,10 @@ def compare(
     return Comparison(auroc_new, auroc_old, float(np.quantile(new_resampled - old_resampled, 0.025)), margin)
 
 
-def judged_images(good: int, start_steps: int = len(START_STEPS)) -> int:
+def judged_images(good: int, profile: Profile = "exact") -> int:
     """How many images `calibrate` judges, for a progress bar."""
-    return 3 * min(good, SELECTION_IMAGES) * start_steps + 2 * good
+    few = min(good, SELECTION_IMAGES)
+    return 2 * few * len(FAST_STEPS) + good if profile == "fast" else 3 * few * len(START_STEPS) + 2 * good
 
 
 def images_needed(target_fpr: float) -> int:
@@ -209,10 +220,11 @@ def _judge(
 ) -> list[Detection]:
     judged: dict[str, Detection] = {}
     requests = [Request(str(index), image, kinds[index]) for index, image in enumerate(images)]
-    for start in range(0, len(requests), batch_size):
-        batch = requests[start : start + batch_size]
-        judged |= {result.image_id: result for result in detect(model, batch, seed)}
-        on_image(len(batch))
+    for request, verdict in run(Engine(model, batch_size, seed), requests):
+        if isinstance(verdict, Exception):
+            raise verdict
+        judged[request.image_id] = verdict
+        on_image(1)
     return [judged[request.image_id] for request in requests]
 
 

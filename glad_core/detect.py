@@ -22,7 +22,7 @@ from glad_core.settings import Settings
 from glad_core.synthesis import object_mask
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
     """One image to judge: uint8 [R, R, 3] RGB at the bundle's resolution R; its category chooses the prompt."""
 
@@ -36,8 +36,8 @@ class Detection:
     """One verdict.
 
     ``anomaly_map`` is float16 [g, g] at token resolution, or [D, D] where the score needs terms that only exist at
-    full size (`full_size_only`). ``steps`` holds every (timestep, step score) compared. ``reconstruction`` is uint8
-    [R, R, 3]; ``seconds`` the image's share of its batch's model time.
+    full size (`full_size_only`). ``steps`` holds every (timestep, step score) in the order they were compared.
+    ``reconstruction`` is uint8 [R, R, 3]; ``seconds`` the image's share of the time of the batches it was in.
     """
 
     image_id: str
@@ -81,7 +81,9 @@ def final_token_map(model: Model, test_B3RR: Tensor, reconstruction_B3RR: Tensor
     both = F.interpolate(both, size=size, mode="bilinear", align_corners=True)
     both = features.imagenet_normalize(both)
     vit = model.final_features
-    tokens = [layer.float().chunk(2) for layer in features.patch_tokens(vit, both, features.used_blocks(vit))]
+    with model.precision():
+        layers = features.patch_tokens(vit, both, features.used_blocks(vit))
+    tokens = [layer.float().chunk(2) for layer in layers]
     maps = scoring.token_map(
         [pair[0] for pair in tokens],
         [pair[1] for pair in tokens],
@@ -93,58 +95,97 @@ def final_token_map(model: Model, test_B3RR: Tensor, reconstruction_B3RR: Tensor
     return maps, scoring.pixel_distance(test, reconstruction)
 
 
-@torch.inference_mode()
-def detect(model: Model, requests: Sequence[Request], seed: int = 0) -> Iterator[Detection]:
-    """Judge images as one batch; results in any order.
+@dataclass(frozen=True)
+class Prepared:
+    """What the method needs of a batch: x^a [B, 3, R, R] in [-1, 1], ε and posterior noise [B, C, H, W], prompts."""
+
+    images: Tensor
+    eps: Tensor
+    posterior_noise: Tensor
+    prompts: Tensor
+
+
+def check_request(model: Model, request: Request) -> None:
+    """Refuse an image that is not uint8 [R, R, 3], or of a category that the bundle does not know (GladError)."""
+    side = model.settings.resolution
+    if request.image.shape != (side, side, 3) or request.image.dtype != np.uint8:
+        raise GladError(
+            f"{request.image_id}: expected uint8 {side}x{side}x3, "
+            f"got {request.image.dtype} {request.image.shape}: resize it to the bundle's resolution"
+        )
+    model.prompts_for([request.category])
+
+
+def prepare(model: Model, requests: Sequence[Request], seed: int) -> Prepared:
+    """Requests as tensors on the model's device.
 
     Raises:
-        GladError: an image is not uint8 [R, R, 3].
+        GladError: as `check_request`.
     """
-    if not requests:
-        return
     s = model.settings
-    started = time.perf_counter()
     for request in requests:
-        if request.image.shape != (s.resolution, s.resolution, 3) or request.image.dtype != np.uint8:
-            raise GladError(
-                f"{request.image_id}: expected uint8 {s.resolution}x{s.resolution}x3, "
-                f"got {request.image.dtype} {request.image.shape}: resize it to the bundle's resolution"
-            )
+        check_request(model, request)
+    prompts = model.prompts_for([request.category for request in requests])
     pixels = torch.from_numpy(np.stack([request.image for request in requests])).permute(0, 3, 1, 2)
     images = (pixels.to(model.device).float() / 127.5 - 1).to(model.dtype)
-
     side = s.resolution // model.vae_factor
     shape = (model.vae.config.latent_channels, side, side)
     noises = [image_noise(request.image_id, seed, shape) for request in requests]
     eps, posterior_noise = (torch.stack(part).to(model.device, model.dtype) for part in zip(*noises, strict=True))
+    return Prepared(images, eps, posterior_noise, prompts)
 
-    prompts = model.prompts_for([request.category for request in requests])
-    result = adaptive.reconstruct(model, images, eps, posterior_noise, prompts_BLD=prompts)
-    test = adaptive.decode(model, result.input_latents) if s.compare_with == "round_trip" else images
-    token_maps, distance = final_token_map(model, test, result.images)
+
+def conclude(
+    model: Model, images_B3RR: Tensor, z_BCHW: Tensor, latents_BCHW: Tensor
+) -> list[tuple[float, np.ndarray, np.ndarray]]:
+    """The verdict on each image (Sec. 3.6) from its latents z and those of its reconstruction.
+
+    Returns:
+        Score, anomaly map and reconstruction, as `Detection` has them.
+    """
+    s = model.settings
+    if s.compare_with == "round_trip":
+        test, rebuilt = adaptive.decode(model, torch.cat([z_BCHW, latents_BCHW])).chunk(2)
+    else:
+        test, rebuilt = images_B3RR, adaptive.decode(model, latents_BCHW)
+    token_maps, distance = final_token_map(model, test, rebuilt)
     if full_size_only(model):
         maps = scoring.resize_map(token_maps, s.feature_resolution)
         maps = scoring.smooth(scoring.add_pixel_distance(maps, distance, s.pixel_weight_v, scope="image"), s.blur_sigma)
         if s.foreground_mode != 3:
-            maps = maps * scoring.resize_map(object_mask(images.float(), s.foreground_mode), s.feature_resolution)
+            mask = object_mask(images_B3RR.float(), s.foreground_mode)
+            maps = maps * scoring.resize_map(mask, s.feature_resolution)
         kept = maps
     else:
         maps, kept = full_size_map(token_maps, s), token_maps
     scores = scoring.image_score(maps, s.image_score_top_k).tolist()
+    pixels = ((rebuilt.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return list(zip(scores, kept.to(torch.float16).cpu().numpy(), pixels, strict=True))
 
-    rebuilt = (
-        ((result.images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    )
-    kept_maps = kept.to(torch.float16).cpu().numpy()
+
+@torch.inference_mode()
+def detect(model: Model, requests: Sequence[Request], seed: int = 0) -> Iterator[Detection]:
+    """Judge images as one batch by the reference loop; `glad_core.engine` gives the same answers faster.
+
+    Raises:
+        GladError: as `prepare`.
+    """
+    if not requests:
+        return
+    started = time.perf_counter()
+    inputs = prepare(model, requests, seed)
+    result = adaptive.reconstruct(model, inputs.images, inputs.eps, inputs.posterior_noise, prompts_BLD=inputs.prompts)
+    verdicts = conclude(model, inputs.images, result.input_latents, result.latents)
     seconds = (time.perf_counter() - started) / len(requests)
     for row, request in enumerate(requests):
+        score, anomaly_map, rebuilt = verdicts[row]
         yield Detection(
             image_id=request.image_id,
-            score=scores[row],
+            score=score,
             stop_step=result.stop_step[row],
             stop_reason=result.stop_reason[row],
             steps=result.steps[row],
-            anomaly_map=kept_maps[row],
-            reconstruction=rebuilt[row],
+            anomaly_map=anomaly_map,
+            reconstruction=rebuilt,
             seconds=seconds,
         )

@@ -18,6 +18,7 @@ from torch import Tensor
 from glad_core import features, scoring
 from glad_core.bundle import Model
 from glad_core.detect import Detection, Request, full_size_map
+from glad_core.engine import Queue, Verdict
 from glad_core.images import to_tensor
 
 CANDIDATES = 50_000  # patches the memory is chosen from
@@ -63,6 +64,23 @@ def remember(patches_PD: Tensor, seed: int = 0) -> Tensor:
         kept[place] = distance.argmax()
         distance = torch.minimum(distance, (flat - flat[kept[place]]).square().sum(dim=1))
     return candidates[kept]
+
+
+class NearestEngine(Queue):
+    """Judges what is submitted by a memory, ``slots`` images at a time."""
+
+    def __init__(self, model: Model, memory_MD: Tensor, slots: int) -> None:
+        super().__init__(model, slots)
+        self.memory = memory_MD
+
+    def work(self) -> list[Verdict]:
+        """One batch."""
+        self.admit()
+        verdicts: list[Verdict] = list(
+            zip(self.coming, detect_nearest(self.model, self.memory, self.coming), strict=True)
+        )
+        self.coming = []
+        return verdicts
 
 
 @torch.inference_mode()

@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from glad_core.errors import GladError, did_you_mean
 
+Profile = Literal["exact", "fast"]
+
 
 class Settings(BaseModel):
     """How one bundle reconstructs and scores. Symbols are the paper's (Sec. 3.3-3.6); timesteps count from 0 to 999."""
@@ -40,6 +42,14 @@ class Settings(BaseModel):
         "anywhere", description="extension: where Eq. 11 may look for its match; `sum` adds both maps"
     )
     window: int = Field(0, ge=0, description="radius of the window match, tokens; 0 is the same place only")
+    profile: Profile = Field(
+        "exact", description="extension: `fast` is one UNet call at T and no steps; needs its own T and threshold"
+    )
+    score_fall: float | None = Field(
+        None,
+        ge=0,
+        description="largest fall of the step score along the chain of a good image; None: compare every step",
+    )
     threshold: float | None = Field(None, description="image score above which an image is called anomalous")
     thresholds: dict[str, float] = Field({}, description="of single categories, in a bundle for several")
 

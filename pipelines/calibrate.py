@@ -20,7 +20,7 @@ from cluster.storage import Storage, is_s3, join, local_path
 from glad_core import bundle
 from glad_core.calibration import choose_steps, conformal_quantile, images_needed, judged_images
 from glad_core.errors import GladError
-from glad_core.settings import Settings
+from glad_core.settings import Profile, Settings
 from pipelines import results
 from pipelines.decode import ImageError, decode, fetch
 from pipelines.model_source import local_bundle
@@ -41,6 +41,7 @@ class CalibrateRequest:
     target_fpr: float
     threshold_only: bool
     foreground_mode: int
+    profile: Profile | None = None  # as the bundle has it
     seed: int = 0
     address: str | None = None
 
@@ -71,7 +72,7 @@ def calibrate(request: CalibrateRequest, console: Console) -> str:
             score(
                 ScoreRequest(request.source, run, model=str(made), seed=request.seed, address=request.address), console
             )
-        elif not request.threshold_only:
+        elif not request.threshold_only or request.profile is not None:
             raise GladError("a finished run fixes T and δ: add --threshold-only, or give the good images themselves")
         scores, judged_by = _scores(run, storage)
         if request.run is not None and judged_by != {manifest.model_id}:
@@ -85,8 +86,11 @@ def calibrate(request: CalibrateRequest, console: Console) -> str:
         provenance = {"target_fpr": request.target_fpr, "calibration_images": len(scores)}
         model_id = bundle.update_settings(made, settings.model_copy(update={"threshold": threshold}), provenance)
         made.rename(request.out)
+    steps = f"T {settings.start_step}"
+    if settings.profile == "exact":
+        steps += f", δ {settings.delta:.4g}, min_step {settings.min_step}"
     console.print(
-        f"T {settings.start_step}, δ {settings.delta:.4g}, min_step {settings.min_step}; threshold {threshold:.4g} "
+        f"{steps}; threshold {threshold:.4g} "
         f"from {len(scores)} good images: a new good image exceeds it with probability at most {request.target_fpr:g}",
         highlight=False,
         soft_wrap=True,
@@ -111,7 +115,8 @@ def _steps(request: CalibrateRequest, made: Path, settings: Settings, storage: S
     console.print(f"choosing T and δ on {len(good)} of {len(rows)} images", highlight=False)
     model = bundle.load_bundle(made)
     with console.status("") as status:
-        total, done = judged_images(len(good)) - len(good), 0
+        profile = request.profile or settings.profile
+        total, done = judged_images(len(good), profile) - len(good), 0
 
         def judged(count: int) -> None:
             nonlocal done
@@ -121,6 +126,7 @@ def _steps(request: CalibrateRequest, made: Path, settings: Settings, storage: S
         return choose_steps(
             model,
             good,
+            profile=profile,
             foreground_mode=request.foreground_mode,  # type: ignore[arg-type]
             seed=request.seed,
             on_image=judged,

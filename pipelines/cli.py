@@ -16,7 +16,7 @@ from cluster.session import SessionError
 from cluster.storage import StorageError
 from glad_core.errors import GladError
 from pipelines import cli_models
-from pipelines.cli_models import STOPPED, Address
+from pipelines.cli_models import STOPPED, Address, Precision
 
 USER_ERROR = 2  # exit code of a mistake in what was asked
 
@@ -41,6 +41,8 @@ app = typer.Typer(
 
 
 Method = StrEnum("Method", ["glad", "nearest"])
+Search = StrEnum("Search", ["scan", "guarded"])
+Profile = StrEnum("Profile", ["exact", "fast"])
 
 
 class Maps(StrEnum):
@@ -57,7 +59,7 @@ def score(
     out: Annotated[str, typer.Option(help="Folder for the results, local or s3://")],
     model: Annotated[str, typer.Option(help="Model bundle, local or s3://; 'small' is the embedded one")] = "small",
     category: Annotated[str | None, typer.Option(help="Category within an MVTec-AD folder")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch; does not change results")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in flight per actor; does not change results")] = 8,
     actors: Annotated[int | None, typer.Option(min=1, help="Model copies at work; as many as fit by default")] = None,
     num_gpus: Annotated[float | None, typer.Option(min=0, help="GPUs per actor, fractions allowed")] = None,
     num_cpus: Annotated[float | None, typer.Option(min=0.1, help="CPUs per actor")] = None,
@@ -73,6 +75,14 @@ def score(
         Method, typer.Option(help="nearest: compare with remembered good patches instead, a cheap yardstick")
     ] = Method.glad,
     good: Annotated[str | None, typer.Option(help="Good images for --method nearest: folder, glob or list")] = None,
+    search: Annotated[
+        Search | None,
+        typer.Option(help="How an image's step is found: by comparing all, or where a calibrated bound leaves doubt"),
+    ] = None,
+    precision: Annotated[
+        Precision, typer.Option(help="Of the matrix products; a lower one changes scores a little")
+    ] = Precision.off,
+    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile: minutes of start for more speed")] = False,
 ) -> None:
     """Score every image of an archive; unreadable ones are listed in OUT/errors and do not stop the job."""
     from pipelines import score as job
@@ -94,6 +104,9 @@ def score(
         overwrite=overwrite,
         method=method.value,  # type: ignore[arg-type]
         good=good,
+        search=search.value if search else None,  # type: ignore[arg-type]
+        precision=precision.value,  # type: ignore[arg-type]
+        compiled=compiled,
     )
     try:
         job.score(request, Console())
@@ -142,6 +155,9 @@ def calibrate(
     foreground: Annotated[
         int, typer.Option(min=1, max=3, help="Synthetic anomalies on 1 darker, 2 brighter object, 3 anywhere")
     ] = 3,
+    profile: Annotated[
+        Profile | None, typer.Option(help="fast: one UNet call instead of steps; as the bundle has it by default")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of noise and synthetic anomalies")] = 0,
     address: Address = None,
 ) -> None:
@@ -150,7 +166,18 @@ def calibrate(
 
     if (good is None) == (run is None):
         raise GladError("give either good images or --run, the results of scoring some")
-    request = job.CalibrateRequest(good, run, model, out, target_fpr, threshold_only, foreground, seed, address)
+    request = job.CalibrateRequest(
+        source=good,
+        run=run,
+        model=model,
+        out=out,
+        target_fpr=target_fpr,
+        threshold_only=threshold_only,
+        foreground_mode=foreground,
+        profile=profile.value if profile else None,  # type: ignore[arg-type]
+        seed=seed,
+        address=address,
+    )
     Console().print(f"bundle {job.calibrate(request, Console())} in {escape(str(out))}", highlight=False)
 
 

@@ -1,11 +1,18 @@
-"""The actor of the scoring job: models loaded once, decoded rows in, `SCORED_SCHEMA` rows out in any order."""
+"""The actor of the scoring job: models loaded once, decoded rows in, `SCORED_SCHEMA` rows out in any order.
+
+Ray Data keeps several batches in an actor at a time, each waiting for its own images; one thread runs the engines.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import io
+import logging
 import os
+import queue
+import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,7 +29,7 @@ KEPT_MODELS = 4  # bundles an actor holds at a time
 
 @dataclass(frozen=True)
 class ActorSettings:
-    """What an actor needs to know; ``threads`` is its share of the machine's CPUs.
+    """What an actor needs to know; ``slots`` images are in flight, ``threads`` is its share of the machine's CPUs.
 
     With a ``memory`` (`pipelines.memory`) images are judged by it instead of by reconstruction.
     """
@@ -34,41 +41,81 @@ class ActorSettings:
     reconstructions: bool
     gpu: bool
     threads: int
+    slots: int = 8
+    search: Literal["scan", "guarded"] | None = None
+    precision: Literal["off", "bf16", "fp16"] = "off"
+    compiled: bool = False
     memory: str | None = None
 
 
+class EngineThread(threading.Thread):
+    """Runs engines, images going in by `judge` and verdicts coming out by callback, until the process ends."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True, name="glad-engine")
+        self.arrived: queue.SimpleQueue[tuple[Any, Any, Any]] = queue.SimpleQueue()
+        self.start()
+
+    def judge(self, engine: Any, request: Any) -> asyncio.Future[Any]:
+        """A future, of the running event loop, for the `Detection`."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+
+        def settle(verdict: Any) -> None:
+            if isinstance(verdict, Exception):
+                future.set_exception(verdict)
+            else:
+                future.set_result(verdict)
+
+        self.arrived.put((engine, request, lambda verdict: loop.call_soon_threadsafe(settle, verdict)))
+        return future
+
+    def run(self) -> None:
+        callbacks: dict[Any, Any] = {}
+        engines: dict[int, Any] = {}
+        try:
+            while True:
+                while not self.arrived.empty() or not engines:
+                    engine, request, callback = self.arrived.get()
+                    try:
+                        engine.submit(request)
+                    except Exception as error:
+                        callback(error)
+                        continue
+                    callbacks[request] = callback
+                    engines[id(engine)] = engine
+                for engine in list(engines.values()):
+                    for request, verdict in engine.tick():
+                        callbacks.pop(request)(verdict)
+                    if not engine.busy:
+                        del engines[id(engine)]
+        except BaseException:
+            # The device no longer answers. Ray starts another actor and gives it the rows.
+            logging.getLogger(__name__).exception("the engine died")
+            os._exit(1)
+
+
 class GladActor:
-    """Callable for ``map_batches``; the inside of `_detect` is all that an in-flight engine would replace."""
+    """Callable for ``map_batches``, several calls at a time."""
 
     def __init__(self, settings: ActorSettings) -> None:
         self.settings = settings
-        self.loaded: OrderedDict[str, Any] = OrderedDict()
+        self.engines: OrderedDict[str, Any] = OrderedDict()
         self.memory: Any = None
         self.failure: Exception | None = None
         try:
             self._prepare()
         except Exception as error:  # Ray would restart the actor for ever and bury the reason; the first call tells it
             self.failure = error
+        self.thread = EngineThread()
 
-    def __call__(self, rows: pa.Table) -> pa.Table:
+    async def __call__(self, rows: pa.Table) -> AsyncIterator[pa.Table]:
         if self.failure is not None:
             raise self.failure
         decoded = {row["image_id"]: row for row in rows.to_pylist()}
         out = [self._error(row) for row in decoded.values() if row["error_type"] is not None]
-        wanted: dict[str, dict[str, dict[str, Any]]] = {}
-        for image_id, row in decoded.items():
-            if row["error_type"] is not None:
-                continue
-            key = self.settings.models.key(row["category"])
-            if key is None:
-                known = ", ".join(self.settings.models.categories)
-                message = f"no model for category '{row['category']}'; there are {known}"
-                out.append(self._error(row | {"stage": "score", "error_type": "no_model", "message": message}))
-            else:
-                wanted.setdefault(key, {})[image_id] = row
-        for key, group in wanted.items():
-            out += self._detect(self._model(key), group)
-        return pa.Table.from_pylist(out, schema=SCORED_SCHEMA)
+        judged = await asyncio.gather(*(self._judge(row) for row in decoded.values() if row["error_type"] is None))
+        yield pa.Table.from_pylist(out + judged, schema=SCORED_SCHEMA)
 
     def _prepare(self) -> None:
         import torch
@@ -77,66 +124,55 @@ class GladActor:
         # TF32 rounds differently for every batch shape; an image's score must not depend on its neighbours.
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
-        if "" in self.settings.models.bundles:
-            self._model("")
         if self.settings.memory is not None:
             from pipelines.memory import read_memory
 
             self.memory = read_memory(self.settings.memory, self.settings.storage)
+        if "" in self.settings.models.bundles:
+            self._engine("")
 
-    def _model(self, key: str) -> Any:
-        """A loaded bundle; an archive comes category by category, so a few of them kept are enough."""
+    def _engine(self, key: str) -> Any:
+        """The engine of a bundle; an archive comes category by category, so a few of them kept are enough."""
         import torch
 
         from glad_core.bundle import load_bundle
+        from glad_core.engine import Engine
+        from glad_core.nearest import NearestEngine
 
-        if key not in self.loaded:
-            if len(self.loaded) == KEPT_MODELS:
-                self.loaded.popitem(last=False)
-            path = local_bundle(self.settings.models.bundles[key], self.settings.storage)
-            device = "cuda" if self.settings.gpu else "cpu"
-            self.loaded[key] = load_bundle(path, device=device, dtype=torch.float32)
-        self.loaded.move_to_end(key)
-        return self.loaded[key]
-
-    def _detect(self, model: Any, rows: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """One output row per input row. A batch that fails is tried again image by image, to lose only the culprit."""
-        from glad_core.detect import Request, detect
-        from glad_core.nearest import detect_nearest
-
-        side = model.settings.resolution
-        requests = [
-            Request(image_id, np.frombuffer(row["image"], np.uint8).reshape(side, side, 3), row["category"])
-            for image_id, row in rows.items()
-        ]
-        try:
+        settings = self.settings
+        if key not in self.engines:
+            idle = next((key for key, engine in self.engines.items() if not engine.busy), None)
+            if len(self.engines) >= KEPT_MODELS and idle is not None:
+                del self.engines[idle]
+            path = local_bundle(settings.models.bundles[key], settings.storage)
+            device = "cuda" if settings.gpu else "cpu"
+            autocast = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
+            model = load_bundle(path, device=device, autocast=autocast)
             if self.memory is not None:
-                found = list(detect_nearest(model, self.memory.patches, requests))
+                self.engines[key] = NearestEngine(model, self.memory.patches, settings.slots)
             else:
-                found = list(detect(model, requests, self.settings.seed))
-        except Exception as error:
-            self._die_with_the_device()
-            if len(rows) > 1:
-                for image_id, row in rows.items():
-                    yield from self._detect(model, {image_id: row})
-                return
-            reason = " ".join(str(error).split())[:500]
-            for row in rows.values():
-                yield self._error(row | {"stage": "score", "error_type": type(error).__name__, "message": reason})
-            return
-        for detection in found:
-            yield self._result(model, rows[detection.image_id], detection)
+                self.engines[key] = Engine(model, settings.slots, settings.seed, settings.search, settings.compiled)
+        self.engines.move_to_end(key)
+        return self.engines[key]
 
-    def _die_with_the_device(self) -> None:
-        """A GPU that no longer answers takes its process along; Ray starts another actor and gives it the rows."""
-        if not self.settings.gpu:
-            return
-        import torch
+    async def _judge(self, row: dict[str, Any]) -> dict[str, Any]:
+        """One output row for one input row."""
+        from glad_core.detect import Request
 
+        key = self.settings.models.key(row["category"])
+        if key is None:
+            known = ", ".join(self.settings.models.categories)
+            message = f"no model for category '{row['category']}'; there are {known}"
+            return self._error(row | {"stage": "score", "error_type": "no_model", "message": message})
+        engine = self._engine(key)
+        side = engine.model.settings.resolution
+        pixels = np.frombuffer(row["image"], np.uint8).reshape(side, side, 3)
         try:
-            torch.cuda.synchronize()
-        except Exception:
-            os._exit(1)
+            detection = await self.thread.judge(engine, Request(row["image_id"], pixels, row["category"]))
+        except Exception as error:
+            reason = " ".join(str(error).split())[:500]
+            return self._error(row | {"stage": "score", "error_type": type(error).__name__, "message": reason})
+        return self._result(engine.model, row, detection)
 
     def _result(self, model: Any, row: dict[str, Any], detection: Any) -> dict[str, Any]:
         threshold = self.memory.threshold if self.memory else model.settings.threshold_for(row["category"])

@@ -17,6 +17,7 @@ from rich.table import Table
 from cluster import session
 from cluster.storage import Storage, StorageError, is_s3, join, local_path
 from glad_core.errors import GladError
+from glad_core.search import Search, search_of
 from pipelines import results, sources
 from pipelines.actor_plan import ActorPlan, plan_actors
 from pipelines.decode import fetch_and_decode
@@ -57,6 +58,9 @@ class ScoreRequest:
     overwrite: bool = False
     method: Literal["glad", "nearest"] = "glad"
     good: str | None = None
+    search: Search | None = None
+    precision: Literal["off", "bf16", "fp16"] = "off"
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ def score(request: ScoreRequest, console: Console) -> Counts:
     if source == out or out.startswith(source.rstrip("/") + "/"):
         raise GladError(f"{out} lies inside the archive {source}: choose an --out outside of it")
     models = find_models(request.model, storage)
+    searches = {key: search_of(settings, request.search) for key, settings in models.settings().items()}
     if (request.method == "nearest") != (request.good is not None):
         raise GladError(
             "--method nearest needs good images to remember: --good FOLDER (and only that method takes them)"
@@ -112,6 +117,10 @@ def score(request: ScoreRequest, console: Console) -> Counts:
         reconstructions=request.reconstructions,
         gpu=plan.num_gpus > 0,
         threads=plan.threads,
+        slots=request.batch_size,
+        search=request.search,
+        precision=request.precision,
+        compiled=request.compiled,
         memory=memory,
     )
     scored = anomalies = errors = 0
@@ -134,7 +143,7 @@ def score(request: ScoreRequest, console: Console) -> Counts:
         calibrated = read_memory(memory, storage).threshold is not None
     found = anomalies if calibrated else None
     counts = Counts(listed.rows, scored, found, errors, listed.duplicates)
-    results.complete(out, storage, _run_record(request, source, out, models, plan, counts, started, seconds))
+    results.complete(out, storage, _run_record(request, source, out, models, searches, plan, counts, started, seconds))
     _closing_table(console, counts, seconds, out)
     return counts
 
@@ -163,7 +172,10 @@ def dataflow(
     judged = decoded.map_batches(
         GladActor,
         fn_constructor_args=(actor,),
-        compute=ray.data.ActorPoolStrategy(size=plan.actors),
+        # Several batches in an actor at a time, so that its engine always has an image for a free slot.
+        compute=ray.data.ActorPoolStrategy(
+            size=plan.actors, max_concurrent_calls_per_actor=4, max_tasks_in_flight_per_actor=8
+        ),
         batch_size=batch_size,
         batch_format="pyarrow",
         num_cpus=plan.num_cpus,
@@ -215,6 +227,7 @@ def _run_record(
     source: str,
     out: str,
     models: Models,
+    searches: dict[str, Search],
     plan: ActorPlan,
     counts: Counts,
     started: datetime,
@@ -228,11 +241,13 @@ def _run_record(
         # By category; the key "" is the one bundle for all images.
         "models": {
             key: {"model_id": manifest.model_id, "category": manifest.category, "settings": manifest.settings}
+            | {"search": searches[key] if request.method == "glad" else None}
             for key, manifest in models.manifests.items()
         },
         "method": request.method,
         "request": {"seed": request.seed, "batch_size": request.batch_size, "maps": request.maps}
-        | {"reconstructions": request.reconstructions, "category": request.category, "max_errors": request.max_errors},
+        | {"reconstructions": request.reconstructions, "category": request.category, "max_errors": request.max_errors}
+        | {"precision": request.precision, "compiled": request.compiled},
         "actors": asdict(plan),
         "counts": asdict(counts),
         "versions": {name: version(name) for name in ("glad-ray", "ray", "torch", "diffusers", "timm", "pyarrow")},

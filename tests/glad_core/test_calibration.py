@@ -17,20 +17,38 @@ def test_conformal_quantile_keeps_its_promise() -> None:
     assert calibration.conformal_quantile([3.0, 1.0, 2.0], 0.05) == 3.0  # too few for 5 %: the largest
 
 
-def test_calibration_sets_the_steps_and_the_threshold_from_good_images(tiny_bundle) -> None:
+def test_calibration_sets_the_steps_and_the_threshold_from_good_images(tiny_bundle, monkeypatch) -> None:
+    monkeypatch.setattr(calibration, "START_STEPS", (120, 240))
     model = load_bundle(tiny_bundle)
     rng = np.random.default_rng(0)
     good = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(5)]
     judged: list[int] = []
-    settings = calibration.calibrate(model, good, start_steps=(120, 240), on_image=judged.append)
-    assert sum(judged) == calibration.judged_images(5, 2)
+    settings = calibration.calibrate(model, good, on_image=judged.append)
+    assert sum(judged) == calibration.judged_images(5)
     assert settings.start_step in (120, 240)
     assert settings.inference_steps == settings.start_step // 30
     assert settings.min_step == round(settings.start_step * 350 / 750)
     assert settings.delta > 0
+    assert settings.score_fall is not None
     again = load_bundle(tiny_bundle, settings=settings)
     scores = [result.score for result in detect(again, [Request(str(i), image) for i, image in enumerate(good)])]
     assert settings.threshold == pytest.approx(max(scores), abs=1e-4)
+
+
+def test_the_fast_profile_has_no_steps_and_a_threshold_of_its_own(tiny_bundle) -> None:
+    model = load_bundle(tiny_bundle)
+    rng = np.random.default_rng(0)
+    good = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(4)]
+    judged: list[int] = []
+    settings = calibration.calibrate(model, good, profile="fast", on_image=judged.append)
+    assert sum(judged) == calibration.judged_images(4, "fast")
+    assert settings.start_step in calibration.FAST_STEPS
+    assert (settings.profile, settings.inference_steps, settings.delta) == ("fast", 1, 0)
+    (result,) = detect(load_bundle(tiny_bundle, settings=settings), [Request("0", good[0])])
+    assert (result.steps, result.stop_step, result.stop_reason) == ([], None, "none")
+    assert settings.threshold is not None
+    assert result.score <= settings.threshold + 1e-4
+    assert calibration.calibrate(replace(model, settings=settings), good, profile="exact").profile == "exact"
 
 
 @pytest.mark.parametrize(("skill", "passed"), [(3.0, True), (1.0, True), (0.0, False)])

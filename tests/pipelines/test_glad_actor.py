@@ -1,3 +1,4 @@
+import asyncio
 import io
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 from PIL import Image
 
 from cluster.storage import Storage
-from glad_core import detect as detect_module
+from glad_core import adaptive
 from glad_core.errors import GladError
 from pipelines.decode import DECODED_SCHEMA
 from pipelines.glad_actor import ActorSettings, GladActor
@@ -42,8 +43,22 @@ def by_id(table):
     return {row["image_id"]: row for row in table.to_pylist()}
 
 
+def call(actor, *batches):
+    """What Ray Data does: several batches in the actor at a time."""
+
+    async def collect(batch):
+        return [table async for table in actor(batch)]
+
+    async def together():
+        return await asyncio.gather(*(collect(batch) for batch in batches))
+
+    found = [table for tables in asyncio.run(together()) for table in tables]
+    assert len(found) == len(batches)
+    return pa.concat_tables(found)
+
+
 def test_every_row_comes_back_as_a_result_or_an_error(actor):
-    table = actor(rows("a", "b", "c", bad="b"))
+    table = call(actor, rows("a", "b", "c", bad="b"))
     assert table.schema.equals(SCORED_SCHEMA)
     out = by_id(table)
     assert set(out) == {"a", "b", "c"}
@@ -58,8 +73,8 @@ def test_every_row_comes_back_as_a_result_or_an_error(actor):
 
 
 def test_full_maps_and_reconstructions_on_request(actor, tiny_bundle):
-    full = by_id(GladActor(settings(tiny_bundle, maps="full", reconstructions=True))(rows("a")))["a"]
-    token = by_id(actor(rows("a")))["a"]
+    full = by_id(call(GladActor(settings(tiny_bundle, maps="full", reconstructions=True)), rows("a")))["a"]
+    token = by_id(call(actor, rows("a")))["a"]
     assert (full["map_height"], full["map_width"]) == (SIDE, SIDE)
     assert full["score"] == token["score"]
     top = np.sort(np.asarray(full["anomaly_map"], np.float32))[-20:].mean()  # the bundle's K is 20
@@ -68,7 +83,7 @@ def test_full_maps_and_reconstructions_on_request(actor, tiny_bundle):
 
 
 def test_neighbours_and_order_do_not_change_a_result(actor):
-    together, alone = by_id(actor(rows(*"dcba"))), by_id(actor(rows("b")))
+    together, alone = by_id(call(actor, rows(*"dcba"))), by_id(call(actor, rows("b")))
     for name in set(RESULTS_SCHEMA.names) - {"seconds", "score", "steps", "anomaly_map"}:
         assert together["b"][name] == alone["b"][name]
     assert together["b"]["score"] == pytest.approx(alone["b"]["score"], abs=1e-4)
@@ -76,24 +91,31 @@ def test_neighbours_and_order_do_not_change_a_result(actor):
 
 def test_another_seed_gives_another_result(actor, tiny_bundle):
     other = GladActor(settings(tiny_bundle, seed=1))
-    assert by_id(other(rows("a")))["a"]["score"] != by_id(actor(rows("a")))["a"]["score"]
+    assert by_id(call(other, rows("a")))["a"]["score"] != by_id(call(actor, rows("a")))["a"]["score"]
+
+
+def test_batches_in_flight_together_get_their_own_rows_back(actor):
+    together = call(actor, rows("a", "b"), rows("c", bad="c"), rows("d"))
+    assert sorted(by_id(together)) == list("abcd")
+    assert by_id(together)["d"]["score"] == pytest.approx(by_id(call(actor, rows("d")))["d"]["score"], abs=1e-4)
 
 
 def test_an_image_that_breaks_its_batch_is_the_only_one_lost(actor, monkeypatch):
-    real = detect_module.detect
+    real = adaptive.encode
+    broken = (np.frombuffer(rows("b")["image"][0].as_py(), np.uint8) / 127.5 - 1).reshape(SIDE, SIDE, 3)
 
-    def breaks_on_b(model, requests, seed):
-        if any(request.image_id == "b" for request in requests):
+    def breaks_on_b(model, images, noise):
+        if any(np.allclose(image.permute(1, 2, 0).numpy(), broken, atol=1e-5) for image in images):
             raise RuntimeError("no\nluck")
-        return real(model, requests, seed)
+        return real(model, images, noise)
 
-    monkeypatch.setattr(detect_module, "detect", breaks_on_b)
-    out = by_id(actor(rows("a", "b", "c")))
-    assert [out[key]["stage"] for key in "abc"] == [None, "score", None]
+    monkeypatch.setattr(adaptive, "encode", breaks_on_b)
+    out = by_id(call(actor, rows(*"acbdefgh")))
+    assert {key: row["stage"] for key, row in out.items() if row["stage"]} == {"b": "score"}
     assert (out["b"]["error_type"], out["b"]["message"]) == ("RuntimeError", "no luck")
 
 
 def test_a_bundle_that_cannot_be_loaded_is_told_at_the_first_call(tmp_path):
     actor = GladActor(settings(tmp_path / "none"))
     with pytest.raises(GladError, match="no such model bundle"):
-        actor(rows("a"))
+        call(actor, rows("a"))
