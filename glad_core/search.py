@@ -8,6 +8,7 @@ as long as no score falls by more than ``fall`` on the way, for an earlier one a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -39,7 +40,7 @@ def next_comparison(scores: Mapping[int, float], walked: int, delta: float, fall
     Args:
         scores: step score of every step compared so far, by its place in the chain from 0.
         walked: steps walked; places 0 .. walked - 1 can be compared.
-        delta: δ, a step crosses where its score is larger.
+        delta: δ > 0, a step crosses where its score is larger.
         fall: the bound; None compares every step in order, as published ("scan").
     """
     crossing = first_crossing(scores, delta)
@@ -50,7 +51,13 @@ def next_comparison(scores: Mapping[int, float], walked: int, delta: float, fall
         return walked - 1
     ruled_out = max((k for k, score in scores.items() if k < end and score + fall <= delta), default=-1)
     unknown = [k for k in range(ruled_out + 1, end) if k not in scores]
-    return unknown[(len(unknown) - 1) // 2] if unknown else None
+    if not unknown or crossing is None:
+        return unknown[-1] if unknown else None
+    # Scores grow by about the same factor a step: where did this one pass δ? (Half of δ stands for the unseen start.)
+    start = max(scores.get(ruled_out, delta / 2), delta / 1000)
+    passed = math.log(delta / start) / math.log(scores[crossing] / start)
+    expected = math.ceil(ruled_out + passed * (crossing - ruled_out))
+    return min(unknown, key=lambda k: abs(k - expected))
 
 
 def first_crossing(scores: Mapping[int, float], delta: float) -> int | None:

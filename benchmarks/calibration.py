@@ -1,0 +1,114 @@
+"""Whether calibration keeps its promises.
+
+    python benchmarks/calibration.py [--json]                                      the false-positive rate
+    python benchmarks/calibration.py --dataset DATASET/CATEGORY --model BUNDLE automatic T and δ against the best
+
+The first draws good boards nobody trained on, takes the threshold from one half and counts how many of the other half
+exceed it. The second scores a test set with every T and several δ around the automatic one, and compares the image
+AUROC of the automatic pair with that of the pair that happens to be best on the test set.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from scipy.stats import binom
+from throughput import boards
+
+from cluster.storage import Storage
+from glad_core.bundle import Model, load_bundle
+from glad_core.calibration import SELECTION_IMAGES, START_STEPS, choose_steps, conformal_quantile
+from glad_core.detect import Request
+from glad_core.engine import Engine, run
+from glad_core.metrics import image_metrics
+from pipelines.datasets import read_dataset
+from pipelines.decode import decode
+from pipelines.model_source import SMALL_BUNDLE
+
+FACTORS = (0.0, 0.5, 1.0, 2.0, 1e4)  # of the automatic δ; 0 compares nothing, 1e4 never triggers
+
+
+def scores(model: Model, requests: Sequence[Request]) -> np.ndarray:
+    """Image scores in the order of the requests."""
+    found = {}
+    for request, verdict in run(Engine(model, 8), requests):
+        if isinstance(verdict, Exception):
+            raise verdict
+        found[request.image_id] = verdict.score
+    return np.array([found[request.image_id] for request in requests])
+
+
+def false_positives(model: Model, images: int, target: float) -> dict[str, float]:
+    """Threshold from ``images`` good boards, false positives among as many others."""
+    found = scores(model, boards(model.settings.resolution, [None] * 2 * images))
+    threshold = conformal_quantile(found[:images], target)
+    exceeded = int((found[images:] > threshold).sum())
+    low, high = binom.interval(0.95, images, target)
+    return {
+        "target_fpr": target,
+        "achieved_fpr": exceeded / images,
+        "exceeded": exceeded,
+        "images": images,
+        "interval_low": low,
+        "interval_high": high,
+        "within_interval": bool(low <= exceeded <= high),
+    }
+
+
+def automatic_against_best(model: Model, dataset: str, every: int) -> dict[str, Any]:
+    """Image AUROC on every ``every``-th test image for all pairs of T and δ."""
+    storage = Storage.from_environment()
+    examples = read_dataset(dataset, storage)
+    test = [example for example in examples if example.split == "test"][::every]
+    train = [example for example in examples if example.split == "train"]
+    train = [train[place] for place in np.linspace(0, len(train) - 1, min(len(train), SELECTION_IMAGES)).astype(int)]
+    pixels = {e.uri: decode(storage.read(e.uri), model.settings.resolution).pixels for e in test + train}
+    requests = [Request(example.path, pixels[example.uri]) for example in test]
+    labels = np.array([int(example.anomalous) for example in test])
+    good = [pixels[example.uri] for example in train]
+    table: dict[str, float] = {}
+    for start_step in START_STEPS:
+        automatic = choose_steps(model, good, start_steps=(start_step,))
+        for factor in FACTORS:
+            tried = automatic.model_copy(update={"delta": automatic.delta * factor})
+            value = image_metrics(scores(replace(model, settings=tried), requests), labels)["AUROC"]
+            table[f"T {start_step}, {factor:g} δ"] = value
+            print(f"T {start_step}, δ {tried.delta:.4g}: {value:.4f}", flush=True)
+    best = max(table, key=lambda name: table[name])
+    own = image_metrics(scores(model, requests), labels)["AUROC"]
+    return {
+        "images": len(test),
+        "automatic": own,
+        "automatic_T": model.settings.start_step,
+        "best": table[best],
+        "best_pair": best,
+        "distance": table[best] - own,
+        "table": table,
+    }
+
+
+def main(
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
+    model: Annotated[Path, typer.Option(help="calibrated bundle")] = SMALL_BUNDLE,
+    images: Annotated[int, typer.Option(help="good boards in either half")] = 1000,
+    target: Annotated[float, typer.Option(help="target false-positive rate")] = 0.01,
+    dataset: Annotated[str | None, typer.Option(help="one category with ground truth")] = None,
+    every: Annotated[int, typer.Option(help="take every n-th test image")] = 1,
+) -> None:
+    """Measure and print."""
+    torch.set_num_threads(1)
+    loaded = load_bundle(model)
+    if dataset is None:
+        figures: dict[str, Any] = false_positives(loaded, images, target)
+    else:
+        figures = automatic_against_best(loaded, dataset, every)
+    print(json.dumps(figures) if as_json else "\n".join(f"{name:16} {value}" for name, value in figures.items()))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,328 @@
+"""How fast: the engine against the published loop, on the same images and weights, in one run.
+
+    python benchmarks/throughput.py [--json] [--bundle BUNDLE] [--size sd --resolution 64]
+
+baseline   the released code's loop written plainly: a fixed batch, all of it compared at every step until the last
+           image of it has stopped; networks as loaded
+scan       the engine, every step compared
+guarded    the engine, comparisons after the walk where the bound leaves doubt
+fast       the engine, one UNet call instead of steps
+
+Calls are counted and timed where the networks are called; FLOPs are torch's count for one row of each call. All of it
+on the demo's 60 test boards (20 good, 40 with defects) in random order, and, for the FLOPs of an archive, on 99 good
+boards and one with a defect.
+"""
+
+import copy
+import json
+import random
+import statistics
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from demo_figures import test_set
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from rich.console import Console
+from rich.table import Table
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from glad_core import adaptive, features, schedule
+from glad_core.bundle import Model, load_bundle
+from glad_core.detect import Request, conclude, prepare
+from glad_core.engine import Engine, run
+from glad_core.features import create_vit
+from glad_core.images import resize
+from glad_core.metrics import image_metrics
+from glad_core.settings import Settings
+from pipelines.demo_data import board_rng, make_board
+from pipelines.model_source import SMALL_BUNDLE
+
+BATCHES = (1, 2, 4, 8, 16)  # tried for the best bare model calls
+PARTS = {"unet": "UNet", "encode": "VAE", "decode": "VAE", "steps": "DINO", "final": "DINO"}
+
+
+def published_loop(model: Model, requests: Sequence[Request], batch: int) -> dict[str, tuple[int | None, float]]:
+    """Stop step and score of every image, by the released code's loop."""
+    s, alphas = model.settings, model.alphas
+    found = {}
+    for start in range(0, len(requests), batch):
+        part = requests[start : start + batch]
+        inputs = prepare(model, part, seed=0)
+        z = adaptive.encode(model, inputs.images, inputs.posterior_noise)
+        stride = s.start_step // s.inference_steps
+        first = min(s.start_step if s.noise_index == "T" else s.start_step - 1, len(alphas) - 1)
+        x = schedule.add_noise(alphas, z, inputs.eps, torch.full((len(part),), first))
+        running = torch.full((len(part),), s.delta > 0)
+        stop_step: list[int | None] = [None] * len(part)
+        for step in schedule.timesteps(s.start_step, s.inference_steps):
+            t = torch.full((len(part),), step)
+            eps_hat = adaptive.predict_noise(model, x, t, inputs.prompts)
+            x0 = schedule.predict_x0(alphas, x, eps_hat, t)
+            if running.any():
+                x_a = schedule.add_noise(alphas, z, inputs.eps, t)
+                x0_true = schedule.predict_x0(alphas, x_a, eps_hat, t)
+                maps, scores = adaptive.compare(model, x0_true, x0)
+                differs = scores > torch.tensor(s.delta, dtype=scores.dtype)
+                stops = running & (differs | (step < s.min_step))
+                fused = torch.where(differs.view(-1, 1, 1, 1), adaptive.fuse(maps, x0, x0_true), x0_true)
+                x0 = torch.where(stops.view(-1, 1, 1, 1), fused, x0)
+                for row in stops.nonzero()[:, 0].tolist():
+                    stop_step[row] = step
+                running &= ~stops
+            x = schedule.ddim_step(alphas, x0, eps_hat, t - stride)
+        verdicts = conclude(model, inputs.images, z, x)
+        found |= {request.image_id: (stop_step[row], verdicts[row][0]) for row, request in enumerate(part)}
+    return found
+
+
+def engine_run(model: Model, requests: Sequence[Request], slots: int, **options: Any) -> tuple[Engine, dict[str, Any]]:
+    """The same by the engine."""
+    engine = Engine(model, slots, **options)
+    found = {}
+    for request, verdict in run(engine, requests):
+        if isinstance(verdict, Exception):
+            raise verdict
+        found[request.image_id] = (verdict.stop_step, verdict.score)
+    return engine, found
+
+
+def network_calls(model: Model) -> dict[str, tuple[Callable[[int], Any], Any, str]]:
+    """The calls every method is made of: a call with so many rows; and where it is made, for `measured`."""
+    s, vae = model.settings, model.vae
+    side = s.resolution // model.vae_factor
+
+    def latents(rows: int) -> torch.Tensor:
+        return torch.randn(rows, vae.config.latent_channels, side, side)
+
+    def images(rows: int, size: int) -> torch.Tensor:
+        return torch.rand(rows, 3, size, size)
+
+    def unet(rows: int) -> Any:
+        prompts = model.prompt_cond.expand(rows, -1, -1)
+        return model.unet(latents(rows), torch.full((rows,), 100), encoder_hidden_states=prompts)
+
+    blocks = features.used_blocks(model.features)
+    return {
+        "unet": unet,
+        "encode": lambda rows: vae.encode(images(rows, s.resolution)),
+        "decode": lambda rows: vae.decode(latents(rows)),
+        "steps": lambda rows: features.patch_tokens(model.features, images(rows, s.resolution), blocks[-1:]),
+        "final": lambda rows: features.patch_tokens(model.final_features, images(rows, s.feature_resolution), blocks),
+    }
+
+
+@contextmanager
+def measured(model: Model) -> Iterator[tuple[Counter[str], dict[str, float]]]:
+    """Rows and seconds of every network call made inside."""
+    rows: Counter[str] = Counter()
+    seconds: dict[str, float] = defaultdict(float)
+
+    def watched(name: Callable[..., str], call: Callable[..., Any], first: int) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            result = call(*args, **kwargs)
+            seconds[name(*args)] += time.perf_counter() - started
+            rows[name(*args)] += len(args[first])
+            return result
+
+        return wrapper
+
+    tokens = features.patch_tokens
+    blocks = features.used_blocks(model.features)
+    model.unet.forward = watched(lambda *args: "unet", model.unet.forward, 0)
+    model.vae.encode = watched(lambda *args: "encode", model.vae.encode, 0)
+    model.vae.decode = watched(lambda *args: "decode", model.vae.decode, 0)
+    features.patch_tokens = watched(lambda *args: "final" if list(args[2]) == blocks else "steps", tokens, 1)
+    try:
+        yield rows, seconds
+    finally:
+        features.patch_tokens = tokens
+        for network, method in ((model.unet, "forward"), (model.vae, "encode"), (model.vae, "decode")):
+            delattr(network, method)  # the class's own again
+
+
+def flops_per_row(model: Model) -> dict[str, int]:
+    """FLOPs of one row of every network call."""
+    counted = {}
+    for name, call in network_calls(model).items():
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            call(1)
+        counted[name] = counter.get_total_flops()
+    return counted
+
+
+def best_seconds_per_row(model: Model, repeats: int = 5) -> dict[str, float]:
+    """Bare time of one row of every network call, at its best batch size."""
+    best = {}
+    for name, call in network_calls(model).items():
+        times = []
+        for batch in BATCHES:
+            call(batch)
+            of_batch = []
+            for _ in range(repeats):
+                started = time.perf_counter()
+                call(batch)
+                of_batch.append((time.perf_counter() - started) / batch)
+            times.append(statistics.median(of_batch))
+        best[name] = min(times)
+    return best
+
+
+def stable_diffusion(resolution: int) -> Model:
+    """Networks of Stable Diffusion v1-4 and DINO ViT-B/8 in size, random weights; scores mean nothing, times do."""
+    torch.manual_seed(0)
+    blocks = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=blocks[0],
+        up_block_types=blocks[1],
+        layers_per_block=2,
+        sample_size=512,
+    )
+    vit = create_vit("vit_base_patch8_224.dino")
+    return Model(
+        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768).eval().requires_grad_(False),
+        vae=vae.eval().requires_grad_(False),
+        features=vit,
+        final_features=vit,
+        prompt_cond=torch.randn(1, 77, 768),
+        prompt_uncond=torch.randn(1, 77, 768),
+        alphas=schedule.alphas_cumprod(),
+        settings=Settings(resolution=resolution, feature_resolution=resolution, delta=1e3, score_fall=0.0),
+        category="",
+        model_id="",
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+
+
+def boards(resolution: int, kinds: Sequence[str | None]) -> list[Request]:
+    """Boards nobody trained on; None is a good one."""
+    return [
+        Request(f"{index}", resize(make_board(board_rng(2, kind or "good", index), kind)[0], resolution))
+        for index, kind in enumerate(kinds)
+    ]
+
+
+@torch.inference_mode()
+def main(
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
+    bundle: Annotated[Path, typer.Option(help="model to measure")] = SMALL_BUNDLE,
+    size: Annotated[str, typer.Option(help="small: --bundle; sd: Stable Diffusion sizes, random weights")] = "small",
+    resolution: Annotated[int, typer.Option(help="of --size sd")] = 64,
+    images: Annotated[int, typer.Option(help="test boards, at most 60")] = 60,
+    batch: Annotated[int, typer.Option(help="batch of the baseline, slots of the engine")] = 8,
+    fast_step: Annotated[int, typer.Option(help="T of the fast profile")] = 150,
+    threads: Annotated[int, typer.Option(help="torch threads")] = 1,
+) -> None:
+    """Measure and print."""
+    torch.set_num_threads(threads)
+    random.seed(0)
+    plain = load_bundle(bundle) if size == "small" else stable_diffusion(resolution)
+    model = copy.deepcopy(plain)  # the engine changes its networks' memory layout, the baseline keeps what was loaded
+    s = model.settings
+    fast = {"profile": "fast", "start_step": fast_step, "inference_steps": 1, "delta": 0.0, "score_fall": None}
+    requests, labels, _ = test_set(s.resolution)
+    order = random.sample(range(len(requests)), images)
+    requests, labels = [requests[index] for index in order], labels[order]
+
+    flops, bare = flops_per_row(model), {}
+    figures: dict[str, Any] = {"images": images, "model": bundle.name if size == "small" else f"sd {resolution}"}
+    results: dict[str, dict[str, Any]] = {}
+    for name in ("baseline", "scan", "guarded", "fast"):
+        used = plain if name == "baseline" else model
+        if name == "fast":
+            used = replace(model, settings=s.model_copy(update=fast))
+        engine = None
+        with measured(used) as (rows, seconds):
+            started = time.perf_counter()
+            if name == "baseline":
+                found: dict[str, Any] = published_loop(used, requests, batch)
+            else:
+                options = {} if name == "fast" else {"search": name}
+                engine, found = engine_run(used, requests, batch, **options)
+            total = time.perf_counter() - started
+        if name == "scan":
+            bare = best_seconds_per_row(model)  # after the engine has set the layout; near in time to what it measures
+        results[name] = {
+            "images_per_s": images / total,
+            "calls_per_image": {call: rows[call] / images for call in PARTS},
+            "gflop_per_image": sum(rows[call] * flops[call] for call in PARTS) / images / 1e9,
+            "share": {
+                part: sum(seconds[call] for call in PARTS if PARTS[call] == part) / total
+                for part in ("UNet", "VAE", "DINO")
+            },
+            "occupancy": engine.occupancy if engine else None,
+            "over_models": total / sum(rows[call] * bare[call] for call in PARTS) if engine else None,
+            "found": found,
+            "i_auroc": image_metrics(np.array([found[r.image_id][1] for r in requests]), labels)["AUROC"],
+        }
+
+    baseline = results["baseline"]
+    stops = {image: stop for image, (stop, _) in baseline["found"].items()}
+    triggered = [image for image, stop in stops.items() if stop is not None and stop >= s.min_step]
+    guarded = {image: stop for image, (stop, _) in results["guarded"]["found"].items()}
+    figures["speedup_scan"] = results["scan"]["images_per_s"] / baseline["images_per_s"]
+    figures["speedup_exact"] = results["guarded"]["images_per_s"] / baseline["images_per_s"]
+    figures["speedup_fast"] = results["fast"]["images_per_s"] / baseline["images_per_s"]
+    figures["scan_agreement"] = np.mean([results["scan"]["found"][i][0] == stop for i, stop in stops.items()]).item()
+    figures["stop_step_agreement"] = np.mean([guarded[image] == stop for image, stop in stops.items()]).item()
+    figures["stop_step_agreement_triggered"] = (
+        np.mean([guarded[image] == stops[image] for image in triggered]).item() if triggered else None
+    )
+    figures["triggered"] = len(triggered)
+    figures["slot_occupancy"] = min(results[name]["occupancy"] for name in ("scan", "guarded"))
+    figures["engine_over_models"] = max(results[name]["over_models"] for name in ("scan", "guarded"))
+    figures["flops_ratio_mixed"] = results["guarded"]["gflop_per_image"] / baseline["gflop_per_image"]
+    figures["flops_ratio_exact"] = archive_ratio(plain, model, batch, flops, 100 if size == "small" else batch)
+    for name, result in results.items():
+        figures |= {f"{name}_{key}": value for key, value in result.items() if key not in ("found", "occupancy")}
+
+    table = Table("", "images/s", "ratio", "UNet", "decodes", "DINO", "GFLOP", "UNet/VAE/DINO time", "I-AUROC")
+    for name, result in results.items():
+        calls, share = result["calls_per_image"], result["share"]
+        table.add_row(
+            name,
+            f"{result['images_per_s']:.2f}",
+            f"{result['images_per_s'] / baseline['images_per_s']:.2f}",
+            f"{calls['unet']:.1f}",
+            f"{calls['decode']:.1f}",
+            f"{calls['steps'] + calls['final']:.1f}",
+            f"{result['gflop_per_image']:.1f}",
+            "/".join(f"{share[part]:.0%}" for part in ("UNet", "VAE", "DINO")),
+            f"{result['i_auroc']:.3f}",
+        )
+    Console(stderr=as_json, width=120).print(table)
+    if as_json:
+        print(json.dumps(figures))
+    else:
+        for name, value in figures.items():
+            if isinstance(value, int | float):
+                print(f"{name:32} {value:.4g}")
+
+
+def archive_ratio(plain: Model, model: Model, batch: int, flops: dict[str, int], images: int) -> float:
+    """FLOPs of the guarded engine over the baseline's on an archive where all but one image are good."""
+    archive = boards(model.settings.resolution, ["scratch"] + [None] * (images - 1))
+    spent = []
+    for name, used in (("baseline", plain), ("guarded", model)):
+        with measured(used) as (rows, _):
+            if name == "baseline":
+                published_loop(used, archive, batch)
+            else:
+                engine_run(used, archive, batch, search="guarded")
+        spent.append(sum(rows[call] * flops[call] for call in PARTS))
+    return spent[1] / spent[0]
+
+
+if __name__ == "__main__":
+    typer.run(main)
