@@ -30,6 +30,7 @@ from glad_core.bundle import Model
 from glad_core.detect import Detection, Request, check_request, conclude, prepare
 from glad_core.search import Search, first_crossing, next_comparison, search_of
 
+CPU_CALL = 2  # images compared or judged in one call on a CPU, four decodes: more fall out of its cache
 Verdict = tuple[Request, Detection | Exception]
 T = TypeVar("T")
 
@@ -169,6 +170,7 @@ class Engine(Queue):
         # The released code compares in float16, δ included.
         self.delta = float(torch.tensor(s.delta, dtype=torch.float16 if s.variant == "official" else torch.float32))
 
+        self.call = min(slots, CPU_CALL) if model.device.type == "cpu" else slots
         self.live: list[_Slot] = []
         self.ticks = self.rows = 0  # while images waited, for `occupancy`
         for network in (model.unet, model.vae):
@@ -253,10 +255,9 @@ class Engine(Queue):
             due = [slot for slot, _ in asked]
 
     def _compare(self, asked: list[tuple[_Slot, int]]) -> None:
-        """Step scores of images at steps they have walked (Sec. 3.3), ``slots`` of them in one call."""
+        """Step scores of images at steps they have walked (Sec. 3.3)."""
         alphas = self.model.alphas
-        for start in range(0, len(asked), self.slots):
-            part = asked[start : start + self.slots]
+        for part in _parts(asked, self.call):
             filled = self._fill(part)
             x, eps_hat, z, eps, prompts = (
                 torch.stack(column)
@@ -296,17 +297,15 @@ class Engine(Queue):
     def _retire(self) -> list[Verdict]:
         """Judge the images that have reached step 0."""
         ready = [slot for slot in self.live if slot.k == len(self.ts) and not slot.searching]
-        if not ready:
-            return []
-        started = time.perf_counter()
-        images, z, x = (
-            torch.stack(column)
-            for column in zip(*((slot.image, slot.z, slot.x) for slot in self._fill(ready)), strict=True)
-        )
-        verdicts = conclude(self.model, images, z, x)[: len(ready)]
-        self._share_time(started, ready)
+        done: list[Verdict] = []
+        for part in _parts(ready, self.call):
+            started = time.perf_counter()
+            columns = zip(*((slot.image, slot.z, slot.x) for slot in self._fill(part)), strict=True)
+            judged = conclude(self.model, *(torch.stack(column) for column in columns))
+            self._share_time(started, part)
+            done += [(slot.request, _detection(slot, *verdict)) for slot, verdict in zip(part, judged, strict=False)]
         self.live = [slot for slot in self.live if slot not in ready]
-        return [(slot.request, _detection(slot, *verdict)) for slot, verdict in zip(ready, verdicts, strict=True)]
+        return done
 
     def _steps(self, timesteps: list[int]) -> Tensor:
         return torch.tensor(timesteps, device=self.model.device)
@@ -378,6 +377,10 @@ def _detection(slot: _Slot, score: float, anomaly_map: np.ndarray, rebuilt: np.n
         reconstruction=rebuilt,
         seconds=slot.seconds,
     )
+
+
+def _parts(rows: list[T], size: int) -> list[list[T]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _out_of_memory(error: Exception) -> bool:
