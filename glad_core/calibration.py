@@ -48,7 +48,8 @@ def choose_steps(
     For every candidate T: δ is the 95 % quantile, over good images, of the largest step score they reach before
     min_step, so that few good images trigger; then the T is taken that best separates good images from the same images
     with synthetic anomalies (image AUROC plus pixel AP on the synthetic masks). The largest fall of a score on the way
-    becomes the bound of the guarded search (`search`). Profile `fast` has no steps, only T is chosen.
+    becomes the bound of the guarded search (`search`), the departure that one good image in ten exceeds its cue to look
+    early. Profile `fast` has no steps, only T is chosen.
 
     Args:
         good: held-out good images, uint8 [R, R, 3] each, not seen in training.
@@ -62,7 +63,8 @@ def choose_steps(
     anomalous, masks = _synthetic(few, foreground_mode, seed)
 
     def with_delta(start_step: int, images: Sequence[np.ndarray], kinds: Sequence[str]) -> Model:
-        values = model.settings.model_dump() | {"profile": profile, "start_step": start_step, "score_fall": None}
+        values = model.settings.model_dump() | {"profile": profile, "start_step": start_step}
+        values |= {"score_fall": None, "early_look": None}
         if profile == "fast":
             return replace(model, settings=Settings(**values | {"inference_steps": 1, "min_step": 0, "delta": 0.0}))
         values |= {
@@ -73,8 +75,12 @@ def choose_steps(
         walk = Settings(**values | {"delta": 1e4, "saff": False})
         walked = _judge(replace(model, settings=walk), images, kinds, batch_size, seed, on_image)
         scores = np.array([[score for _, score in image.steps] for image in walked])
-        delta = float(np.quantile(scores.max(axis=1), 0.95))
-        return replace(model, settings=Settings(**values | {"delta": delta, "score_fall": largest_fall(scores)}))
+        bounds = {
+            "delta": float(np.quantile(scores.max(axis=1), 0.95)),
+            "score_fall": largest_fall(scores),
+            "early_look": float(np.quantile([image.departure for image in walked], 0.9)),
+        }
+        return replace(model, settings=Settings(**values | bounds))
 
     best: tuple[float, int] | None = None
     for start_step in start_steps or (FAST_STEPS if profile == "fast" else START_STEPS):

@@ -37,7 +37,8 @@ class Detection:
 
     ``anomaly_map`` is float16 [g, g] at token resolution, or [D, D] where the score needs terms that only exist at
     full size (`full_size_only`). ``steps`` holds every (timestep, step score) in the order they were compared.
-    ``reconstruction`` is uint8 [R, R, 3]; ``seconds`` the image's share of the time of the batches it was in.
+    ``reconstruction`` is uint8 [R, R, 3]; ``seconds`` the image's share of the time of the batches it was in;
+    ``departure`` how far the latents came from the input's during the search, where the engine says so.
     """
 
     image_id: str
@@ -48,6 +49,7 @@ class Detection:
     anomaly_map: np.ndarray
     reconstruction: np.ndarray
     seconds: float
+    departure: float | None = None
 
 
 def image_noise(image_id: str, seed: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

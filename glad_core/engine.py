@@ -8,9 +8,10 @@ a fixed number of slots holds the images in flight, each at its own timestep; ev
     find stops  compares what `search.next_comparison` asks for, in bulk, and settles the images whose stop is known
     retire      judges images that have reached step 0
 
-An image in search walks the chain on as if it had not stopped, and keeps x_t and ε̂ of every step that might be compared
-(small latents); once its stop step is known it goes back to it. ε and the posterior noise come from its own generator,
-so who its neighbours are changes nothing but rounding.
+An image in search walks the chain on as if it had not stopped, and keeps x_t and ε̂ of every step that might be
+compared (small latents); once its stop step is known it goes back to it. The guarded search compares at the end of the
+walk, or as soon as the latents have departed from the input's as good images' seldom do. ε and the posterior noise come
+from the image's own generator, so who its neighbours are changes nothing but rounding.
 """
 
 from __future__ import annotations
@@ -45,7 +46,11 @@ class _Comparison:
 
 @dataclass(eq=False)
 class _Slot:
-    """An image in flight; ``k`` is its place in the chain, ``kept`` x_t and ε̂ of the steps it may go back to."""
+    """An image in flight; ``k`` is its place in the chain, ``kept`` x_t and ε̂ of the steps it may go back to.
+
+    ``departure`` is how far its latents have come from the noised input's; ``looked`` whether that has made it compare
+    before the end of the walk.
+    """
 
     request: Request
     image: Tensor
@@ -54,6 +59,8 @@ class _Slot:
     prompt: Tensor
     x: Tensor
     searching: bool
+    looked: bool = False
+    departure: float = 0.0
     k: int = 0
     kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     compared: dict[int, _Comparison] = field(default_factory=dict)
@@ -156,7 +163,7 @@ class Engine(Queue):
         s = model.settings
         self.seed = seed
         self.search = search_of(s, search)
-        self.fall = s.score_fall if self.search == "guarded" else None
+        self.fall, self.look = (s.score_fall, s.early_look) if self.search == "guarded" else (None, None)
 
         last = len(model.alphas) - 1
         self.fast = s.profile == "fast"
@@ -237,10 +244,21 @@ class Engine(Queue):
                 slot.kept.append((x[row], eps_hat[row]))
             slot.x = following[row]
             slot.k += 1
+        searching = [row for row, slot in enumerate(self.live) if slot.searching]
+        if searching:
+            z, eps = (torch.stack([getattr(self.live[row], name) for row in searching]) for name in ("z", "eps"))
+            departures = _departure(self.model.alphas, x[searching], z, eps, t[searching])
+            for row, departure in zip(searching, departures.tolist(), strict=True):
+                self.live[row].departure = max(self.live[row].departure, departure)
 
     def _find_stops(self) -> None:
         """Compare until every image that can know its stop step knows it."""
-        due = [slot for slot in self.live if slot.searching and (self.fall is None or slot.k == self.comparable)]
+        due = []
+        for slot in self.live:
+            early = not slot.looked and self.look is not None and slot.departure > self.look
+            if slot.searching and (self.fall is None or slot.k == self.comparable or early):
+                slot.looked |= early
+                due.append(slot)
         while due:
             asked = []
             for slot in due:
@@ -376,7 +394,18 @@ def _detection(slot: _Slot, score: float, anomaly_map: np.ndarray, rebuilt: np.n
         anomaly_map=anomaly_map,
         reconstruction=rebuilt,
         seconds=slot.seconds,
+        departure=slot.departure,
     )
+
+
+def _departure(alphas: Tensor, x_BCHW: Tensor, z_BCHW: Tensor, eps_BCHW: Tensor, t_B: Tensor) -> Tensor:
+    """How far x̂_t is from x^a_t, in clean latents and relative to them, over the ten places where it is furthest, [B].
+
+    With the shared noise prediction of the released code it is the distance of the two clean predictions.
+    """
+    away = schedule.predict_x0(alphas, x_BCHW, eps_BCHW, t_B) - z_BCHW
+    relative = (away.square().mean(1) / z_BCHW.square().mean(1)).flatten(1)
+    return relative.topk(min(10, relative.shape[1]), dim=1).values.mean(1).sqrt()
 
 
 def _parts(rows: list[T], size: int) -> list[list[T]]:

@@ -50,6 +50,11 @@ class Settings(BaseModel):
         ge=0,
         description="largest fall of the step score along the chain of a good image; None: compare every step",
     )
+    early_look: float | None = Field(
+        None,
+        ge=0,
+        description="departure of the latents at which the guarded search looks before its end",
+    )
     threshold: float | None = Field(None, description="image score above which an image is called anomalous")
     thresholds: dict[str, float] = Field({}, description="of single categories, in a bundle for several")
 

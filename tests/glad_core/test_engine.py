@@ -79,13 +79,14 @@ def agrees(found: Detection, expected: Detection, delta: float) -> bool:
     slots=st.integers(1, IMAGES + 1),
     pauses=st.lists(st.integers(0, 4), min_size=IMAGES, max_size=IMAGES),
     guarded=st.booleans(),
+    look=st.sampled_from([None, 0.0, 0.05, 10.0]),
 )
-@hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_same_answers_as_the_reference_in_any_order_with_any_number_of_slots(
-    model, requests, references, kind, delta, order, slots, pauses, guarded
+    model, requests, references, kind, delta, order, slots, pauses, guarded, look
 ):
     # A fall no score can have: the guarded search then has to find exactly what the scan finds.
-    bounded = with_settings(model, delta=delta, score_fall=10.0, **KINDS[kind])
+    bounded = with_settings(model, delta=delta, score_fall=10.0, early_look=look, **KINDS[kind])
     engine = Engine(bounded, slots, search="guarded" if guarded else "scan")
     verdicts = []
     for place, pause in zip(order, pauses, strict=True):
