@@ -11,6 +11,7 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -132,9 +133,14 @@ class Storage:
                     # pyarrow cannot send If-None-Match; s3fs does for mode="create".
                     _s3fs(self).pipe_file(path, data, mode="create")
                     return True
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
-                with open(path, "xb") as stream:
-                    stream.write(data)
+                target = Path(path)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                partial = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.part")
+                partial.write_bytes(data)
+                try:
+                    os.link(partial, target)  # the whole file or none, and only where there is none
+                finally:
+                    partial.unlink()
                 return True
             except FileExistsError:
                 return False

@@ -55,19 +55,23 @@ DECODED_SCHEMA = pa.schema(
         ("stage", pa.string()),
         ("error_type", pa.string()),
         ("message", pa.string()),
+        ("position", pa.int64()),
     ]
 )
 
 
-def fetch_and_decode(storage: Storage, resolution: Callable[[str | None], int]) -> Callable[[pa.Table], pa.Table]:
+def fetch_and_decode(
+    storage: Storage, resolution: Callable[[str | None], int], wanted: Callable[[int], bool] = lambda position: True
+) -> Callable[[pa.Table], pa.Table]:
     """A stage: manifest rows in, `DECODED_SCHEMA` rows out, one for one; it never raises for a bad row.
 
     Args:
         resolution: side to which images of a category are resized, pixels.
+        wanted: whether the image at a position of the manifest is still to be done; others are left out.
     """
 
     def stage(rows: pa.Table) -> pa.Table:
-        manifest = rows.to_pylist()
+        manifest = [row for row in rows.to_pylist() if wanted(row["position"])]
         with ThreadPoolExecutor(FETCH_THREADS) as pool:
             decoded = list(pool.map(lambda row: _decode_row(storage, row, resolution(row["category"])), manifest))
         return pa.Table.from_pylist(decoded, schema=DECODED_SCHEMA)
@@ -76,7 +80,7 @@ def fetch_and_decode(storage: Storage, resolution: Callable[[str | None], int]) 
 
 
 def _decode_row(storage: Storage, row: dict[str, Any], resolution: int) -> dict[str, Any]:
-    out = {name: row.get(name) for name in ("image_id", "uri", "category")}
+    out = {name: row.get(name) for name in ("image_id", "uri", "category", "position")}
     if row.get("error_type"):  # already lost while listing, e.g. a damaged tar shard
         return out | {name: row[name] for name in ("stage", "error_type", "message")}
     try:

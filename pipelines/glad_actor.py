@@ -196,6 +196,7 @@ class GladActor:
             "width": row["width"],
             "height": row["height"],
             "seconds": detection.seconds,
+            "position": row["position"],
         }
 
     def _map(self, model: Any, anomaly_map: np.ndarray) -> np.ndarray:
@@ -210,7 +211,7 @@ class GladActor:
 
     @staticmethod
     def _error(row: dict[str, Any]) -> dict[str, Any]:
-        return {name: row[name] for name in ("image_id", "uri", "stage", "error_type", "message")}
+        return {name: row[name] for name in ("image_id", "uri", "stage", "error_type", "message", "position")}
 
 
 def _png(image: np.ndarray) -> bytes:

@@ -12,10 +12,10 @@ LINE_EVERY = 10.0  # seconds
 
 
 class Progress:
-    """Context manager; `update` is told totals, not differences."""
+    """Context manager; `update` is told totals, not differences. ``before`` images were done by an earlier attempt."""
 
-    def __init__(self, console: Console, images: int) -> None:
-        self.console, self.images = console, images
+    def __init__(self, console: Console, images: int, before: int = 0) -> None:
+        self.console, self.images, self.before = console, images, before
         self.started = self.last_line = time.monotonic()
         self.bar = rich_progress.Progress(
             rich_progress.TextColumn("scoring"),
@@ -42,7 +42,7 @@ class Progress:
     def update(self, done: int, anomalies: int, errors: int) -> None:
         """``done`` images are finished, ``errors`` of them without a verdict."""
         now = time.monotonic()
-        rate = done / max(now - self.started, 1e-9)
+        rate = (done - self.before) / max(now - self.started, 1e-9)
         found = f"{anomalies} anomalies, {errors} errors"
         self.bar.update(self.task, completed=done, rate=f"{rate:.1f} images/s", found=found)
         if not self.console.is_terminal and now - self.last_line >= LINE_EVERY:

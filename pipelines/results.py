@@ -1,7 +1,7 @@
 """What a run leaves in DEST: results/, errors/, manifest/ (Parquet) and run.json, which comes last.
 
 results/*.parquet has one row per judged image (`RESULTS_SCHEMA`), errors/*.parquet one per image that was not judged;
-started.json is made exclusively when a run claims DEST; run.json says by its presence that the run is complete.
+run.json says by its presence that the run is complete. `pipelines.shards` sees to it that no image is lost or doubled.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cluster.storage import Storage, StorageError, join
+from cluster.storage import Storage, join
 from glad_core.errors import GladError
 from glad_core.settings import Settings
 
-RESULTS, ERRORS, MANIFEST, STARTED, COMPLETE = "results", "errors", "manifest", "started.json", "run.json"
+RESULTS, ERRORS, MANIFEST, COMPLETE = "results", "errors", "manifest", "run.json"
 MEMORY = "memory.safetensors"  # of a run with the nearest-neighbour method
 
 RESULTS_SCHEMA = pa.schema(
@@ -53,63 +53,50 @@ ERRORS_SCHEMA = pa.schema(
         ("message", pa.string()),
     ]
 )
-# What the scoring stage puts out: a result or an error in every row.
+# What the scoring stage puts out: a result or an error in every row, and the image's place in the manifest.
 SCORED_SCHEMA = pa.schema(
-    [*RESULTS_SCHEMA, *(ERRORS_SCHEMA.field(name) for name in ("stage", "error_type", "message"))]
+    [
+        *RESULTS_SCHEMA,
+        *(ERRORS_SCHEMA.field(name) for name in ("stage", "error_type", "message")),
+        ("position", pa.int64()),
+    ]
 )
-COUNTS_SCHEMA = pa.schema([("scored", pa.int64()), ("anomalies", pa.int64()), ("errors", pa.int64())])
+# What the writing stage puts out: a row for each shard it has written some images of (`shards.Written`).
+WRITTEN_SCHEMA = pa.schema(
+    [
+        ("shard", pa.int64()),
+        ("scored", pa.int64()),
+        ("anomalies", pa.int64()),
+        ("errors", pa.int64()),
+        ("files", pa.list_(pa.string())),
+    ]
+)
 
 
-def claim(dest: str, storage: Storage, overwrite: bool) -> None:
-    """Make DEST this run's own, or refuse; also the proof that it can be written.
+def write_results(storage: Storage, dest: str, rows_per_shard: int, attempt: str) -> Callable[[pa.Table], pa.Table]:
+    """A stage: `SCORED_SCHEMA` rows in, their files written, a row for each shard out.
 
-    Raises:
-        GladError: another run's results, finished or not, are there.
-        StorageError: not writable, no such bucket, wrong credentials.
-    """
-    if storage.kind(dest) == "file":
-        raise StorageError(f"{dest}: a file is in the way; choose another folder")
-    taken = [name for name in (COMPLETE, STARTED) if storage.kind(join(dest, name)) == "file"]
-    taken += [name for name in (RESULTS, ERRORS, MANIFEST) if storage.kind(join(dest, name)) == "folder"]
-    if taken and not overwrite:
-        what = "another run's results" if COMPLETE in taken else "an unfinished run"
-        raise GladError(f"{dest} already holds {what} ({taken[0]}): choose another --out or give --overwrite")
-    if taken:
-        release(dest, storage)
-    try:
-        mine = storage.create(join(dest, STARTED), b"{}\n")
-    except StorageError as error:
-        raise StorageError(f"{dest} cannot be written; choose another --out ({error})") from error
-    if not mine:
-        raise GladError(f"{dest}: another run has just started writing there; choose another --out")
-
-
-def release(dest: str, storage: Storage) -> None:
-    """Remove what runs write, and nothing else that may be in DEST; the claim goes last."""
-    storage.delete_file(join(dest, COMPLETE))
-    for name in (RESULTS, ERRORS, MANIFEST):
-        storage.delete_folder(join(dest, name))
-    storage.delete_file(join(dest, MEMORY))
-    storage.delete_file(join(dest, STARTED))
-
-
-def write_results(storage: Storage, dest: str) -> Callable[[pa.Table], pa.Table]:
-    """A stage: `SCORED_SCHEMA` rows in, their files written, one row of counts out.
-
-    A file is named after the images in it, so a task that is retried replaces its own file instead of adding one.
+    A file is named after the attempt and the images in it, so a task that is retried replaces its own file instead of
+    adding one, and no other run's.
     """
 
     def stage(rows: pa.Table) -> pa.Table:
-        failed = pc.is_valid(rows["error_type"])
-        results = rows.filter(pc.invert(failed)).select(RESULTS_SCHEMA.names).cast(RESULTS_SCHEMA)
-        errors = rows.filter(failed).select(ERRORS_SCHEMA.names).cast(ERRORS_SCHEMA)
-        for name, table in ((RESULTS, results), (ERRORS, errors)):
-            if len(table):
-                _write_part(storage, join(dest, name), table)
-        anomalies = pc.sum(results["is_anomalous"]).as_py() or 0
-        return pa.table(
-            {"scored": [len(results)], "anomalies": [anomalies], "errors": [len(errors)]}, schema=COUNTS_SCHEMA
-        )
+        shard_of = pc.divide(rows["position"], rows_per_shard)
+        written = []
+        for shard in sorted(set(shard_of.to_pylist())):
+            part = rows.filter(pc.equal(shard_of, shard))
+            failed = pc.is_valid(part["error_type"])
+            results = part.filter(pc.invert(failed)).select(RESULTS_SCHEMA.names).cast(RESULTS_SCHEMA)
+            errors = part.filter(failed).select(ERRORS_SCHEMA.names).cast(ERRORS_SCHEMA)
+            files = [
+                f"{folder}/{_write_part(storage, join(dest, folder), table, f'{shard:08d}-{attempt}')}"
+                for folder, table in ((RESULTS, results), (ERRORS, errors))
+                if len(table)
+            ]
+            anomalies = pc.sum(results["is_anomalous"]).as_py() or 0
+            counts = {"scored": len(results), "anomalies": anomalies, "errors": len(errors)}
+            written.append({"shard": shard, "files": files} | counts)
+        return pa.Table.from_pylist(written, schema=WRITTEN_SCHEMA)
 
     return stage
 
@@ -118,7 +105,7 @@ def complete(dest: str, storage: Storage, run: dict[str, Any]) -> None:
     """Close a run: a reader finds both datasets even if one has no rows; run.json comes last."""
     for name, schema, count in ((RESULTS, RESULTS_SCHEMA, "scored"), (ERRORS, ERRORS_SCHEMA, "errors")):
         if run["counts"][count] == 0:
-            _write_part(storage, join(dest, name), schema.empty_table())
+            _write_part(storage, join(dest, name), schema.empty_table(), "none")
     storage.write(join(dest, COMPLETE), (json.dumps(run, indent=1) + "\n").encode())
 
 
@@ -149,9 +136,11 @@ def settings_of(run: dict[str, Any], category: str, where: str) -> Settings:
     return Settings.parse(model["settings"], where)
 
 
-def _write_part(storage: Storage, folder: str, table: pa.Table) -> None:
+def _write_part(storage: Storage, folder: str, table: pa.Table, prefix: str) -> str:
+    """Write one file and return its name."""
     ids = "\n".join(sorted(table["image_id"].to_pylist()))
-    name = f"part-{hashlib.sha256(ids.encode()).hexdigest()[:16]}.parquet"
+    name = f"part-{prefix}-{hashlib.sha256(ids.encode()).hexdigest()[:16]}.parquet"
     stream = io.BytesIO()
     pq.write_table(table, stream, compression="zstd")
     storage.write(join(folder, name), stream.getvalue())
+    return name

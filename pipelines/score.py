@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any, Literal
+from uuid import uuid4
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,17 +19,18 @@ from cluster import session
 from cluster.storage import Storage, StorageError, is_s3, join, local_path
 from glad_core.errors import GladError
 from glad_core.search import Search, search_of
-from pipelines import results, sources
+from pipelines import results, shards, sources
 from pipelines.actor_plan import ActorPlan, plan_actors
 from pipelines.decode import fetch_and_decode
 from pipelines.glad_actor import KEPT_MODELS, ActorSettings, GladActor
 from pipelines.memory import build_memory, read_memory
 from pipelines.model_source import SMALL, Models, find_models
 from pipelines.progress import Progress
+from pipelines.shards import Plan, Written
 
 # Decoding, writing and listing wait on storage most of the time: a quarter CPU each lets actors have the rest.
 TASK_CPUS = 0.25
-MAX_ROWS_PER_FILE = 256
+COUNTED = ("scored", "anomalies", "errors")
 
 
 class TooManyErrors(Exception):
@@ -77,6 +79,8 @@ class Counts:
 def score(request: ScoreRequest, console: Console) -> Counts:
     """Run the job: check everything that needs no model, list the archive, score it, close the run.
 
+    A run that was cut off goes on where its commits end; one that is complete is only told.
+
     Raises:
         GladError, StorageError, SessionError: a mistake in what was asked, one line.
         TooManyErrors: as ``max_errors`` demands; what was written stays, without run.json.
@@ -97,17 +101,31 @@ def score(request: ScoreRequest, console: Console) -> Counts:
     if storage.kind(source) == "none" and not sources.WILDCARDS.search(source):
         raise GladError(f"{source}: no such file or folder; name a folder, a glob, a list of URIs or tar shards")
 
-    results.claim(out, storage, request.overwrite)
+    state = shards.claim(out, storage, _asked(request, source, models, searches), request.overwrite)
+    if state == "complete":
+        console.print("this run is complete; for images that have come since, choose another --out", highlight=False)
+        run = results.read_run(out, storage)
+        counts = Counts(**run["counts"])
+        _closing_table(console, counts, run["seconds"], out)
+        return counts
+    plan = shards.read_plan(out, storage)
     try:
         session.connect(request.address)
         sizes = [sum(entry.size for entry in manifest.files.values()) for manifest in models.manifests.values()]
-        plan = plan_actors(session.resources(), request, sum(sorted(sizes)[-KEPT_MODELS:]))
-        listed = list_remotely(source, request.category, storage, join(out, results.MANIFEST), bool(models.categories))
-        memory = _remember(request, models, storage, out, plan) if request.good is not None else None
+        room = plan_actors(session.resources(), request, sum(sorted(sizes)[-KEPT_MODELS:]))
+        if plan is None:
+            storage.delete_folder(join(out, results.MANIFEST))  # of a listing that was cut off
+            listed = list_remotely(
+                source, request.category, storage, join(out, results.MANIFEST), bool(models.categories)
+            )
+            plan = shards.make_plan(listed.rows, listed.duplicates, out, storage, sources.PART_ROWS)
+        memory = _remember(request, models, storage, out, room) if request.good is not None else None
     except BaseException:
-        results.release(out, storage)  # nothing was scored: leave DEST free for the corrected command
+        if state == "new":
+            shards.release(out, storage)  # nothing was scored: leave DEST free for the corrected command
         raise
-    console.print(f"{listed.rows} images in {escape(source)}; {plan.describe()}", highlight=False)
+    commits = shards.read_commits(out, storage)
+    console.print(f"{plan.images} images in {escape(source)}; {room.describe()}", highlight=False)
 
     actor = ActorSettings(
         models=models,
@@ -115,77 +133,103 @@ def score(request: ScoreRequest, console: Console) -> Counts:
         seed=request.seed,
         maps=request.maps,
         reconstructions=request.reconstructions,
-        gpu=plan.num_gpus > 0,
-        threads=plan.threads,
+        gpu=room.num_gpus > 0,
+        threads=room.threads,
         slots=request.batch_size,
         search=request.search,
         precision=request.precision,
         compiled=request.compiled,
         memory=memory,
     )
-    scored = anomalies = errors = 0
+    scored, anomalies, errors = (sum(getattr(of, name) for of in commits.values()) for name in COUNTED)
+    if commits:
+        console.print(f"going on after {scored + errors} images", highlight=False)
     clock = time.monotonic()
-    with Progress(console, listed.rows) as progress:
-        for part in dataflow(storage, out, actor, plan, request.batch_size, listed.rows):
-            scored, anomalies, errors = scored + part["scored"], anomalies + part["anomalies"], errors + part["errors"]
+    with Progress(console, plan.images, scored + errors) as progress:
+        written = dataflow(storage, out, actor, room, request.batch_size, plan, set(commits))
+        for piece, commit in shards.commit(written, plan, out, storage):
+            scored, anomalies, errors = scored + piece.scored, anomalies + piece.anomalies, errors + piece.errors
             progress.update(scored + errors, anomalies, errors)
+            if commit is not None:
+                commits[commit.shard] = commit
             if request.max_errors is not None and errors > request.max_errors:
                 raise TooManyErrors(
                     f"stopped after {errors} errors, more than --max-errors {request.max_errors}; "
                     f"see {join(out, results.ERRORS)}"
                 )
     seconds = time.monotonic() - clock
-    if scored + errors != listed.rows:
-        raise GladError(f"{out}: {scored + errors} of {listed.rows} images came back; score again with --overwrite")
+    if len(commits) != plan.shards:
+        raise GladError(
+            f"{out}: {plan.shards - len(commits)} of {plan.shards} shards are missing; run the command again"
+        )
+    shards.sweep(commits.values(), out, storage)
+    scored, anomalies, errors = (sum(getattr(of, name) for of in commits.values()) for name in COUNTED)
 
     calibrated = memory is None and any(settings.threshold is not None for settings in models.settings().values())
     if memory is not None:
         calibrated = read_memory(memory, storage).threshold is not None
     found = anomalies if calibrated else None
-    counts = Counts(listed.rows, scored, found, errors, listed.duplicates)
-    results.complete(out, storage, _run_record(request, source, out, models, searches, plan, counts, started, seconds))
+    counts = Counts(plan.images, scored, found, errors, plan.duplicates)
+    results.complete(out, storage, _run_record(request, source, out, models, searches, room, counts, started, seconds))
     _closing_table(console, counts, seconds, out)
     return counts
 
 
 def dataflow(
-    storage: Storage, out: str, actor: ActorSettings, plan: ActorPlan, batch_size: int, images: int
-) -> Iterator[dict[str, int]]:
+    storage: Storage, out: str, actor: ActorSettings, room: ActorPlan, batch_size: int, plan: Plan, done: set[int]
+) -> Iterator[Written]:
     """The job as one Ray Data chain: manifest -> fetch + decode -> GLAD -> results and errors.
 
-    Only counts reach the driver, one row for each file group written, so its memory does not grow with the archive.
+    Shards ``done`` are left out before anything of them is fetched. Only a row for each shard written reaches the
+    driver, so its memory hardly grows with the archive.
     """
     import ray.data
 
+    if len(done) == plan.shards:
+        return
     sides = {key: settings.resolution for key, settings in actor.models.settings().items()}
     largest = max(sides.values())
-    filesystem, manifest = storage.resolve(join(out, results.MANIFEST))
-    # Small archives are written in small files, for progress; large ones in files worth opening.
-    rows_per_file = min(MAX_ROWS_PER_FILE, max(batch_size, images // 40))
+    missing = [shard for shard in range(plan.shards) if shard not in done]
+    parts = sorted({shard * plan.rows_per_shard // sources.PART_ROWS for shard in missing})
+    manifest = [sources.manifest_part(join(out, results.MANIFEST), part) for part in parts]
+    filesystem, _ = storage.resolve(out)
 
-    rows = ray.data.read_parquet(manifest, filesystem=filesystem, num_cpus=TASK_CPUS)
+    rows = ray.data.read_parquet(
+        [storage.resolve(part)[1] for part in manifest], filesystem=filesystem, num_cpus=TASK_CPUS
+    )
+    # In the manifest's order, so that a shard's images come together and are written together.
+    rows.context.execution_options.preserve_order = True
     # A block holds about one batch of pixels and leaves as soon as it is full, so actors start at once and results
     # arrive steadily. (`repartition` would say it better, but its task wants a whole CPU that the actors have.)
     rows.context.target_max_block_size = batch_size * largest * largest * 3
-    decode = fetch_and_decode(storage, lambda category: sides.get(actor.models.key(category) or "", largest))
+    size = plan.rows_per_shard
+    decode = fetch_and_decode(
+        storage,
+        lambda category: sides.get(actor.models.key(category) or "", largest),
+        lambda position: position // size not in done,
+    )
     decoded = rows.map_batches(decode, batch_size=batch_size, batch_format="pyarrow", num_cpus=TASK_CPUS)
     judged = decoded.map_batches(
         GladActor,
         fn_constructor_args=(actor,),
         # Several batches in an actor at a time, so that its engine always has an image for a free slot.
         compute=ray.data.ActorPoolStrategy(
-            size=plan.actors, max_concurrent_calls_per_actor=4, max_tasks_in_flight_per_actor=8
+            size=room.actors, max_concurrent_calls_per_actor=4, max_tasks_in_flight_per_actor=8
         ),
         batch_size=batch_size,
         batch_format="pyarrow",
-        num_cpus=plan.num_cpus,
-        num_gpus=plan.num_gpus,
+        num_cpus=room.num_cpus,
+        num_gpus=room.num_gpus,
     )
     written = judged.map_batches(
-        results.write_results(storage, out), batch_size=rows_per_file, batch_format="pyarrow", num_cpus=TASK_CPUS
+        results.write_results(storage, out, size, uuid4().hex[:8]),
+        batch_size=size,
+        batch_format="pyarrow",
+        num_cpus=TASK_CPUS,
     )
     try:
-        yield from written.iter_rows()
+        for row in written.iter_rows():
+            yield Written(**row | {"files": tuple(row["files"])})
     except Exception as error:
         raise session.root_cause(error, GladError, StorageError) from None
 
@@ -203,14 +247,16 @@ def list_remotely(
         raise session.root_cause(error, GladError, StorageError) from None
 
 
-def _remember(request: ScoreRequest, models: Models, storage: Storage, out: str, plan: ActorPlan) -> str:
+def _remember(request: ScoreRequest, models: Models, storage: Storage, out: str, room: ActorPlan) -> str:
     """The memory of good patches, made by a task with an actor's resources; returns where it is."""
     import ray
 
     assert request.good is not None
     place = join(out, results.MEMORY)
-    device = "cuda" if plan.num_gpus else "cpu"
-    task: Any = ray.remote(num_cpus=plan.num_cpus, num_gpus=plan.num_gpus)(build_memory)
+    if storage.kind(place) == "file":  # of an attempt that was cut off
+        return place
+    device = "cuda" if room.num_gpus else "cpu"
+    task: Any = ray.remote(num_cpus=room.num_cpus, num_gpus=room.num_gpus)(build_memory)
     try:
         ray.get(task.remote(_absolute(request.good), models.bundles[""], storage, place, device, request.seed))
     except ray.exceptions.RayError as error:
@@ -222,13 +268,23 @@ def _absolute(location: str) -> str:
     return location.rstrip("/") if is_s3(location) else local_path(location)
 
 
+def _asked(request: ScoreRequest, source: str, models: Models, searches: dict[str, Search]) -> dict[str, Any]:
+    """Everything that decides the results: another command may only go on with a run if it asks the same."""
+    fixed = ("category", "method", "good", "seed", "maps", "reconstructions", "precision", "compiled")
+    return {
+        "source": source,
+        "models": {key: manifest.model_id for key, manifest in models.manifests.items()},
+        "search": searches,
+    } | {name: getattr(request, name) for name in fixed}
+
+
 def _run_record(
     request: ScoreRequest,
     source: str,
     out: str,
     models: Models,
     searches: dict[str, Search],
-    plan: ActorPlan,
+    room: ActorPlan,
     counts: Counts,
     started: datetime,
     seconds: float,
@@ -248,7 +304,7 @@ def _run_record(
         "request": {"seed": request.seed, "batch_size": request.batch_size, "maps": request.maps}
         | {"reconstructions": request.reconstructions, "category": request.category, "max_errors": request.max_errors}
         | {"precision": request.precision, "compiled": request.compiled},
-        "actors": asdict(plan),
+        "actors": asdict(room),
         "counts": asdict(counts),
         "versions": {name: version(name) for name in ("glad-ray", "ray", "torch", "diffusers", "timm", "pyarrow")},
         "host": os.uname().nodename,

@@ -41,6 +41,7 @@ MANIFEST_SCHEMA = pa.schema(
         ("stage", pa.string()),  # set where listing itself failed
         ("error_type", pa.string()),
         ("message", pa.string()),
+        ("position", pa.int64()),  # place in the manifest, from 0
     ]
 )
 Row = dict[str, Any]
@@ -73,7 +74,7 @@ def build_manifest(
                 duplicates += 1
                 continue
             seen.add(key)
-            yield row
+            yield row | {"position": len(seen) - 1}
 
     rows = unique()
     for number in range(10**9):
@@ -82,10 +83,15 @@ def build_manifest(
             break
         stream = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(part, schema=MANIFEST_SCHEMA), stream)
-        storage.write(join(folder, f"part-{number:06d}.parquet"), stream.getvalue())
+        storage.write(manifest_part(folder, number), stream.getvalue())
     if not seen:
         raise GladError(f"{source}: no images in it; name a folder, glob, list or tar that holds some")
     return ManifestSummary(len(seen), duplicates)
+
+
+def manifest_part(folder: str, number: int) -> str:
+    """Where the manifest's rows from `PART_ROWS` times ``number`` on are."""
+    return join(folder, f"part-{number:08d}.parquet")
 
 
 def list_source(source: str, category: str | None, storage: Storage, several: bool = False) -> Iterator[Row]:

@@ -90,7 +90,12 @@ def test_broken_files_are_errors_and_the_job_goes_on(tmp_path, tiny_bundle, phot
 
     again = glad("score", archive, "--model", tiny_bundle, "--out", out)
     assert again.exit_code == 2
-    assert "--overwrite" in again.stderr
+    assert "maps was full, now token" in again.stderr
+    written = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    again = glad("score", archive, "--model", tiny_bundle, "--out", out, "--reconstructions", "--maps", "full")
+    assert again.exit_code == 0, again.output
+    assert "complete" in again.stdout
+    assert written == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
 
     stopped = glad("score", archive, "--model", tiny_bundle, "--out", out, "--overwrite", "--max-errors", 2)
     assert stopped.exit_code == 1

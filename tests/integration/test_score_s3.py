@@ -79,9 +79,12 @@ def test_archive_and_bundle_and_results_on_s3(s3, s3_server, archive, tiny_bundl
     assert "tar://0007.png::s3://archive/photos/shard.tar" in results["uri"].to_pylist()
     assert "s3://archive/photos/line 1/ü1.png" in results["uri"].to_pylist()
 
-    again = glad("score", archive, "--model", tiny_bundle, "--out", out)
+    again = glad("score", archive, "--model", "s3://models/tiny", "--out", out)
+    assert again.exit_code == 0, again.output
+    assert "complete" in again.stdout
+    again = glad("score", archive, "--model", tiny_bundle, "--out", out, "--seed", 1)
     assert again.exit_code == 2
-    assert "--overwrite" in again.stderr
+    assert "seed was 0, now 1" in again.stderr
 
     shown = glad("show", out, "--top", 4, "--out", tmp_path / "sheet.png")
     assert shown.exit_code == 0, shown.output

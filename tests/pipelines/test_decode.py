@@ -125,7 +125,9 @@ def test_the_stage_answers_every_row_and_never_raises(tmp_path, monkeypatch):
     rows = [{"image_id": str(n), "uri": str(p), "category": "c", "size": None} for n, p in enumerate(places)]
     lost = {"stage": "list", "error_type": "damaged", "message": "m"}
     rows.append({"image_id": "9", "uri": "broken.tar", "size": 5, **lost})
+    rows = [row | {"position": position} for position, row in enumerate(rows)]
     columns = ["image_id", "uri", "category", "size", "shard", "offset", "stage", "error_type", "message"]
+    columns.append("position")
     table = pa.table({name: [row.get(name) for row in rows] for name in columns})
     out = fetch_and_decode(Storage(), lambda category: 16)(table)
     assert out.schema == DECODED_SCHEMA
@@ -133,6 +135,9 @@ def test_the_stage_answers_every_row_and_never_raises(tmp_path, monkeypatch):
     assert out["stage"].to_pylist() == [None, "fetch", "fetch", "fetch", "fetch", "list"]
     first = out.to_pylist()[0]
     assert (first["width"], first["height"]) == (40, 24)
+    assert out["position"].to_pylist() == list(range(6))
+    rest = fetch_and_decode(Storage(), lambda category: 16, lambda position: position >= 4)(table)
+    assert rest.equals(out.slice(4))
     expected = resize(picture(), 16)
     assert (np.frombuffer(first["image"], np.uint8).reshape(16, 16, 3) == expected).all()
 

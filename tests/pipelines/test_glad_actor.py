@@ -30,7 +30,7 @@ def settings(bundle, **changed):
 
 def rows(*image_ids, bad=()):
     def row(image_id):
-        base = {"image_id": image_id, "uri": f"/{image_id}.png", "category": None}
+        base = {"image_id": image_id, "uri": f"/{image_id}.png", "category": None, "position": ord(image_id)}
         if image_id in bad:
             return base | {"stage": "decode", "error_type": "damaged", "message": "torn"}
         pixels = np.random.default_rng(ord(image_id)).integers(0, 256, (SIDE, SIDE, 3)).astype(np.uint8)
@@ -66,6 +66,7 @@ def test_every_row_comes_back_as_a_result_or_an_error(actor):
     a = out["a"]
     assert a["error_type"] is None
     assert a["category"] == "widget"
+    assert {key: row["position"] for key, row in out.items()} == {key: ord(key) for key in "abc"}
     assert len(a["anomaly_map"]) == a["map_height"] * a["map_width"] == (SIDE // 8) ** 2
     assert a["is_anomalous"] == (a["score"] > a["threshold"])
     assert a["steps"][-1]["timestep"] == a["stop_step"]

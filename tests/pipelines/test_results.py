@@ -3,23 +3,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.storage import Storage, StorageError
+from cluster.storage import Storage
 from glad_core.errors import GladError
 from pipelines.results import (
     ERRORS_SCHEMA,
     RESULTS_SCHEMA,
     SCORED_SCHEMA,
-    claim,
     complete,
     read_run,
-    release,
     write_results,
 )
 
 STORAGE = Storage()
 
 
-def scored(image_id, anomalous=True):
+def scored(image_id, anomalous=True, position=0):
     anomaly_map = np.arange(6, dtype=np.float16) / 8
     return {
         "image_id": image_id,
@@ -32,50 +30,48 @@ def scored(image_id, anomalous=True):
         "anomaly_map": anomaly_map,
         "map_height": 2,
         "map_width": 3,
+        "position": position,
     }
 
 
-def failed(image_id):
-    return {"image_id": image_id, "uri": f"/{image_id}", "stage": "decode", "error_type": "damaged", "message": "why"}
+def failed(image_id, position=0):
+    row = {"image_id": image_id, "uri": f"/{image_id}", "stage": "decode", "error_type": "damaged", "message": "why"}
+    return row | {"position": position}
 
 
-def test_a_block_is_split_into_results_and_errors_and_answers_with_counts(tmp_path):
-    rows = pa.Table.from_pylist([scored("a"), failed("b"), scored("c", False), scored("d", None)], schema=SCORED_SCHEMA)
-    stage = write_results(STORAGE, str(tmp_path))
-    assert stage(rows).to_pylist() == [{"scored": 3, "anomalies": 1, "errors": 1}]
+def test_a_block_is_split_by_shard_into_results_and_errors_and_says_what_it_wrote(tmp_path):
+    rows = [scored("a", position=2), failed("b", 3), scored("c", False, 4), scored("d", None, 5)]
+    stage = write_results(STORAGE, str(tmp_path), 4, "try1")
+    first, second = stage(pa.Table.from_pylist(rows, schema=SCORED_SCHEMA)).to_pylist()
+    assert {name: first[name] for name in ("shard", "scored", "anomalies", "errors")} == {
+        "shard": 0,
+        "scored": 1,
+        "anomalies": 1,
+        "errors": 1,
+    }
+    assert (second["shard"], second["scored"], second["anomalies"], second["errors"]) == (1, 2, 0, 0)
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*")}
+    assert files == {*first["files"], *second["files"]}
+    assert all("try1" in file for file in files)
     results, errors = pq.read_table(tmp_path / "results"), pq.read_table(tmp_path / "errors")
     assert results.schema.equals(RESULTS_SCHEMA)
     assert errors.schema.equals(ERRORS_SCHEMA)
-    assert results["image_id"].to_pylist() == ["a", "c", "d"]
-    first = results.to_pylist()[0]
-    assert first["anomaly_map"] == [0, 0.125, 0.25, 0.375, 0.5, 0.625]
-    assert first["steps"] == [{"timestep": 401, "score": 0.25}]
-    assert errors.to_pylist() == [failed("b")]
+    assert sorted(results["image_id"].to_pylist()) == ["a", "c", "d"]
+    row = results.to_pylist()[0]
+    assert row["anomaly_map"] == [0, 0.125, 0.25, 0.375, 0.5, 0.625]
+    assert row["steps"] == [{"timestep": 401, "score": 0.25}]
+    assert errors.to_pylist() == [{name: failed("b")[name] for name in ERRORS_SCHEMA.names}]
 
 
-def test_a_retried_block_replaces_its_own_file(tmp_path):
-    rows = pa.Table.from_pylist([scored("a"), scored("b")], schema=SCORED_SCHEMA)
-    stage = write_results(STORAGE, str(tmp_path))
-    stage(rows)
-    stage(rows)
-    stage(rows.slice(0, 0))
+def test_a_retried_block_replaces_its_own_file_and_no_other_attempt_s(tmp_path):
+    rows = pa.Table.from_pylist([scored("a"), scored("b", position=1)], schema=SCORED_SCHEMA)
+    stage = write_results(STORAGE, str(tmp_path), 8, "try1")
+    assert stage(rows).to_pylist() == stage(rows).to_pylist()
+    assert stage(rows.slice(0, 0)).num_rows == 0
     assert len(list((tmp_path / "results").iterdir())) == 1
     assert not (tmp_path / "errors").exists()
-
-
-def test_a_run_claims_its_folder_once_and_overwrite_spares_what_is_not_a_run(tmp_path):
-    out = str(tmp_path / "out")
-    claim(out, STORAGE, overwrite=False)
-    with pytest.raises(GladError, match=r"unfinished run.*--overwrite"):
-        claim(out, STORAGE, overwrite=False)
-    (tmp_path / "out" / "mine.txt").write_text("keep")
-    complete(out, STORAGE, {"counts": {"scored": 0, "errors": 0}})
-    with pytest.raises(GladError, match=r"another run's results.*--overwrite"):
-        claim(out, STORAGE, overwrite=False)
-    claim(out, STORAGE, overwrite=True)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["mine.txt", "started.json"]
-    release(out, STORAGE)
-    claim(out, STORAGE, overwrite=False)
+    write_results(STORAGE, str(tmp_path), 8, "try2")(rows)
+    assert len(list((tmp_path / "results").iterdir())) == 2
 
 
 def test_a_complete_run_has_both_datasets_even_if_empty(tmp_path):
@@ -88,10 +84,3 @@ def test_a_complete_run_has_both_datasets_even_if_empty(tmp_path):
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(GladError, match="damaged"):
         read_run(str(tmp_path), STORAGE)
-
-
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    for out in (tmp_path / "file", tmp_path / "file" / "sub", "/proc/glad-out"):
-        with pytest.raises(StorageError, match=r"in the way|cannot be written"):
-            claim(str(out), STORAGE, overwrite=False)
