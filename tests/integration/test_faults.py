@@ -1,0 +1,111 @@
+"""Kill -9 of an actor and of the driver in one job: nothing lost, nothing twice, the very same content."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from conftest import photo
+from typer.testing import CliRunner
+
+from cluster import session
+from pipelines.cli import app
+
+pytestmark = pytest.mark.slow
+IMAGES = 240
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    root = tmp_path_factory.mktemp("archive")
+    for index in range(IMAGES):
+        path = photo(index, root / f"{index % 7}" / f"{index:03d}.png")
+        if index % 40 == 0:
+            path.write_bytes(path.read_bytes()[:100])
+    return root
+
+
+def command(archive, bundle, out):
+    # One image in flight, so that not even rounding depends on who was scored beside whom.
+    words = ["score", archive, "--model", bundle, "--out", out, "--batch-size", 1, "--actors", 1]
+    return [str(word) for word in words]
+
+
+def start(words, log):
+    environment = os.environ | session.QUIET | {"OMP_NUM_THREADS": "1"}
+    glad = "from pipelines.cli import main; main()"
+    with log.open("ab") as output:
+        return subprocess.Popen([sys.executable, "-c", glad, *words], stdout=output, stderr=output, env=environment)
+
+
+def wait_for_commits(out, count, driver, log):
+    deadline = time.monotonic() + 240
+    while len(list((out / "commits").glob("*.json"))) < count:
+        assert driver.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.01)
+
+
+def kill_actor(driver):
+    """kill -9 the process that runs the model."""
+    for process in psutil.Process(driver.pid).children(recursive=True):
+        with suppress(psutil.Error):
+            if "MapWorker(MapBatches(GladActor" in " ".join(process.cmdline()):
+                process.kill()
+                return True
+    return False
+
+
+def content(out):
+    found = {}
+    for name in ("results", "errors"):
+        for row in pq.read_table(out / name).to_pylist():
+            row.pop("seconds", None)
+            assert row["image_id"] not in found, "an image twice"
+            found[row["image_id"]] = row
+    return found
+
+
+def test_actor_and_driver_killed_then_the_same_command(tmp_path, archive, tiny_bundle, ray_session):
+    calm = tmp_path / "calm"
+    outcome = CliRunner().invoke(app, command(archive, tiny_bundle, calm))
+    assert outcome.exit_code == 0, outcome.output
+
+    out, log = tmp_path / "out", tmp_path / "log"
+    words = command(archive, tiny_bundle, out)
+    driver = start(words, log)
+    try:
+        wait_for_commits(out, 1, driver, log)
+        assert kill_actor(driver)
+        wait_for_commits(out, 6, driver, log)
+        driver.kill()
+        driver.wait()
+        assert not (out / "run.json").exists()
+        kept = {path.name: path.read_bytes() for path in (out / "commits").iterdir() if path.suffix == ".json"}
+        assert 6 <= len(kept) < IMAGES // 4, "too late: the job was nearly over"
+
+        other = start([*words, "--seed", "1"], tmp_path / "other")
+        assert other.wait(120) == 2
+        assert "seed was 0, now 1" in " ".join((tmp_path / "other").read_text().split())
+
+        driver = start(words, log)
+        assert driver.wait(300) == 0, log.read_text()
+    finally:
+        driver.kill()
+    assert "going on after" in log.read_text()
+    for name, data in kept.items():
+        assert (out / "commits" / name).read_bytes() == data, "a committed shard was done again"
+    assert content(out) == content(calm)
+    counts = json.loads((out / "run.json").read_text())["counts"]
+    assert counts == json.loads((calm / "run.json").read_text())["counts"]
+    assert (counts["images"], counts["errors"]) == (IMAGES, IMAGES // 40)
+    named = {file for path in (out / "commits").iterdir() for file in json.loads(path.read_text())["files"]}
+    assert named == {str(Path(path).relative_to(out)) for path in out.glob("*s/part-*.parquet")} - {
+        str(path.relative_to(out)) for path in (out / "manifest").glob("*")
+    }
