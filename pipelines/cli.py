@@ -115,6 +115,17 @@ def score(
 
 
 @app.command()
+def status(
+    results: Annotated[str, typer.Argument(help="The --out of a `glad score`, local or s3://")],
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON")] = False,
+) -> None:
+    """How far a run is: images done, anomalies, errors; from any machine that can read its output."""
+    from pipelines.status import show
+
+    show(results, as_json, Console())
+
+
+@app.command()
 def show(
     results: Annotated[str, typer.Argument(help="The --out of a `glad score`, local or s3://")],
     top: Annotated[int, typer.Option(min=1, max=200, help="Images to show, highest scores first")] = 20,

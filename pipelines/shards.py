@@ -91,12 +91,25 @@ def claim(dest: str, storage: Storage, asked: dict[str, Any], overwrite: bool) -
     return "new"
 
 
+def read_asked(dest: str, storage: Storage) -> dict[str, Any] | None:
+    """What was asked of the run in DEST, None where none was started.
+
+    Raises:
+        GladError: damaged.
+    """
+    place = join(dest, STARTED)
+    if storage.kind(place) != "file":
+        return None
+    try:
+        asked: dict[str, Any] = json.loads(storage.read(place))
+    except ValueError as error:
+        raise GladError(f"{place}: damaged; give --overwrite to begin anew") from error
+    return asked
+
+
 def _difference(dest: str, storage: Storage, asked: dict[str, Any]) -> str | None:
     """What was asked otherwise when DEST was claimed, None if nothing was."""
-    try:
-        before = json.loads(storage.read(join(dest, STARTED)))
-    except ValueError:
-        return f"its {STARTED} is damaged"
+    before = read_asked(dest, storage) or {}
     for name in [*asked, *before]:
         if asked.get(name) != before.get(name):
             return f"{name} was {_short(before.get(name))}, now {_short(asked.get(name))}"
