@@ -225,6 +225,27 @@ def drift(
         raise typer.Exit(STOPPED)
 
 
+cluster_app = typer.Typer(no_args_is_help=True, help="Look at cluster files.")
+app.add_typer(cluster_app, name="cluster")
+
+
+@cluster_app.command("check")
+def cluster_check(file: Annotated[Path, typer.Argument(help="A file for `ray up`, such as ray_cluster.yaml")]) -> None:
+    """What is wrong with a cluster file, before a machine is started (exit code 1), and what is still to be changed."""
+    from cluster.launcher import check_cluster_file
+
+    problems, unchanged = check_cluster_file(file)
+    console = Console()
+    for problem in problems:
+        console.print(f"[red]wrong[/red]  {escape(problem)}", highlight=False, soft_wrap=True)
+    for example in unchanged:
+        console.print(f"[yellow]change[/yellow] {escape(example)}", highlight=False, soft_wrap=True)
+    if problems:
+        raise typer.Exit(STOPPED)
+    if not unchanged:
+        console.print("nothing wrong found", highlight=False)
+
+
 datasets_app = typer.Typer(no_args_is_help=True, help="Look at datasets with ground truth.")
 app.add_typer(datasets_app, name="datasets")
 
