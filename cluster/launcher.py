@@ -25,9 +25,7 @@ def check_cluster_file(path: Path) -> tuple[list[str], list[str]]:
         text = path.read_text()
         config = yaml.safe_load(text)
     except OSError as error:
-        raise SessionError(
-            f"{path}: {error.strerror or error}; name one such as ray_cluster.yaml"
-        ) from error
+        raise SessionError(f"{path}: {error.strerror or error}; name one such as ray_cluster.yaml") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
