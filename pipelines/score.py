@@ -30,6 +30,8 @@ from pipelines.shards import Plan, Written
 
 # Decoding, writing and listing wait on storage most of the time: a quarter CPU each lets actors have the rest.
 TASK_CPUS = 0.25
+MAX_ROWS_PER_BLOCK = 64
+WRITERS = 2  # tasks at a time
 COUNTED = ("scored", "anomalies", "errors")
 
 
@@ -199,9 +201,11 @@ def dataflow(
     )
     # In the manifest's order, so that a shard's images come together and are written together.
     rows.context.execution_options.preserve_order = True
-    # A block holds about one batch of pixels and leaves as soon as it is full, so actors start at once and results
-    # arrive steadily. (`repartition` would say it better, but its task wants a whole CPU that the actors have.)
-    rows.context.target_max_block_size = batch_size * largest * largest * 3
+    # A block leaves as soon as it is full: one batch of pixels in a small archive, so that actors start at once and
+    # results arrive steadily; some batches in a large one, since every block costs Ray a task. (`repartition` would
+    # say it better, but its task wants a whole CPU that the actors have.)
+    rows_per_block = max(batch_size, min(MAX_ROWS_PER_BLOCK, plan.images // 400))
+    rows.context.target_max_block_size = rows_per_block * largest * largest * 3
     size = plan.rows_per_shard
     decode = fetch_and_decode(
         storage,
@@ -225,7 +229,9 @@ def dataflow(
         results.write_results(storage, out, size, uuid4().hex[:8]),
         batch_size=size,
         batch_format="pyarrow",
-        num_cpus=TASK_CPUS,
+        # Decoding tasks hold their CPUs to their end, and a write that waited for them would hold up the commits.
+        num_cpus=0,
+        compute=ray.data.TaskPoolStrategy(size=WRITERS),
     )
     try:
         for row in written.iter_rows():
