@@ -9,19 +9,16 @@ category while the steps use the frozen one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
@@ -29,42 +26,12 @@ from torch import Tensor
 
 from glad_core.errors import GladError
 from glad_core.features import create_vit
+from glad_core.manifest import MANIFEST as MANIFEST
+from glad_core.manifest import Manifest as Manifest
+from glad_core.manifest import read_manifest as read_manifest
+from glad_core.manifest import update_settings as update_settings
+from glad_core.manifest import verify, write_manifest
 from glad_core.settings import Settings
-
-SCHEMA_VERSION = 1
-MANIFEST = "glad.json"
-REQUIRED = (
-    "unet/config.json",
-    "vae/config.json",
-    "scheduler/scheduler_config.json",
-    "features/config.json",
-    "features/model.safetensors",
-    "prompt.safetensors",
-)
-
-
-class FileEntry(BaseModel):
-    """Size in bytes and sha256 of one file."""
-
-    size: int
-    sha256: str
-
-
-class Manifest(BaseModel):
-    """``glad.json``: what a bundle is, readable without loading a tensor.
-
-    ``model_id`` is a hash of the settings, the category and all file hashes: two bundles that judge alike share it.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    schema_version: int
-    model_id: str
-    category: str
-    settings: dict[str, Any]
-    provenance: dict[str, Any]
-    versions: dict[str, str]
-    files: dict[str, FileEntry]
 
 
 @dataclass(frozen=True)
@@ -165,7 +132,7 @@ def save_bundle(
         stored |= {f"cond/{name}": value for name, value in (prompts or {}).items()}
         stored = {name: value.detach().clone().contiguous() for name, value in stored.items()}
         save_file(stored, partial / "prompt.safetensors")
-        manifest = _write_manifest(partial, settings.model_dump(), category, provenance)
+        manifest = write_manifest(partial, settings.model_dump(), category, provenance)
         partial.chmod(0o755)  # mkdtemp makes it private
         if path.exists():
             shutil.rmtree(path)
@@ -205,64 +172,6 @@ def is_half(path: Path) -> bool:
     """Whether a bundle keeps its UNet in float16."""
     with safe_open(path / "unet/diffusion_pytorch_model.safetensors", framework="pt") as weights:
         return weights.get_slice(next(iter(weights.keys()))).get_dtype() == "F16"
-
-
-def update_settings(path: str | Path, settings: Settings, provenance: dict[str, Any]) -> str:
-    """Give an existing bundle new settings (after calibration); weights stay. Returns the new model id."""
-    manifest = read_manifest(path)
-    provenance = manifest.provenance | provenance
-    return _write_manifest(Path(path), settings.model_dump(), manifest.category, provenance).model_id
-
-
-def read_manifest(path: str | Path) -> Manifest:
-    """Read and check ``glad.json`` and the presence and size of every file, without loading tensors.
-
-    Raises:
-        GladError: not a bundle, of another schema version, or incomplete; one line each.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise GladError(f"{path}: no such model bundle folder; make one with `glad bundle create` or `glad train`")
-    if not (path / MANIFEST).is_file():
-        hint = " (a diffusers folder: turn it into a bundle with `glad bundle create`)" if _is_diffusers(path) else ""
-        raise GladError(f"{path}: not a GLAD bundle, it has no {MANIFEST}{hint}")
-    try:
-        manifest = Manifest.model_validate_json((path / MANIFEST).read_text())
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise GladError(
-            f"{path / MANIFEST}: damaged or of another program; restore the bundle from its source"
-        ) from error
-    if manifest.schema_version != SCHEMA_VERSION:
-        raise GladError(
-            f"{path}: bundle schema version {manifest.schema_version}, this program reads {SCHEMA_VERSION}: "
-            "use the matching glad version or make the bundle again"
-        )
-    present = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MANIFEST}
-    required = {name for name in REQUIRED if name not in manifest.files}
-    for name in sorted((set(manifest.files) | required) - present):
-        raise GladError(f"{path}: incomplete bundle, {name} is missing; copy the bundle again")
-    for name in sorted(required):
-        raise GladError(f"{path}: incomplete bundle, {MANIFEST} does not list {name}; make the bundle again")
-    for name in sorted(present - set(manifest.files)):
-        raise GladError(f"{path}: {name} is not listed in {MANIFEST}; remove it or make the bundle again")
-    for name, entry in sorted(manifest.files.items()):
-        size = (path / name).stat().st_size
-        if size != entry.size:
-            raise GladError(f"{path}: damaged bundle, {name} has {size} bytes instead of {entry.size}; copy it again")
-    Settings.parse(manifest.settings, str(path / MANIFEST))
-    return manifest
-
-
-def verify(path: str | Path) -> Manifest:
-    """`read_manifest`, and the sha256 of every file and the model id as well."""
-    path = Path(path)
-    manifest = read_manifest(path)
-    for name, entry in sorted(manifest.files.items()):
-        if _sha256(path / name) != entry.sha256:
-            raise GladError(f"{path}: damaged bundle, {name} does not match its sha256; copy the bundle again")
-    if _model_id(manifest.settings, manifest.category, manifest.files) != manifest.model_id:
-        raise GladError(f"{path}: {MANIFEST} was changed by hand, its model id no longer fits; use `glad` to change it")
-    return manifest
 
 
 def load_bundle(
@@ -356,38 +265,6 @@ def _check_fit(model: Model, where: str) -> None:
         )
 
 
-def _write_manifest(path: Path, settings: dict[str, Any], category: str, provenance: dict[str, Any]) -> Manifest:
-    names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file() and file.name != MANIFEST)
-    files = {name: FileEntry(size=(path / name).stat().st_size, sha256=_sha256(path / name)) for name in names}
-    manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
-        model_id=_model_id(settings, category, files),
-        category=category,
-        settings=settings,
-        provenance=provenance,
-        versions={name: version(name) for name in ("glad-ray", "torch", "diffusers", "timm")},
-        files=files,
-    )
-    written = path / f".{MANIFEST}.new"
-    written.write_text(manifest.model_dump_json(indent=1) + "\n")
-    written.rename(path / MANIFEST)  # atomic: a reader sees the old or the new one
-    return manifest
-
-
-def _model_id(settings: dict[str, Any], category: str, files: dict[str, FileEntry]) -> str:
-    content = {
-        "settings": settings,
-        "category": category,
-        "files": {name: entry.sha256 for name, entry in sorted(files.items())},
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _save_vit(folder: Path, vit: VisionTransformer, config: dict[str, Any]) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
@@ -400,7 +277,3 @@ def load_vit(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     vit = create_vit(config["architecture"], **config["args"])
     vit.load_state_dict(load_file(folder / "model.safetensors"))
     return vit.to(device, dtype)
-
-
-def _is_diffusers(path: Path) -> bool:
-    return (path / "model_index.json").is_file()

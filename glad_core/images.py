@@ -6,11 +6,13 @@ Shapes: H W source size, R the bundle's resolution, B batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
@@ -25,4 +27,6 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
 
 def to_tensor(images: Sequence[np.ndarray]) -> Tensor:
     """uint8 [R, R, 3] images of one size to float32 [B, 3, R, R] in [-1, 1]."""
+    import torch  # not above: tasks that only decode start seconds sooner without
+
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1

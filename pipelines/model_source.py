@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.storage import Storage, is_s3, join, local_path
-from glad_core import bundle
+from glad_core import manifest as glad_json
 from glad_core.errors import GladError
 from glad_core.settings import Settings
 from pipelines import registry
 
 SMALL = "small"
-SMALL_BUNDLE = Path(bundle.__file__).parent / "small_bundle"
+SMALL_BUNDLE = Path(glad_json.__file__).parent / "small_bundle"
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Models:
     """
 
     bundles: dict[str, str]
-    manifests: dict[str, bundle.Manifest]
+    manifests: dict[str, glad_json.Manifest]
     categories: tuple[str, ...]
 
     def key(self, category: str | None) -> str | None:
@@ -55,7 +55,7 @@ def find_models(model: str, storage: Storage) -> Models:
         }
         return Models(bundles, manifests, tuple(sorted(bundles)))
     path = local_bundle(model, storage)
-    manifest = bundle.read_manifest(path)
+    manifest = glad_json.read_manifest(path)
     known = tuple(manifest.category.split(",")) if "," in manifest.category else ()
     return Models({"": model if is_s3(model) or model == SMALL else str(path)}, {"": manifest}, known)
 
@@ -73,9 +73,9 @@ def local_bundle(model: str, storage: Storage) -> Path:
         return SMALL_BUNDLE
     if not is_s3(model):
         return Path(local_path(model))
-    manifest = join(model, bundle.MANIFEST)
+    manifest = join(model, glad_json.MANIFEST)
     if storage.kind(manifest) != "file":
-        raise GladError(f"{model}: no model bundle there (no {bundle.MANIFEST}); copy one there whole")
+        raise GladError(f"{model}: no model bundle there (no {glad_json.MANIFEST}); copy one there whole")
     name = hashlib.sha256(model.encode() + storage.read(manifest)).hexdigest()[:24]
     cache = Path(os.environ.get("GLAD_CACHE", "~/.cache/glad")).expanduser() / "bundles"
     target = cache / name

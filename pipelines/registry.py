@@ -16,8 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.storage import Storage, is_s3, join, local_path
-from glad_core import bundle
 from glad_core.errors import GladError, did_you_mean
+from glad_core.manifest import MANIFEST, Manifest, read_manifest
 
 CURRENT = "current.json"
 
@@ -34,7 +34,7 @@ class Current:
 
 def is_registry(location: str, storage: Storage) -> bool:
     """Whether a folder holds categories with a current version (and is no bundle itself)."""
-    if storage.kind(join(location, bundle.MANIFEST)) == "file":
+    if storage.kind(join(location, MANIFEST)) == "file":
         return False
     return any(storage.kind(join(location, name, CURRENT)) == "file" for name in storage.folders(location))
 
@@ -55,10 +55,10 @@ def versions(registry: str, category: str, storage: Storage) -> list[str]:
     """Complete versions of a category: a bundle's manifest is its last file to arrive."""
     folder = join(registry, category)
     names = [name for name in storage.folders(folder) if not name.startswith(".")]
-    return [name for name in names if storage.kind(join(folder, name, bundle.MANIFEST)) == "file"]
+    return [name for name in names if storage.kind(join(folder, name, MANIFEST)) == "file"]
 
 
-def manifest(registry: str, category: str, version: str, storage: Storage) -> bundle.Manifest:
+def manifest(registry: str, category: str, version: str, storage: Storage) -> Manifest:
     """``glad.json`` of a version.
 
     Raises:
@@ -67,9 +67,9 @@ def manifest(registry: str, category: str, version: str, storage: Storage) -> bu
     known = versions(registry, category, storage)
     if version not in known:
         raise GladError(f"{join(registry, category)} has no version '{version}'{did_you_mean(version, known)}")
-    place = join(registry, category, version, bundle.MANIFEST)
+    place = join(registry, category, version, MANIFEST)
     try:
-        return bundle.Manifest.model_validate_json(storage.read(place))
+        return Manifest.model_validate_json(storage.read(place))
     except ValueError as error:
         raise GladError(f"{place}: damaged; remove this version and train it again") from error
 
@@ -91,8 +91,8 @@ def current(registry: str, category: str, storage: Storage) -> Current | None:
 
 def publish(made: Path, registry: str, category: str, storage: Storage) -> str:
     """Add a bundle as a version; one that is there already stays as it is. Returns the version."""
-    version = bundle.read_manifest(made).model_id
-    storage.publish(made, join(registry, category, version), bundle.MANIFEST)
+    version = read_manifest(made).model_id
+    storage.publish(made, join(registry, category, version), MANIFEST)
     return version
 
 

@@ -23,7 +23,6 @@ from pipelines import results, shards, sources
 from pipelines.actor_plan import ActorPlan, plan_actors
 from pipelines.decode import fetch_and_decode
 from pipelines.glad_actor import KEPT_MODELS, ActorSettings, GladActor
-from pipelines.memory import build_memory, read_memory
 from pipelines.model_source import SMALL, Models, find_models
 from pipelines.progress import Progress
 from pipelines.shards import Plan, Written
@@ -169,6 +168,8 @@ def score(request: ScoreRequest, console: Console) -> Counts:
 
     calibrated = memory is None and any(settings.threshold is not None for settings in models.settings().values())
     if memory is not None:
+        from pipelines.memory import read_memory
+
         calibrated = read_memory(memory, storage).threshold is not None
     found = anomalies if calibrated else None
     counts = Counts(plan.images, scored, found, errors, plan.duplicates)
@@ -256,6 +257,8 @@ def list_remotely(
 def _remember(request: ScoreRequest, models: Models, storage: Storage, out: str, room: ActorPlan) -> str:
     """The memory of good patches, made by a task with an actor's resources; returns where it is."""
     import ray
+
+    from pipelines.memory import build_memory
 
     assert request.good is not None
     place = join(out, results.MEMORY)
