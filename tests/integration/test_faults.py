@@ -18,7 +18,7 @@ from cluster import session
 from pipelines.cli import app
 
 pytestmark = pytest.mark.slow
-IMAGES = 240
+IMAGES = 160
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +89,6 @@ def test_actor_and_driver_killed_then_the_same_command(tmp_path, archive, tiny_b
         assert not (out / "run.json").exists()
         kept = {path.name: path.read_bytes() for path in (out / "commits").iterdir() if path.suffix == ".json"}
         assert 6 <= len(kept) < IMAGES // 4, "too late: the job was nearly over"
-
-        other = start([*words, "--seed", "1"], tmp_path / "other")
-        assert other.wait(120) == 2
-        assert "seed was 0, now 1" in " ".join((tmp_path / "other").read_text().split())
 
         driver = start(words, log)
         assert driver.wait(300) == 0, log.read_text()
