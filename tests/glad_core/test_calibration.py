@@ -35,7 +35,8 @@ def test_calibration_sets_the_steps_and_the_threshold_from_good_images(tiny_bund
     assert settings.threshold == pytest.approx(max(scores), abs=1e-4)
 
 
-def test_the_fast_profile_has_no_steps_and_a_threshold_of_its_own(tiny_bundle) -> None:
+def test_the_fast_profile_has_no_steps_and_a_threshold_of_its_own(tiny_bundle, monkeypatch) -> None:
+    monkeypatch.setattr(calibration, "START_STEPS", (120,))
     model = load_bundle(tiny_bundle)
     rng = np.random.default_rng(0)
     good = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(4)]

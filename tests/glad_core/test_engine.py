@@ -81,7 +81,7 @@ def agrees(found: Detection, expected: Detection, delta: float) -> bool:
     guarded=st.booleans(),
     look=st.sampled_from([None, 0.0, 0.05, 10.0]),
 )
-@hypothesis_settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_same_answers_as_the_reference_in_any_order_with_any_number_of_slots(
     model, requests, references, kind, delta, order, slots, pauses, guarded, look
 ):
