@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import psutil
 import pyarrow.parquet as pq
@@ -88,7 +87,7 @@ def test_actor_and_driver_killed_then_the_same_command(tmp_path, archive, tiny_b
         driver.wait()
         assert not (out / "run.json").exists()
         kept = {path.name: path.read_bytes() for path in (out / "commits").iterdir() if path.suffix == ".json"}
-        assert 6 <= len(kept) < IMAGES // 4, "too late: the job was nearly over"
+        assert 6 <= len(kept) < IMAGES // 8, "too late: the job was over"
 
         driver = start(words, log)
         assert driver.wait(300) == 0, log.read_text()
@@ -102,6 +101,4 @@ def test_actor_and_driver_killed_then_the_same_command(tmp_path, archive, tiny_b
     assert counts == json.loads((calm / "run.json").read_text())["counts"]
     assert (counts["images"], counts["errors"]) == (IMAGES, IMAGES // 40)
     named = {file for path in (out / "commits").iterdir() for file in json.loads(path.read_text())["files"]}
-    assert named == {str(Path(path).relative_to(out)) for path in out.glob("*s/part-*.parquet")} - {
-        str(path.relative_to(out)) for path in (out / "manifest").glob("*")
-    }
+    assert named == {str(path.relative_to(out)) for path in out.glob("*s/part-*.parquet")}
