@@ -21,10 +21,11 @@ from scipy.stats import binom
 from throughput import boards
 
 from cluster.storage import Storage
+from glad_core.admission import run
 from glad_core.bundle import Model, load_bundle
 from glad_core.calibration import SELECTION_IMAGES, START_STEPS, choose_steps, conformal_quantile
 from glad_core.detect import Request
-from glad_core.engine import Engine, run
+from glad_core.engine import Engine
 from glad_core.metrics import image_metrics
 from pipelines.datasets import read_dataset
 from pipelines.decode import decode

@@ -54,10 +54,10 @@ def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdout=output, stderr=output)
 
 
-def kill_actor(driver: subprocess.Popen[bytes]) -> bool:
-    """kill -9 a process that runs the model."""
+def kill_actor() -> bool:
+    """kill -9 a process of our cluster that runs the model."""
     found = []
-    for process in psutil.process_iter():
+    for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
             if "MapWorker(MapBatches(GladActor" in " ".join(process.cmdline()):
                 found.append(process)
@@ -123,7 +123,7 @@ def main(
                 if figures["kills"] == kills:
                     continue
                 what = ("actor", "driver", "node")[figures["kills"] % 3]
-                if what == "actor" and not kill_actor(driver):
+                if what == "actor" and not kill_actor():
                     continue  # none has been started yet
                 if what == "driver":
                     driver.kill()

@@ -27,9 +27,10 @@ from PIL import Image
 from rich.console import Console
 
 from cluster import session
+from glad_core.admission import run
 from glad_core.bundle import load_bundle
 from glad_core.detect import Request
-from glad_core.engine import Engine, run
+from glad_core.engine import Engine
 from pipelines import score
 from pipelines.decode import decode
 from pipelines.demo_data import board_rng, make_board

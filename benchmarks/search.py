@@ -24,9 +24,10 @@ from throughput import boards
 
 from cluster.storage import Storage
 from glad_core import adaptive
+from glad_core.admission import run
 from glad_core.bundle import Model, load_bundle
 from glad_core.detect import Request
-from glad_core.engine import Engine, run
+from glad_core.engine import Engine
 from glad_core.search import first_crossing, largest_fall, next_comparison
 from pipelines.datasets import read_dataset
 from pipelines.decode import decode

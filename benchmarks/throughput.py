@@ -36,9 +36,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from glad_core import adaptive, features, schedule
+from glad_core.admission import run
 from glad_core.bundle import Model, load_bundle
 from glad_core.detect import Request, conclude, prepare
-from glad_core.engine import Engine, run
+from glad_core.engine import Engine
 from glad_core.features import create_vit
 from glad_core.images import resize
 from glad_core.metrics import image_metrics

@@ -136,11 +136,11 @@ class Storage:
                 target = Path(path)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 partial = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.part")
-                partial.write_bytes(data)
                 try:
+                    partial.write_bytes(data)
                     os.link(partial, target)  # the whole file or none, and only where there is none
                 finally:
-                    partial.unlink()
+                    partial.unlink(missing_ok=True)
                 return True
             except FileExistsError:
                 return False

@@ -17,8 +17,6 @@ from the image's own generator, so who its neighbours are changes nothing but ro
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -27,12 +25,12 @@ import torch
 from torch import Tensor
 
 from glad_core import adaptive, schedule
+from glad_core.admission import Queue, Verdict
 from glad_core.bundle import Model
-from glad_core.detect import Detection, Request, check_request, conclude, prepare
+from glad_core.detect import Detection, Request, conclude, prepare
 from glad_core.search import Search, first_crossing, next_comparison, search_of
 
 CPU_CALL = 2  # images compared or judged in one call on a CPU, four decodes: more fall out of its cache
-Verdict = tuple[Request, Detection | Exception]
 T = TypeVar("T")
 
 
@@ -68,77 +66,6 @@ class _Slot:
     stop_step: int | None = None
     stop_reason: adaptive.StopReason = "none"
     seconds: float = 0.0
-
-
-class Queue:
-    """Images that wait, and a failure that costs only the image that caused it. Subclasses say what the work is.
-
-    After a failure everything in flight goes back and only half as many are let in, down to one: an image that breaks
-    its batch is told apart, and a batch too large for the device's memory shrinks; no other image is lost.
-    """
-
-    def __init__(self, model: Model, slots: int) -> None:
-        self.model, self.slots = model, slots
-        self.limit = slots  # images let in; fewer after a failure
-        self.waiting: deque[Request] = deque()
-        self.coming: list[Request] = []
-
-    def submit(self, request: Request) -> None:
-        """Queue an image.
-
-        Raises:
-            GladError: it does not fit the bundle.
-        """
-        check_request(self.model, request)
-        self.waiting.append(request)
-
-    @property
-    def busy(self) -> bool:
-        """Whether any image waits or is in flight."""
-        return bool(self.waiting or self.in_flight())
-
-    def tick(self) -> list[Verdict]:
-        """A piece of work; returns the images that got finished, and those that failed, in any order."""
-        try:
-            with torch.inference_mode():
-                done = self.work()
-        except Exception as error:
-            return self._give_way(error)
-        if done:
-            self.limit = min(self.slots, 2 * self.limit)
-        return done
-
-    def admit(self) -> None:
-        """Move waiting images to ``coming``, as many as there is room for."""
-        room = self.limit - len(self.in_flight())
-        self.coming += [self.waiting.popleft() for _ in range(max(0, min(len(self.waiting), room)))]
-
-    def in_flight(self) -> list[Request]:
-        """What a failure sends back."""
-        return self.coming
-
-    def work(self) -> list[Verdict]:
-        """Admit images and do something about them."""
-        raise NotImplementedError
-
-    def drop(self) -> None:
-        """Forget what is in flight."""
-        self.coming = []
-
-    def _give_way(self, error: Exception) -> list[Verdict]:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize()  # a device that no longer answers raises here: this engine is dead
-            torch.cuda.empty_cache()
-        failed = self.in_flight()
-        self.drop()
-        if len(failed) <= 1:
-            self.limit = min(self.slots, 2 * self.limit)
-            return [(request, error) for request in failed]
-        self.waiting.extendleft(reversed(failed))
-        self.limit = len(failed) // 2
-        if _out_of_memory(error):
-            self.slots = self.limit
-        return []
 
 
 class Engine(Queue):
@@ -202,6 +129,8 @@ class Engine(Queue):
         self.admit()
         if self.coming:
             self._enter()
+        if not self.live:
+            return []
         if self.waiting:
             self.ticks, self.rows = self.ticks + 1, self.rows + len(self.live)
         started = time.perf_counter()
@@ -246,7 +175,8 @@ class Engine(Queue):
             slot.k += 1
         searching = [row for row, slot in enumerate(self.live) if slot.searching]
         if searching:
-            z, eps = (torch.stack([getattr(self.live[row], name) for row in searching]) for name in ("z", "eps"))
+            z = torch.stack([self.live[row].z for row in searching])
+            eps = torch.stack([self.live[row].eps for row in searching])
             departures = _departure(self.model.alphas, x[searching], z, eps, t[searching])
             for row, departure in zip(searching, departures.tolist(), strict=True):
                 self.live[row].departure = max(self.live[row].departure, departure)
@@ -364,26 +294,6 @@ class Engine(Queue):
         conclude(model, images, z, z)
 
 
-def run(engine: Queue, requests: Iterable[Request]) -> Iterator[Verdict]:
-    """All requests through the engine; verdicts as they come, in any order.
-
-    Raises:
-        GladError: a request does not fit the bundle.
-    """
-    source = iter(requests)
-    more = True
-    while more or engine.busy:
-        # One slotful ahead, so that an archive need not be in memory.
-        while more and len(engine.waiting) < engine.slots:
-            request = next(source, None)
-            if request is None:
-                more = False
-            else:
-                engine.submit(request)
-        if engine.busy:
-            yield from engine.tick()
-
-
 def _detection(slot: _Slot, score: float, anomaly_map: np.ndarray, rebuilt: np.ndarray) -> Detection:
     return Detection(
         image_id=slot.request.image_id,
@@ -410,8 +320,3 @@ def _departure(alphas: Tensor, x_BCHW: Tensor, z_BCHW: Tensor, eps_BCHW: Tensor,
 
 def _parts(rows: list[T], size: int) -> list[list[T]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """CUDA has an exception for it; the CPU allocator only a text."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

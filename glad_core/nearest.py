@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glad_core import features, scoring
+from glad_core.admission import Queue, Verdict
 from glad_core.bundle import Model
 from glad_core.detect import Detection, Request, full_size_map
-from glad_core.engine import Queue, Verdict
 from glad_core.images import to_tensor
 
 CANDIDATES = 50_000  # patches the memory is chosen from

@@ -53,6 +53,8 @@ def calibrate(request: CalibrateRequest, console: Console) -> str:
         GladError, StorageError, SessionError: nothing to calibrate on, ``out`` exists, too few images for the target.
     """
     storage = Storage.from_environment()
+    if request.threshold_only and request.profile is not None:
+        raise GladError("--threshold-only keeps T and the profile: leave out --profile or --threshold-only")
     if request.out.exists():
         raise GladError(f"{request.out} already exists: choose another --out or remove it")
     base = local_bundle(request.model, storage)
@@ -72,7 +74,7 @@ def calibrate(request: CalibrateRequest, console: Console) -> str:
             score(
                 ScoreRequest(request.source, run, model=str(made), seed=request.seed, address=request.address), console
             )
-        elif not request.threshold_only or request.profile is not None:
+        elif not request.threshold_only:
             raise GladError("a finished run fixes T and δ: add --threshold-only, or give the good images themselves")
         scores, judged_by = _scores(run, storage)
         if request.run is not None and judged_by != {manifest.model_id}:

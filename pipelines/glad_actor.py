@@ -62,6 +62,8 @@ class EngineThread(threading.Thread):
         future: asyncio.Future[Any] = loop.create_future()
 
         def settle(verdict: Any) -> None:
+            if future.done():  # Ray has cancelled the call
+                return
             if isinstance(verdict, Exception):
                 future.set_exception(verdict)
             else:

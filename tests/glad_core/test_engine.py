@@ -10,9 +10,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from glad_core import adaptive
+from glad_core.admission import run
 from glad_core.bundle import Model, load_bundle
 from glad_core.detect import Detection, Request, detect
-from glad_core.engine import Engine, run
+from glad_core.engine import Engine
 from glad_core.errors import GladError
 from glad_core.search import largest_fall
 
@@ -164,6 +165,13 @@ def test_a_failure_that_passes_loses_nothing_and_slots_come_back(model, requests
     engine = Engine(model, 4)
     assert all(isinstance(verdict, Detection) for _, verdict in run(engine, requests))
     assert engine.limit == engine.slots == 4
+
+
+def test_a_tick_with_nothing_to_do_does_nothing(model, monkeypatch):
+    monkeypatch.setattr(Engine, "_give_way", lambda self, error: pytest.fail(f"failed on nothing: {error}"))
+    engine = Engine(model, 2)
+    assert engine.tick() == []
+    assert not engine.busy
 
 
 def test_images_that_do_not_fit_are_refused_when_submitted(model):

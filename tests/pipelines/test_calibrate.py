@@ -57,6 +57,8 @@ def test_a_bundle_is_calibrated_on_good_images(tmp_path: Path, tiny_bundle, phot
 def test_mistakes_are_one_line(tmp_path: Path, tiny_bundle) -> None:
     refused(run("calibrate", "--model", tiny_bundle, "--out", tmp_path / "x"), "good images or --run")
     refused(run("calibrate", tmp_path, "--model", tiny_bundle, "--out", tiny_bundle), "already exists")
+    both = ["--threshold-only", "--profile", "fast"]
+    refused(run("calibrate", tmp_path, "--model", tiny_bundle, "--out", tmp_path / "x", *both), "leave out --profile")
     (tmp_path / "empty").mkdir()
     refused(run("calibrate", tmp_path / "empty", "--model", tiny_bundle, "--out", tmp_path / "x"), "no images in it")
     options = ["--model", tiny_bundle, "--out", tmp_path / "x", "--threshold-only"]
