@@ -52,3 +52,12 @@ def test_image_score_is_the_mean_of_the_largest_pixels() -> None:
     assert scoring.image_score(maps, 3).item() == 14
     assert scoring.image_score(maps, 250).item() == pytest.approx(7.5)
     assert torch.equal(scoring.smooth(maps, 0), maps)
+
+
+def test_float16_on_a_cpu_has_the_bits_of_the_float16_product():
+    query, reference = torch.randn(2, 2, 64, 96, generator=torch.Generator().manual_seed(0)).half()
+    unit = [tokens / tokens.norm(dim=-1, keepdim=True) for tokens in (query, reference)]
+    plain = (1 - unit[0] @ unit[1].transpose(1, 2)).amin(dim=2)
+    found = scoring.nearest_distance(query, reference)
+    assert found.dtype == torch.float16
+    assert torch.equal(found, plain)
