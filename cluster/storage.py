@@ -7,6 +7,7 @@ pickled, so that remote tasks read with what the command was started with.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -139,6 +140,13 @@ class Storage:
                 try:
                     partial.write_bytes(data)
                     os.link(partial, target)  # the whole file or none, and only where there is none
+                except OSError as error:
+                    if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+                        raise StorageError(
+                            f"{uri}: this file system has no hard links, which a run needs to keep its books; "
+                            "choose a folder on another one, or s3://"
+                        ) from error
+                    raise
                 finally:
                     partial.unlink(missing_ok=True)
                 return True

@@ -1,3 +1,4 @@
+import errno
 import os
 import pickle
 import threading
@@ -66,6 +67,16 @@ def test_create_has_exactly_one_winner(storage, tmp_path):
         thread.join()
     assert len(wins) == 1
     assert (tmp_path / "claim").read_text() == str(wins[0])
+
+
+def test_a_file_system_without_hard_links_is_named(storage, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(StorageError, match="no hard links"):
+        storage.create(f"{tmp_path}/started.json", b"{}")
+    assert not list(tmp_path.iterdir())
 
 
 def test_mistakes_are_one_clear_line(storage, tmp_path):
