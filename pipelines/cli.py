@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from cluster.session import SessionError
 from cluster.storage import StorageError
 from glad_core.errors import GladError
-from pipelines import cli_models
+from pipelines import cli_jobs, cli_models
 from pipelines.cli_models import STOPPED, Address, Precision
 
 USER_ERROR = 2  # exit code of a mistake in what was asked
@@ -287,6 +287,7 @@ def demo(
 
 
 cli_models.add_to(app)
+cli_jobs.add_to(app)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -299,3 +300,7 @@ def main() -> None:
     """Entry point of the console script ``glad``."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     app()
+
+
+if __name__ == "__main__":  # as a job on a cluster, where there may be no console script
+    main()

@@ -1,0 +1,107 @@
+"""Ray Jobs: commands that run on a cluster without the machine that sent them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.session import QUIET, SessionError
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
+
+# What a job may be told of the submitter's environment: where storage is, never what opens it. Keys reach the nodes by
+# their own role, profile or environment.
+PASSED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE")
+SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+
+
+@contextmanager
+def job_client(address: str | None) -> Iterator[JobSubmissionClient]:
+    """The job server of a cluster: its dashboard's URL, RAY_API_SERVER_ADDRESS or the dashboard on this machine.
+
+    Ray sends the token of RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token where RAY_AUTH_MODE is ``token``.
+
+    Raises:
+        SessionError: nothing answers there, no or the wrong token, or no such job.
+    """
+    os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of every package sent
+    where = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
+    if "://" not in where:
+        where = f"http://{where}"
+    try:
+        yield JobSubmissionClient(where)
+    except AuthenticationError as error:
+        raise SessionError(
+            f"{where} refused the token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file with its "
+            "token (on the head: ray get-auth-token)"
+        ) from error
+    except ConnectionError as error:
+        raise SessionError(
+            f"no Ray job server at {where}; check --address (`ray dashboard ray_cluster.yaml` tunnels to a cluster's)"
+        ) from error
+    except RuntimeError as error:
+        text = str(error)
+        if "does not exist" in text or "404" in text:
+            raise SessionError(f"no such job at {where}; `glad jobs list` names them") from error
+        raise SessionError(f"{where}: {text.splitlines()[0][:300] if text else 'no answer'}") from error
+
+
+def submit(client: JobSubmissionClient, words: Sequence[str]) -> str:
+    """Run ``glad WORDS`` on the cluster, with this very code; returns the submission id."""
+    root = Path(__file__).parents[1]
+    environment = {name: os.environ[name] for name in PASSED if name in os.environ}
+    return client.submit_job(
+        entrypoint=shlex.join(["python", "-m", "pipelines.cli", *words]),
+        runtime_env={
+            "py_modules": [str(root / name) for name in ("glad_core", "pipelines", "cluster")],
+            "env_vars": environment | QUIET,
+        },
+        metadata={"glad": shlex.join(words)},
+    )
+
+
+def again(client: JobSubmissionClient, job: str) -> str:
+    """The same once more, as a new job; returns its id."""
+    details = client.get_job_info(job)
+    return client.submit_job(
+        entrypoint=details.entrypoint, runtime_env=details.runtime_env, metadata=details.metadata or {}
+    )
+
+
+def follow(client: JobSubmissionClient, job: str) -> Iterator[str]:
+    """What the job prints, as it comes, to its end. (Ray hands it out asynchronously.)"""
+    chunks = client.tail_job_logs(job)
+    with asyncio.Runner() as runner:
+        while True:
+            try:
+                yield runner.run(anext(chunks))  # type: ignore[arg-type]
+            except StopAsyncIteration:
+                return
+
+
+def listed(client: JobSubmissionClient) -> list[dict[str, Any]]:
+    """Jobs that `submit` sent, the latest first; times in milliseconds since 1970."""
+    jobs: list[JobDetails] = [job for job in client.list_jobs() if "glad" in (job.metadata or {})]
+    return [
+        {
+            "id": job.submission_id,
+            "status": str(job.status.value),
+            "command": (job.metadata or {})["glad"],
+            "started": job.start_time,
+            "ended": job.end_time,
+            "message": job.message,
+        }
+        for job in sorted(jobs, key=lambda job: job.start_time or 0, reverse=True)
+    ]

@@ -1,0 +1,145 @@
+"""`glad submit` and `glad jobs` against a real head node that wants a token."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import photo
+from typer.testing import CliRunner
+
+from pipelines.cli import app
+
+pytestmark = pytest.mark.slow
+BIN = Path(sys.executable).parent
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head node's dashboard URL and the environment of one who knows its token."""
+    with tempfile.TemporaryDirectory(prefix="j", ignore_cleanup_errors=True) as name:
+        token = Path(name) / "token"
+        token.write_text("a-token-that-nobody-guesses-0123456789")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))} | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "OMP_NUM_THREADS": "1",
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+        }
+        dashboard = free_port()
+        options = {
+            "port": 0,
+            "num-cpus": 2,
+            "temp-dir": f"{name}/r",
+            "dashboard-port": dashboard,
+            "dashboard-agent-listen-port": free_port(),
+            "ray-client-server-port": free_port(),
+        }
+        words = [f"--{option}={value}" for option, value in options.items()]
+        log = Path(name) / "log"
+        with log.open("wb") as output:
+            head = subprocess.Popen(
+                [BIN / "ray", "start", "--head", "--block", *words], env=environment, stdout=output, stderr=output
+            )
+        try:
+            url = f"http://127.0.0.1:{dashboard}"
+            deadline = time.monotonic() + 120
+            while subprocess.run([BIN / "glad", "jobs", "list", "--address", url], env=environment).returncode:
+                assert head.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(1)
+            yield url, environment
+        finally:
+            processes = [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]
+            for process in processes:
+                with suppress(psutil.Error):
+                    process.kill()
+            psutil.wait_procs(processes, timeout=20)
+            head.wait()
+
+
+def glad(environment, *words):
+    done = subprocess.run([BIN / "glad", *map(str, words)], env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_job_is_sent_followed_listed_and_given_again(cluster, tiny_bundle, tmp_path):
+    url, environment = cluster
+    for index in range(6):
+        photo(index, tmp_path / "archive" / f"{index}.png")
+    words = ["score", tmp_path / "archive", "--model", tiny_bundle, "--out", tmp_path / "out", "--actors", 1]
+    secret = {"AWS_ACCESS_KEY_ID": "the-id", "AWS_SECRET_ACCESS_KEY": "the-secret", "AWS_REGION": "mars-1"}
+    code, out, err = glad(environment | secret, "submit", "--address", url, "--", *words)
+    assert code == 0, out + err
+    assert "6 images in" in out
+    assert "the nodes need" in out
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["counts"]["scored"] == 6
+
+    code, out, _ = glad(environment, "jobs", "list", "--json", "--address", url)
+    (job,) = json.loads(out)
+    assert (code, job["status"]) == (0, "SUCCEEDED")
+    from ray.job_submission import JobSubmissionClient
+
+    sent = glad(environment, "jobs", "logs", job["id"], "--address", url)[1]
+    token = Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+    details = JobSubmissionClient(url, headers={"Authorization": f"Bearer {token}"}).get_job_info(job["id"])
+    assert "mars-1" in str(details)
+    for text in (sent, str(details), *(path.read_text() for path in (tmp_path / "out").glob("*.json"))):
+        assert "the-secret" not in text
+        assert "the-id" not in text
+
+    code, out, err = glad(environment, "jobs", "retry", job["id"], "--address", url)
+    assert code == 0, out + err
+    assert "this run is complete" in out
+
+
+def test_a_job_that_fails_says_so_and_one_that_is_not_there_too(cluster, tmp_path):
+    url, environment = cluster
+    words = ["score", tmp_path / "nothing", "--out", tmp_path / "out"]
+    code, out, err = glad(environment, "submit", "--address", url, "--", *words)
+    assert code == 1, out + err
+    assert "failed" in out.splitlines()[-1]
+    assert "no such file or folder" in out
+    code, _, err = glad(environment, "jobs", "stop", "raysubmit_x", "--address", url)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "no such job" in err
+
+
+@pytest.mark.parametrize("token", [None, "another-token-of-some-length-0123"])
+def test_without_the_token_nobody_is_let_in(cluster, tmp_path, token):
+    url, environment = cluster
+    stranger = {name: value for name, value in environment.items() if not name.startswith("RAY_AUTH")}
+    stranger["HOME"] = str(tmp_path)  # no token lies there
+    if token:
+        stranger |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    code, _, err = glad(stranger, "submit", "--address", url, "--", "score", tmp_path, "--out", tmp_path / "out")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "refused the token" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["show", "/results"], "'show' cannot be submitted: give one of calibrate"),
+        (["score", "photos", "--out", "s3://b/out"], "photos: the cluster does not know this folder"),
+        (["score", "/a", "--out", "/b", "--address", "auto"], "give --address before --"),
+    ],
+)
+def test_what_cannot_run_there_is_not_sent(words, message):
+    found = CliRunner().invoke(app, ["submit", "--address", "http://127.0.0.1:1", "--", *words])
+    assert found.exit_code == 2
+    assert message in found.stderr
