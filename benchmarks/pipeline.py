@@ -109,8 +109,8 @@ def main(
     print(json.dumps(figures) if as_json else "\n".join(f"{name:24} {value:.4g}" for name, value in figures.items()))
 
 
-def long_archive(folder: Path, images: int) -> dict[str, float]:
-    """An archive of hard links through the job with the null model."""
+def long_folder(folder: Path, images: int) -> Path:
+    """So many images in folders of a thousand, most of them hard links."""
     archive = folder / "long"
     for index in range(images):
         place = archive / f"{index // 1000:03d}" / f"{index:06d}.png"
@@ -121,6 +121,12 @@ def long_archive(folder: Path, images: int) -> dict[str, float]:
             Image.fromarray(board).resize((128, 128)).save(place)
         else:
             os.link(archive / "000" / f"{index % DISTINCT:06d}.png", place)
+    return archive
+
+
+def long_archive(folder: Path, images: int) -> dict[str, float]:
+    """An archive of hard links through the job with the null model."""
+    archive = long_folder(folder, images)
     real, score.GladActor, score.Progress = score.GladActor, NullActor, Watch  # type: ignore[misc, assignment]
     SEEN.clear()
     started, before = time.perf_counter(), psutil.Process().memory_info().rss / 1e6
