@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from cluster.kubernetes import check_manifests
 from cluster.session import SessionError
 
 # Of the shipped ray_cluster.yaml: addresses and accounts that belong to nobody.
@@ -16,22 +17,25 @@ EXAMPLES = ("203.0.113.0/24", "123456789012")
 
 
 def check_cluster_file(path: Path) -> tuple[list[str], list[str]]:
-    """Everything wrong with a file for ``ray up``, and what is still as in the example; a line each.
+    """Everything wrong with a file for ``ray up`` or KubeRay, and what is still as in the example; a line each.
 
     Raises:
         SessionError: no such file, or no YAML.
     """
     try:
         text = path.read_text()
-        config = yaml.safe_load(text)
+        documents = [document for document in yaml.safe_load_all(text) if document is not None]
     except OSError as error:
         raise SessionError(f"{path}: {error.strerror or error}; name one such as ray_cluster.yaml") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
         raise SessionError(f"{path}: not YAML{where}: {getattr(error, 'problem', error)}; correct it there") from error
-    if not isinstance(config, dict):
+    if not documents or not all(isinstance(document, dict) for document in documents):
         raise SessionError(f"{path}: a cluster file is a table of settings; see ray_cluster.yaml")
+    config = documents[0]
+    if "apiVersion" in config:
+        return check_manifests(documents, text)
     problems = [*_schema(config), *_doors(config)]
     unchanged = [f"{example} is the example's: put your own" for example in EXAMPLES if example in text]
     return problems, unchanged

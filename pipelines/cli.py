@@ -230,7 +230,9 @@ app.add_typer(cluster_app, name="cluster")
 
 
 @cluster_app.command("check")
-def cluster_check(file: Annotated[Path, typer.Argument(help="A file for `ray up`, such as ray_cluster.yaml")]) -> None:
+def cluster_check(
+    file: Annotated[Path, typer.Argument(help="A file for `ray up` or KubeRay, such as ray_cluster.yaml")],
+) -> None:
     """What is wrong with a cluster file, before a machine is started (exit code 1), and what is still to be changed."""
     from cluster.launcher import check_cluster_file
 
