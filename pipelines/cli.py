@@ -193,6 +193,9 @@ def calibrate(
     profile: Annotated[
         Profile | None, typer.Option(help="fast: one UNet call instead of steps; as the bundle has it by default")
     ] = None,
+    feedback: Annotated[
+        bool, typer.Option("--feedback", help="--run is any run: what `glad view` did not confirm as anomalous is good")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of noise and synthetic anomalies")] = 0,
     address: Address = None,
 ) -> None:
@@ -210,6 +213,7 @@ def calibrate(
         threshold_only=threshold_only,
         foreground_mode=foreground,
         profile=profile.value if profile else None,  # type: ignore[arg-type]
+        feedback=feedback,
         seed=seed,
         address=address,
     )

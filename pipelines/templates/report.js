@@ -16,7 +16,7 @@ function figure(id, describe, options) {
   const place = byId(id);
   if (!place) return;
   const draw = () => place.replaceChildren(Plot.plot({
-    width: Math.max(200, place.clientWidth), height: 170, marginLeft: 40, marginBottom: 32, style, ariaLabel: describe, ...options }));
+    width: Math.max(200, place.clientWidth), height: 160, marginTop: 14, marginLeft: 40, marginBottom: 32, style, ariaLabel: describe, ...options }));
   draw();
   let waiting;
   new ResizeObserver(() => { clearTimeout(waiting); waiting = setTimeout(draw, 100); }).observe(place);
