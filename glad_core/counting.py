@@ -86,8 +86,7 @@ class PixelCounts:
         nan = float("nan")
         if not self.anomalous.any() or not self.normal.any():
             return dict.fromkeys(("P-AUROC", "P-AP", "P-F1max", "PRO", "AUPIMO"), nan)
-        seen = (self.normal + self.anomalous) > 0
-        false, true, shares = (_from_above(part[seen]) for part in (self.normal, self.anomalous, self.region_shares))
+        false, true, shares = self._totals_above()
         fpr, tpr, pro = false / false[-1], true / true[-1], shares / (self.regions * SHARE)
         precision = true[1:] / (true[1:] + false[1:])
         f1 = 2 * true[1:] / (true[1:] + false[1:] + true[-1])
@@ -98,6 +97,21 @@ class PixelCounts:
             "PRO": area_up_to(fpr, pro, pro_limit),
             "AUPIMO": self._aupimo(),
         }
+
+    def pro_curve(self) -> tuple[np.ndarray, np.ndarray]:
+        """False positive rate and mean overlap of the regions, [T] each, from the highest value down; [0] if undefined.
+
+        PRO is the area below it.
+        """
+        if not self.anomalous.any() or not self.normal.any():
+            return np.empty(0), np.empty(0)
+        false, _, shares = self._totals_above()
+        return false / false[-1], shares / (self.regions * SHARE)
+
+    def _totals_above(self) -> tuple[np.ndarray, ...]:
+        """Normal pixels, anomalous ones and shares of regions at each value met and above, [T] each."""
+        seen = (self.normal + self.anomalous) > 0
+        return tuple(_from_above(part[seen]) for part in (self.normal, self.anomalous, self.region_shares))
 
     def pro_200(self, limit: float = 0.3, thresholds: int = 200) -> float:
         """PRO as the released code counts it, from ``thresholds`` even levels (`glad_core.metrics.pro`)."""

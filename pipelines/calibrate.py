@@ -23,6 +23,7 @@ from glad_core.errors import GladError
 from glad_core.settings import Profile, Settings
 from pipelines import results
 from pipelines.decode import ImageError, decode, fetch
+from pipelines.feedback import require_marks
 from pipelines.model_source import local_bundle
 from pipelines.score import ScoreRequest, score
 from pipelines.sources import list_source
@@ -42,6 +43,7 @@ class CalibrateRequest:
     threshold_only: bool
     foreground_mode: int
     profile: Profile | None = None  # as the bundle has it
+    feedback: bool = False  # ``run`` is any run, whose alarms people have looked at
     seed: int = 0
     address: str | None = None
 
@@ -55,6 +57,8 @@ def calibrate(request: CalibrateRequest, console: Console) -> str:
     storage = Storage.from_environment()
     if request.threshold_only and request.profile is not None:
         raise GladError("--threshold-only keeps T and the profile: leave out --profile or --threshold-only")
+    if request.feedback and request.run is None:
+        raise GladError("--feedback needs --run, the run whose alarms were marked in `glad view`")
     if request.out.exists():
         raise GladError(f"{request.out} already exists: choose another --out or remove it")
     base = local_bundle(request.model, storage)
@@ -76,7 +80,7 @@ def calibrate(request: CalibrateRequest, console: Console) -> str:
             )
         elif not request.threshold_only:
             raise GladError("a finished run fixes T and δ: add --threshold-only, or give the good images themselves")
-        scores, judged_by = _scores(run, storage)
+        scores, judged_by, defects = _scores(run, storage, request.feedback)
         if request.run is not None and judged_by != {manifest.model_id}:
             raise GladError(f"{run} was scored by {', '.join(sorted(judged_by))}, --model is {manifest.model_id}")
         if len(scores) < needed:
@@ -88,6 +92,13 @@ def calibrate(request: CalibrateRequest, console: Console) -> str:
         provenance = {"target_fpr": request.target_fpr, "calibration_images": len(scores)}
         model_id = bundle.update_settings(made, settings.model_copy(update={"threshold": threshold}), provenance)
         made.rename(request.out)
+    if request.feedback:
+        lost = sum(score <= threshold for score in defects)
+        before = "none" if settings.threshold is None else f"{settings.threshold:.4g}"
+        console.print(
+            f"threshold was {before}; of {len(defects)} confirmed anomalies {lost} do not exceed the new one",
+            highlight=False,
+        )
     steps = f"T {settings.start_step}"
     if settings.profile == "exact":
         steps += f", δ {settings.delta:.4g}, min_step {settings.min_step}"
@@ -135,13 +146,33 @@ def _steps(request: CalibrateRequest, made: Path, settings: Settings, storage: S
         )
 
 
-def _scores(run: str, storage: Storage) -> tuple[list[float], set[str]]:
-    """The scores of a finished run, and the models that gave them."""
+def _scores(run: str, storage: Storage, with_feedback: bool) -> tuple[list[float], set[str], list[float]]:
+    """The scores of a finished run's good images, the models that gave them, and the scores of confirmed anomalies.
+
+    With feedback every image that nobody confirmed as anomalous is good, so all alarms must have been looked at: to
+    take only those marked would leave out the good images that score highest, or count defects as good.
+    """
     folder = run.rstrip("/") if is_s3(run) else local_path(run)
     results.read_run(folder, storage)
     filesystem, path = storage.resolve(join(folder, results.RESULTS))
-    table = pads.dataset(path, filesystem=filesystem).to_table(columns=["score", "model_id"])
-    return table["score"].to_pylist(), set(table["model_id"].to_pylist())
+    columns = ["score", "model_id", "image_id", "is_anomalous"]
+    table = pads.dataset(path, filesystem=filesystem).to_table(columns=columns)
+    judged_by = set(table["model_id"].to_pylist())
+    if not with_feedback:
+        return table["score"].to_pylist(), judged_by, []
+    said = {row["image_id"]: row["verdict"] for row in require_marks(folder, storage)}
+    rows = table.to_pylist()
+    alarms = [row["image_id"] for row in rows if row["is_anomalous"]]
+    unmarked = sum(image_id not in said for image_id in alarms)
+    if unmarked:
+        raise GladError(
+            f"{run}: {unmarked} of {len(alarms)} alarms are not marked yet; mark them with `glad view {run}`"
+        )
+    good: list[float] = []
+    defects: list[float] = []
+    for row in rows:
+        (defects if said.get(row["image_id"]) == "confirmed" else good).append(row["score"])
+    return good, judged_by, defects
 
 
 def _parent(out: Path) -> Path:

@@ -138,6 +138,30 @@ def show(
 
 
 @app.command()
+def report(
+    results: Annotated[str, typer.Argument(help="The --out of a `glad score`, local or s3://")],
+    out: Annotated[Path, typer.Option(help="HTML page to write")] = Path("report.html"),
+    dataset: Annotated[str | None, typer.Option(help="Ground truth, as `glad evaluate` reads it")] = None,
+    top: Annotated[int, typer.Option(min=1, max=2000, help="Images to show, most anomalous first")] = 500,
+) -> None:
+    """One self-contained page: totals of a run and its most anomalous images, to filter, sort and print."""
+    from pipelines.report import report as write
+
+    write(results, out, Console(), dataset=dataset, top=top)
+
+
+@app.command()
+def view(
+    results: Annotated[str, typer.Argument(help="The --out of a `glad score`, local or s3://")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="On this machine only; a free one by default")] = 0,
+) -> None:
+    """The report's page over all results, read as needed, with feedback kept in RESULTS/feedback. Ctrl-C ends it."""
+    from pipelines.view import view as serve
+
+    serve(results, port, Console())
+
+
+@app.command()
 def evaluate(
     results: Annotated[str, typer.Argument(help="The --out of a `glad score`, local or s3://")],
     dataset: Annotated[str, typer.Option(help="Dataset with ground truth: MVTec-AD's layout or VisA's")],
@@ -169,6 +193,9 @@ def calibrate(
     profile: Annotated[
         Profile | None, typer.Option(help="fast: one UNet call instead of steps; as the bundle has it by default")
     ] = None,
+    feedback: Annotated[
+        bool, typer.Option("--feedback", help="--run is any run: what `glad view` did not confirm as anomalous is good")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of noise and synthetic anomalies")] = 0,
     address: Address = None,
 ) -> None:
@@ -186,6 +213,7 @@ def calibrate(
         threshold_only=threshold_only,
         foreground_mode=foreground,
         profile=profile.value if profile else None,  # type: ignore[arg-type]
+        feedback=feedback,
         seed=seed,
         address=address,
     )

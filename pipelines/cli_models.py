@@ -51,6 +51,12 @@ def train(
     optimizer: Annotated[Optimizer | None, typer.Option(help="adamw8bit needs bitsandbytes and a GPU")] = None,
     ema: Annotated[float | None, typer.Option(min=0, max=1, help="Decay of averaged weights; the base says")] = None,
     textures: Textures = None,
+    exclude: Annotated[
+        str | None, typer.Option(help="Run over the good images: leave out those confirmed as anomalous in `glad view`")
+    ] = None,
+    include: Annotated[
+        str | None, typer.Option(help="Run: its false alarms, marked in `glad view`, are good images as well")
+    ] = None,
     anomalies: Annotated[
         bool, typer.Option("--anomalies/--no-anomalies", help="Without: a plain diffusion model, for comparison")
     ] = True,
@@ -88,6 +94,8 @@ def train(
         workers=workers,
         target_fpr=target_fpr,
         address=address,
+        exclude=exclude,
+        include=include,
     )
     model_id = run(request, Console())
     Console().print(f"bundle {model_id} in {escape(out)}", highlight=False)

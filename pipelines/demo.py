@@ -1,4 +1,4 @@
-"""`glad demo`: data, scoring job, figures and contact sheet in one go."""
+"""`glad demo`: data, scoring job, figures, contact sheet and report in one go."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from rich.console import Console
 
 from pipelines.demo_data import make_demo_data
 from pipelines.evaluate import evaluate
+from pipelines.report import report
 from pipelines.score import ScoreRequest, score
 from pipelines.show import show
 
 
 def demo(out: Path, console: Console) -> None:
-    """Fill ``out`` with data/, run/, sheet.png and metrics.json, and print the tables and I-AUROC."""
+    """Fill ``out`` with data/, run/, sheet.png, report.html and metrics.json, and print the tables and I-AUROC."""
     started = time.perf_counter()
     folder = make_demo_data(out / "data", 0)
     run = out / "run"
     counts = score(ScoreRequest(str(folder), str(run), reconstructions=True, overwrite=True), console)
     (found,) = evaluate(str(run), str(folder), console).values()
     show(str(run), 20, out / "sheet.png", console)
+    page = out / "report.html"
+    report(str(run), page, Console(quiet=True), dataset=str(folder))
     summary = {
         "i_auroc": found["I-AUROC"],
         "p_auroc": found["P-AUROC"],
@@ -33,3 +36,4 @@ def demo(out: Path, console: Console) -> None:
     console.print(
         f"I-AUROC {found['I-AUROC']:.3f}, P-AUROC {found['P-AUROC']:.3f}; look at {out / 'sheet.png'}", highlight=False
     )
+    console.print(f"open the report in a browser: {page.resolve().as_uri()}", highlight=False, soft_wrap=True)

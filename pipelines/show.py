@@ -40,7 +40,7 @@ def show(run_folder: str, top: int, out: Path, console: Console) -> None:
     run = results.read_run(folder, storage)
     with clear_errors(folder, storage):
         rows = highest(folder, top, storage)
-        places = _places(folder, [row["image_id"] for row in rows], storage)
+        places = places_of(folder, [row["image_id"] for row in rows], storage)
     if not rows:
         raise GladError(f"{folder}: the run judged no image; see {join(folder, results.ERRORS)}")
     if rows[0]["reconstruction"] is None:
@@ -104,7 +104,7 @@ def full_map(row: dict[str, Any], settings: Settings) -> np.ndarray:
     return full_size_map(torch.from_numpy(anomaly_map)[None], settings)[0].numpy()
 
 
-def _places(folder: str, image_ids: list[str], storage: Storage) -> dict[str, dict[str, Any]]:
+def places_of(folder: str, image_ids: list[str], storage: Storage) -> dict[str, dict[str, Any]]:
     """The manifest rows of images: where to read them again, tar members included."""
     filesystem, path = storage.resolve(join(folder, results.MANIFEST))
     table = pads.dataset(path, filesystem=filesystem).to_table(filter=pads.field("image_id").isin(image_ids))

@@ -54,6 +54,8 @@ class TrainRequest:
     workers: int = 1
     target_fpr: float = 0.05
     address: str | None = None
+    exclude: str | None = None  # runs with feedback (`pipelines.feedback`)
+    include: str | None = None
 
 
 def train(request: TrainRequest, console: Console) -> str:
@@ -67,6 +69,9 @@ def train(request: TrainRequest, console: Console) -> str:
     storage = Storage.from_environment()
     out = request.out.rstrip("/") if is_s3(request.out) else local_path(request.out)
     found = training_data.good_images(request.dataset, request.category, storage)
+    found, what = training_data.curated(found, request.exclude, request.include, storage)
+    if what:
+        console.print(what, highlight=False, soft_wrap=True)
     job = plan_job(request, list(found), storage, name=" ".join(found), work=f"{out}.train")
     if storage.kind(out) != "none":
         raise GladError(f"{out} already exists: choose another --out or remove it")

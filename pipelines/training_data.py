@@ -21,6 +21,7 @@ from cluster.storage import Storage, is_s3, join, local_path
 from glad_core import samples
 from glad_core.errors import GladError, did_you_mean
 from pipelines.decode import FETCH_THREADS, IMAGE_SUFFIXES, ImageError, Picture, decode, fetch
+from pipelines.feedback import require_marks
 
 DATA_CPUS = 0.5  # of one decoding and synthesising task
 SURVEY_BATCH = 32
@@ -72,6 +73,48 @@ def good_images(dataset: str, category: str | None, storage: Storage) -> dict[st
         if len(found[name]) < 2:
             raise GladError(f"{good}: {len(found[name])} good images; at least two are needed, better 50")
     return found
+
+
+def curated(
+    found: dict[str, list[GoodImage]], exclude: str | None, include: str | None, storage: Storage
+) -> tuple[dict[str, list[GoodImage]], str]:
+    """Good images after what people said of two runs, and one line of what that changed.
+
+    Args:
+        exclude: run whose confirmed anomalies are left out.
+        include: run whose false alarms are added, to the category they were judged as (the only one, if there is one).
+
+    Raises:
+        GladError: a run without feedback, or too few images left.
+    """
+    if exclude is None and include is None:
+        return found, ""
+    bad = {row["uri"] for row in _marked(exclude, "confirmed", storage)}
+    kept = {name: [image for image in images if image.uri not in bad] for name, images in found.items()}
+    left_out = sum(map(len, found.values())) - sum(map(len, kept.values()))
+    known = {image.uri for images in found.values() for image in images}
+    added, unusable = 0, 0
+    for row in _marked(include, "false_alarm", storage):
+        category = next(iter(found)) if len(found) == 1 else row["category"]
+        if row["uri"] in known | bad:
+            continue
+        if category not in kept or row["uri"].startswith("tar://"):
+            unusable += 1
+            continue
+        kept[category].append(GoodImage(row["uri"], category))
+        added += 1
+    for name, images in kept.items():
+        if len(images) < 2:
+            raise GladError(
+                f"{name}: {len(images)} good images left without those confirmed as anomalous; two are needed"
+            )
+    line = f"feedback: {left_out} good images left out, {added} added"
+    return kept, line + (f", {unusable} of another category or inside a tar not added" if unusable else "")
+
+
+def _marked(run: str | None, verdict: str, storage: Storage) -> list[dict[str, Any]]:
+    marks = [] if run is None else require_marks(run, storage)
+    return sorted((row for row in marks if row["verdict"] == verdict), key=lambda row: row["uri"])
 
 
 def _trainable(dataset: str, storage: Storage) -> list[str]:

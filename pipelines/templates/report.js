@@ -1,0 +1,319 @@
+"use strict";
+// The page's cards come from the page itself (glad report) or, a page at a time, from its server (glad view).
+const data = JSON.parse(document.getElementById("data").textContent);
+document.getElementById("data").remove();
+const byId = (id) => document.getElementById(id);
+const form = byId("filters"), gallery = byId("gallery"), detail = byId("detail"), help = byId("help");
+const PAGE = data.live ? 24 : 48;
+const COLOURS = { good: "var(--bar)", correct: "var(--bar)", anomalous: "var(--bad)", hit: "var(--good)", miss: "var(--miss)", "false alarm": "var(--warn)" };
+const short = (value) => value === null ? "–" : Math.abs(value) >= 100 ? value.toFixed(0) : value.toPrecision(3);
+const lastParts = (uri) => uri.split("/").slice(-2).join("/");
+
+// ---- plots ---------------------------------------------------------------------------------------------------------
+const style = { background: "transparent", color: "var(--muted)", fontSize: "11px" };
+
+function figure(id, describe, options) {
+  const place = byId(id);
+  if (!place) return;
+  const draw = () => place.replaceChildren(Plot.plot({
+    width: Math.max(200, place.clientWidth), height: 160, marginTop: 14, marginLeft: 40, marginBottom: 32, style, ariaLabel: describe, ...options }));
+  draw();
+  let waiting;
+  new ResizeObserver(() => { clearTimeout(waiting); waiting = setTimeout(draw, 100); }).observe(place);
+}
+
+function legend(id, entries) {
+  for (const [name, colour] of new Map(entries)) {
+    const swatch = document.createElement("i");
+    swatch.style.background = colour;
+    byId(id).append(swatch, name.replace("_", " "));
+  }
+}
+
+function drawPlots() {
+  legend("legend", data.histogram.map((bin) => [bin.kind, COLOURS[bin.kind]]));
+  const line = data.line === null ? [] : [data.line];
+  figure("scores", `Histogram of ${data.total} image scores` + (line.length ? `; the threshold is ${short(data.line)}` : ""), {
+    x: { label: data.unit }, y: { label: null, type: "sqrt", ticks: 4, tickFormat: "~s", grid: true },
+    marks: [
+      Plot.rectY(data.histogram, { x1: "from", x2: "to", y1: 0, y2: "count", fill: (bin) => COLOURS[bin.kind], fillOpacity: .85, insetLeft: .5, insetRight: .5,
+        title: (bin) => `${bin.count} ${bin.kind}, ${short(bin.from)} to ${short(bin.to)}` }),
+      Plot.ruleX(line, { stroke: "var(--ink)", strokeDasharray: "3 2" }),
+      Plot.text(line, { x: (value) => value, text: () => "threshold", frameAnchor: "top", textAnchor: "start", dx: 5, fill: "var(--ink)" }),
+    ] });
+  const steps = data.steps.filter((bar) => bar.step !== null);
+  const shade = (bar) => bar.reason === "difference" ? "var(--bad)" : "var(--bar)";
+  legend("stops", steps.map((bar) => [bar.reason, shade(bar)]));
+  figure("steps", "How many images stopped at each timestep", {
+    x: { label: "timestep, harder to repair to the left", type: "band", reverse: true, tickFormat: String, padding: .2 }, y: { label: null, ticks: 4, tickFormat: "~s", grid: true },
+    marks: [Plot.barY(steps, { x: "step", y: "count", fill: shade, fillOpacity: .85,
+      title: (bar) => `${bar.count} at ${bar.step}, ${bar.reason.replace("_", " ")}` })] });
+  for (const [id, x, y] of [["roc", "false positive rate", "true positive rate"], ["pro", "false positive rate", "overlap"]]) {
+    const points = data.curves.flatMap((of) => of[id].map(([a, b]) => ({ a, b, category: of.category })));
+    const one = data.curves.length === 1;
+    figure(id, `${id.toUpperCase()} curve of ${data.curves.map((of) => of.category).join(", ")}`, {
+      x: { label: x, ticks: 4, domain: [0, id === "roc" ? 1 : .3] }, y: { label: null, ticks: 4, domain: [0, 1], grid: true },
+      color: one ? undefined : { scheme: "tableau10" },
+      marks: [Plot.line(points, { x: "a", y: "b", z: "category", stroke: one ? "var(--ink)" : "category", strokeWidth: 1.6, tip: !one, title: "category" })] });
+  }
+}
+
+function stepCurve(card, width, height, axes) {
+  if (!card.steps.length) return null;
+  // A search compares steps out of order.
+  const points = card.steps.map(([step, score]) => ({ step, score })).sort((a, b) => b.step - a.step);
+  const stop = points.filter((point) => point.step === card.step);
+  const text = `Step scores from ${short(points[0].score)} at ${points[0].step} to ${short(points.at(-1).score)} at ${points.at(-1).step}; δ is ${short(card.delta)}`;
+  return Plot.plot({ width, height, style, ariaLabel: text,
+    margin: 4, ...(axes ? { marginLeft: 48, marginBottom: 34, marginTop: 10, marginRight: 12 } : {}),
+    x: { reverse: true, axis: axes ? "bottom" : null, label: "timestep", domain: d3.extent(points, (point) => point.step), inset: 4 },
+    y: { axis: axes ? "left" : null, label: null, ticks: 4, zero: true, grid: axes, domain: [0, Math.max(card.delta || 0, d3.max(points, (point) => point.score)) * 1.05 || 1] },
+    marks: [
+      Plot.ruleY(card.delta ? [card.delta] : [], { stroke: "var(--bad)", strokeDasharray: "3 2", strokeOpacity: .8 }),
+      axes && card.delta ? Plot.text([card.delta], { y: (value) => value, text: () => "δ", frameAnchor: "right", dy: -7, fill: "var(--bad)" }) : null,
+      Plot.lineY(points, { x: "step", y: "score", stroke: "var(--ink)", strokeWidth: 1.3 }),
+      Plot.dot(axes ? points : [], { x: "step", y: "score", r: 2.2, fill: "var(--ink)", title: (point) => `${short(point.score)} at ${point.step}` }),
+      Plot.dot(stop, { x: "step", y: "score", r: 3.2, fill: card.reason === "difference" ? "var(--bad)" : "var(--muted)" }),
+    ] });
+}
+
+// ---- cards ---------------------------------------------------------------------------------------------------------
+function picture(card, source, heat) {
+  const box = byId("picture").content.cloneNode(true).firstElementChild;
+  box.style.aspectRatio = Math.min(2.5, Math.max(.5, (card.width || 1) / (card.height || 1)));
+  const [photo, over] = box.querySelectorAll("img");
+  if (source) {
+    photo.src = source;
+    photo.alt = `${source === card.reconstruction ? "Reconstruction of " : ""}${lastParts(card.uri)}` + (heat ? `, score ${short(card.score)}` : "");
+  } else {
+    photo.remove();
+    if (!heat || card.problem) box.querySelector(".problem").textContent = `The image can no longer be read. ${card.problem || ""}`;
+  }
+  if (heat) {
+    over.src = card.heat;
+    for (const path of box.querySelectorAll("path")) path.setAttribute("d", card.contour);
+  } else {
+    over.remove();
+    box.querySelector("svg").remove();
+  }
+  return box;
+}
+
+function badge(place, card) {
+  const kind = card.truth || (card.anomalous === null ? "" : card.anomalous ? "anomalous" : "good");
+  place.textContent = card.mark ? card.mark.replace("_", " ") : kind;
+  place.className = `badge ${(card.mark === "confirmed" ? "anomalous" : card.mark || kind).replace(/[_ ]/, "-")}`;
+  place.hidden = !place.textContent;
+}
+
+const curvesInView = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) {
+    if (!isIntersecting) continue;
+    curvesInView.unobserve(target);
+    const drawn = stepCurve(target.card, Math.max(120, target.clientWidth - 20), 38, false);
+    if (drawn) target.replaceChildren(drawn);
+  }
+}, { rootMargin: "300px" });
+
+function element(card) {
+  const made = byId("card").content.cloneNode(true).firstElementChild;
+  made.card = card;
+  made.classList.toggle("anomalous-card", card.anomalous === true);
+  if (card.mark) made.classList.add(`marked-${card.mark}`);
+  made.querySelector(".pictures").append(picture(card, card.input, true), ...(card.reconstruction ? [picture(card, card.reconstruction, false)] : []));
+  made.querySelector(".name").textContent = lastParts(card.uri);
+  made.title = card.uri;
+  badge(made.querySelector(".badge"), card);
+  made.querySelector(".score").textContent = short(card.score);
+  made.querySelector(".versus").textContent = card.threshold ? `${short(card.margin)} × threshold` : "";
+  made.querySelector(".step").textContent = card.step === null ? card.reason.replace("_", " ") : `step ${card.step} · ${card.reason.replace("_", " ")}`;
+  made.setAttribute("aria-label", `${lastParts(card.uri)}, score ${short(card.score)}, ${made.querySelector(".badge").textContent}`);
+  const curve = made.querySelector(".curve");
+  curve.hidden = !card.steps.length;
+  curve.card = card;
+  curvesInView.observe(curve);
+  return made;
+}
+
+// ---- filter, sort, page --------------------------------------------------------------------------------------------
+const SORT = {
+  margin: (a, b) => b.margin - a.margin, margin_up: (a, b) => a.margin - b.margin, step: (a, b) => (b.step ?? -1) - (a.step ?? -1),
+  name: (a, b) => a.uri < b.uri ? -1 : 1, seconds: (a, b) => b.seconds - a.seconds };
+
+async function query(asked, first) {
+  if (data.live) {
+    const wanted = new URLSearchParams({ ...asked, first, count: PAGE });
+    const answer = await fetch(`api/cards?${wanted}`);
+    if (!answer.ok) throw new Error((await answer.json().catch(() => ({}))).detail || answer.statusText);
+    return answer.json();
+  }
+  const text = (asked.text || "").toLowerCase();
+  const found = data.cards.filter((card) =>
+    (!text || card.uri.toLowerCase().includes(text)) && (!asked.category || card.category === asked.category) &&
+    (!asked.verdict || (card.anomalous === true) === (asked.verdict === "anomalous")) && (!asked.reason || card.reason === asked.reason) &&
+    (!asked.truth || card.truth === asked.truth) && !(card.score < +asked.low) && (!asked.high || card.score <= +asked.high));
+  found.sort(SORT[asked.sort]);
+  return { total: found.length, cards: found.slice(first, first + PAGE) };
+}
+
+let asked = {}, shown = [], total = 0, turn = 0, busy = false;
+
+async function more() {
+  if (busy || (shown.length && shown.length >= total)) return;
+  busy = true;
+  const mine = turn;
+  byId("more").textContent = data.live ? "Loading…" : "";
+  try {
+    const answer = await query(asked, shown.length);
+    if (mine !== turn) return;
+    total = answer.total;
+    if (!shown.length) {
+      gallery.replaceChildren();
+      gallery.classList.toggle("single", !answer.cards.some((card) => card.reconstruction));
+    }
+    shown.push(...answer.cards);
+    gallery.append(...answer.cards.map(element));
+    const held = data.live ? data.total : data.cards.length;
+    byId("count").textContent = total === held
+      ? `${total.toLocaleString("en")} images` + (held < data.total ? `, the most anomalous of ${data.total.toLocaleString("en")}` : "")
+      : `${total.toLocaleString("en")} of ${held.toLocaleString("en")} images`;
+    byId("more").textContent = total ? "" : "No image fits. Widen the filter, or press Reset.";
+  } catch (error) {
+    byId("more").textContent = `The images could not be loaded: ${error.message}`;
+  } finally {
+    if (mine === turn) busy = false;
+  }
+  if (mine === turn && byId("more").getBoundingClientRect().top < innerHeight + 400 && shown.length < total) more();
+}
+
+function start() {
+  asked = Object.fromEntries([...new FormData(form)].filter(([, value]) => value !== ""));
+  [shown, total, busy] = [[], 0, false];
+  turn += 1;
+  more();
+}
+
+let typing;
+form.addEventListener("input", (event) => {
+  if (event.target.id === "opacity" || event.target.id === "contour") return;
+  clearTimeout(typing);
+  typing = setTimeout(start, event.target.tagName === "INPUT" ? 150 : 0);
+});
+form.addEventListener("submit", (event) => event.preventDefault());
+form.addEventListener("reset", () => setTimeout(() => { heat(65); gallery.parentElement.classList.remove("no-contour"); start(); }));
+new IntersectionObserver((entries) => { if (entries.some((entry) => entry.isIntersecting) && shown.length) more(); }, { rootMargin: "600px" }).observe(byId("more"));
+
+// ---- heat map, theme, detail, keys ---------------------------------------------------------------------------------
+let before = 65;
+function heat(value) {
+  byId("opacity").value = Math.min(100, Math.max(0, value));
+  document.documentElement.style.setProperty("--heat", byId("opacity").value / 100);
+}
+byId("opacity").addEventListener("input", (event) => heat(+event.target.value));
+byId("contour").addEventListener("change", (event) => document.body.classList.toggle("no-contour", !event.target.checked));
+byId("print").addEventListener("click", () => print());
+byId("help-button").addEventListener("click", () => help.showModal());
+byId("theme").addEventListener("click", (event) => {
+  const next = { auto: "light", light: "dark", dark: "auto" }[document.documentElement.dataset.theme || "auto"];
+  document.documentElement.dataset.theme = next;
+  event.target.textContent = `Theme: ${next}`;
+});
+
+let current = -1;
+function open(index) {
+  if (index < 0 || index >= shown.length) return;
+  current = index;
+  const card = shown[index];
+  detail.querySelector("h2").textContent = lastParts(card.uri);
+  detail.querySelector(".path").textContent = card.uri;
+  const panels = [["Input", card.input, false], ...(card.reconstruction ? [["Reconstruction", card.reconstruction, false]] : []), ["Heat map", card.input, true]];
+  detail.querySelector(".panels").replaceChildren(...panels.map(([caption, source, hot]) => {
+    const made = document.createElement("figure"), text = document.createElement("figcaption");
+    text.textContent = caption;
+    made.append(text, picture(card, source, hot));
+    return made;
+  }));
+  const facts = { score: short(card.score), threshold: short(card.threshold), "adaptive step": card.step ?? "none", "stopped by": card.reason.replace("_", " "),
+    "truth": card.truth, category: card.category, size: `${card.width} × ${card.height}`, "model time": `${short(card.seconds)} s`, model: card.model, id: card.id };
+  detail.querySelector("dl").replaceChildren(...Object.entries(facts).filter(([, value]) => value).flatMap(([name, value]) => {
+    const [term, said] = [document.createElement("dt"), document.createElement("dd")];
+    [term.textContent, said.textContent] = [name, value];
+    return [term, said];
+  }));
+  detail.querySelector(".prev").disabled = index === 0;
+  detail.querySelector(".next").disabled = index === shown.length - 1;
+  detail.querySelector(".marks").hidden = !data.live;
+  showMark(card, "");
+  if (!detail.open) detail.showModal();
+  const curve = detail.querySelector(".below figure"), drawn = stepCurve(card, Math.max(240, curve.clientWidth), 180, true);
+  curve.hidden = !drawn;
+  curve.querySelector(".curve").replaceChildren(...(drawn ? [drawn] : []));
+  if (index > shown.length - 5) more();
+}
+
+function showMark(card, said) {
+  for (const button of detail.querySelectorAll("[data-mark]")) button.setAttribute("aria-pressed", String((card.mark || "") === button.dataset.mark && !!card.mark));
+  detail.querySelector(".marks [role]").textContent = said;
+}
+
+async function mark(index, verdict) {
+  const card = shown[index];
+  if (!data.live || !card) return;
+  const answer = await fetch("api/marks", { method: "POST", headers: { "content-type": "application/json" },
+    body: JSON.stringify({ file: card.file, image_id: card.id, verdict: verdict || null }) });
+  if (answer.ok) {
+    card.mark = verdict || null;
+    const made = gallery.children[index];
+    made.classList.remove("marked-confirmed", "marked-false_alarm");
+    if (verdict) made.classList.add(`marked-${verdict}`);
+    badge(made.querySelector(".badge"), card);
+  }
+  if (detail.open) showMark(card, answer.ok ? "Saved" : `Not saved: ${(await answer.json().catch(() => ({}))).detail || answer.statusText}`);
+}
+
+gallery.addEventListener("click", (event) => {
+  const card = event.target.closest(".card");
+  if (card) open([...gallery.children].indexOf(card));
+});
+detail.querySelector(".prev").addEventListener("click", () => open(current - 1));
+detail.querySelector(".next").addEventListener("click", () => open(current + 1));
+detail.querySelector(".close").addEventListener("click", () => detail.close());
+detail.addEventListener("click", (event) => { if (event.target === detail) detail.close(); });
+detail.addEventListener("close", () => gallery.children[current]?.focus());
+for (const button of detail.querySelectorAll("[data-mark]")) button.addEventListener("click", () => mark(current, button.dataset.mark));
+
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey || help.open) return;
+  if (event.target.matches("input:not([type=range], [type=checkbox]), select")) {
+    if (event.key === "Escape") event.target.blur();
+    return;
+  }
+  const focused = [...gallery.children].indexOf(document.activeElement);
+  const columns = getComputedStyle(gallery).gridTemplateColumns.split(" ").length;
+  const moves = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns };
+  if (event.key in moves && !event.target.matches("input")) {
+    if (detail.open) {
+      open(current + Math.sign(moves[event.key]));
+    } else if (focused >= 0) {
+      gallery.children[Math.min(gallery.children.length - 1, Math.max(0, focused + moves[event.key]))].focus();
+    } else if (event.key === "ArrowRight") {
+      gallery.children[0]?.focus();
+    } else {
+      return;
+    }
+  } else if (event.key === "Enter" && focused >= 0 && !detail.open) open(focused);
+  else if (event.key === "/" && !detail.open) form.elements.text.focus();
+  else if (event.key === "?") help.showModal();
+  else if (event.key === "h") {
+    const now = +byId("opacity").value;
+    if (now) before = now;
+    heat(now ? 0 : before);
+  } else if (event.key === "[" || event.key === "]") heat(+byId("opacity").value + (event.key === "]" ? 10 : -10));
+  else if (event.key === "c" || event.key === "f") mark(detail.open ? current : focused, event.key === "c" ? "confirmed" : "false_alarm");
+  else return;
+  event.preventDefault();
+});
+
+drawPlots();
+start();
+document.documentElement.dataset.ready = "yes";
