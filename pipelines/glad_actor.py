@@ -25,13 +25,17 @@ from pipelines.model_source import Models, local_bundle
 from pipelines.results import SCORED_SCHEMA
 
 KEPT_MODELS = 4  # bundles an actor holds at a time
+STEPS = [float(step) for step in range(50, 1000, 50)]  # boundaries of the stop-step histogram
+
+logger = logging.getLogger("glad.actor")
 
 
 @dataclass(frozen=True)
 class ActorSettings:
     """What an actor needs to know; ``slots`` images are in flight, ``threads`` is its share of the machine's CPUs.
 
-    With a ``memory`` (`pipelines.memory`) images are judged by it instead of by reconstruction.
+    ``run`` is the run's id, in metrics and log lines. With a ``memory`` (`pipelines.memory`) images are judged by it
+    instead of by reconstruction.
     """
 
     models: Models
@@ -46,6 +50,34 @@ class ActorSettings:
     precision: Literal["off", "bf16", "fp16"] = "off"
     compiled: bool = False
     memory: str | None = None
+    run: str = ""
+
+
+class Watched:
+    """What an actor counts, as metrics of Ray: `cluster/grafana/glad.json` draws them."""
+
+    def __init__(self, run: str) -> None:
+        from ray.util.metrics import Counter, Gauge, Histogram
+
+        tags = ("run", "category", "verdict")
+        self.tags = {"run": run}
+        self.images = Counter("glad_images", "Images judged: good, anomalous, unjudged (no threshold), error", tags)
+        self.stop_step = Histogram("glad_stop_step", "Adaptive step of an image", STEPS, ("run", "category"))
+        self.seconds = Histogram(
+            "glad_image_seconds", "Model time of an image", [0.1, 0.3, 1, 3, 10, 30, 100], ("run",)
+        )
+        self.occupancy = Gauge("glad_slot_occupancy", "Share of slots that held an image while others waited", ("run",))
+
+    def count(self, row: dict[str, Any]) -> None:
+        """One row of the results or errors."""
+        category = {"category": row.get("category") or ""}
+        verdict = {None: "unjudged", True: "anomalous", False: "good"}[row.get("is_anomalous")]
+        verdict = "error" if row.get("error_type") else verdict
+        self.images.inc(1, self.tags | category | {"verdict": verdict})
+        if row.get("stop_step") is not None:
+            self.stop_step.observe(row["stop_step"], self.tags | category)
+        if row.get("seconds"):
+            self.seconds.observe(row["seconds"], self.tags)
 
 
 class EngineThread(threading.Thread):
@@ -93,7 +125,7 @@ class EngineThread(threading.Thread):
                         del engines[id(engine)]
         except BaseException:
             # The device no longer answers. Ray starts another actor and gives it the rows.
-            logging.getLogger(__name__).exception("the engine died")
+            logger.exception("the engine died")
             os._exit(1)
 
 
@@ -105,8 +137,10 @@ class GladActor:
         self.engines: OrderedDict[str, Any] = OrderedDict()
         self.memory: Any = None
         self.failure: Exception | None = None
+        self.watched = Watched(settings.run)
         try:
             self._prepare()
+            logger.info("actor ready", extra={"run": settings.run})
         except Exception as error:  # Ray would restart the actor for ever and bury the reason; the first call tells it
             self.failure = error
         self.thread = EngineThread()
@@ -117,6 +151,11 @@ class GladActor:
         decoded = {row["image_id"]: row for row in rows.to_pylist()}
         out = [self._error(row) for row in decoded.values() if row["error_type"] is not None]
         judged = await asyncio.gather(*(self._judge(row) for row in decoded.values() if row["error_type"] is None))
+        for row in out + judged:
+            self.watched.count(row)
+        busy = [engine.occupancy for engine in self.engines.values()]
+        if busy:
+            self.watched.occupancy.set(sum(busy) / len(busy), self.watched.tags)
         yield pa.Table.from_pylist(out + judged, schema=SCORED_SCHEMA)
 
     def _prepare(self) -> None:

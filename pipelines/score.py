@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -141,7 +142,10 @@ def score(request: ScoreRequest, console: Console) -> Counts:
         precision=request.precision,
         compiled=request.compiled,
         memory=memory,
+        run=plan.run,
     )
+    log = logging.LoggerAdapter(logging.getLogger("glad.score"), {"run": plan.run})
+    log.info("%d of %d shards of %s are missing", plan.shards - len(commits), plan.shards, out)
     scored, anomalies, errors = (sum(getattr(of, name) for of in commits.values()) for name in COUNTED)
     if commits:
         console.print(f"going on after {scored + errors} images", highlight=False)
@@ -153,6 +157,7 @@ def score(request: ScoreRequest, console: Console) -> Counts:
             progress.update(scored + errors, anomalies, errors)
             if commit is not None:
                 commits[commit.shard] = commit
+                log.info("shard %d committed: %d scored, %d errors", commit.shard, commit.scored, commit.errors)
             if request.max_errors is not None and errors > request.max_errors:
                 raise TooManyErrors(
                     f"stopped after {errors} errors, more than --max-errors {request.max_errors}; "
@@ -173,7 +178,9 @@ def score(request: ScoreRequest, console: Console) -> Counts:
         calibrated = read_memory(memory, storage).threshold is not None
     found = anomalies if calibrated else None
     counts = Counts(plan.images, scored, found, errors, plan.duplicates)
-    results.complete(out, storage, _run_record(request, source, out, models, searches, room, counts, started, seconds))
+    record = _run_record(request, source, out, models, searches, room, counts, started, seconds)
+    results.complete(out, storage, record | {"run": plan.run})
+    log.info("complete: %d scored, %d errors", counts.scored, counts.errors)
     _closing_table(console, counts, seconds, out)
     return counts
 

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 from cluster.storage import Storage, StorageError, is_s3, join, local_path
 from glad_core.errors import GladError
@@ -30,11 +31,15 @@ READERS = 16  # commits read at a time
 
 @dataclass(frozen=True)
 class Plan:
-    """``images`` of the manifest in shards of ``rows_per_shard``, a power of two that divides a manifest file."""
+    """``images`` of the manifest in shards of ``rows_per_shard``, a power of two that divides a manifest file.
+
+    ``run`` is the run's id: the same for all that go on with it.
+    """
 
     images: int
     duplicates: int
     rows_per_shard: int
+    run: str = ""
 
     @property
     def shards(self) -> int:
@@ -133,7 +138,7 @@ def release(dest: str, storage: Storage) -> None:
 def make_plan(images: int, duplicates: int, dest: str, storage: Storage, manifest_rows: int) -> Plan:
     """Cut a listed archive into shards: small ones for progress in a small archive, files worth opening in a large."""
     wanted = max(8, images // PARTS)
-    plan = Plan(images, duplicates, min(manifest_rows, 1 << (wanted.bit_length() - 1)))
+    plan = Plan(images, duplicates, min(manifest_rows, 1 << (wanted.bit_length() - 1)), uuid4().hex[:12])
     storage.write(join(dest, PLAN), (json.dumps(asdict(plan)) + "\n").encode())
     return plan
 
