@@ -261,9 +261,9 @@ def test_the_page_in_a_browser(made, tmp_path, ray_session) -> None:
         page.keyboard.press("ArrowRight")
         page.keyboard.press("Enter")
         page.wait_for_selector("#detail[open] .below svg")
-        before = page.inner_text("#detail h2")
+        before = page.inner_text("#detail .path")
         page.keyboard.press("ArrowRight")
-        assert page.inner_text("#detail h2") != before
+        assert page.inner_text("#detail .path") != before
         page.keyboard.press("Escape")
         page.wait_for_selector("#detail:not([open])", state="attached")
         assert page.locator("img:not([alt])").count() == 0
