@@ -64,8 +64,10 @@ def read_manifest(path: str | Path) -> Manifest:
     try:
         manifest = Manifest.model_validate_json((path / MANIFEST).read_text())
     except (ValidationError, UnicodeDecodeError) as error:
+        place = ".".join(map(str, error.errors()[0]["loc"])) if isinstance(error, ValidationError) else ""
+        wrong = f" ('{place}' is not as it should be)" if place else ""
         raise GladError(
-            f"{path / MANIFEST}: damaged or of another program; restore the bundle from its source"
+            f"{path / MANIFEST}: damaged or of another program{wrong}; restore the bundle from its source"
         ) from error
     if manifest.schema_version != SCHEMA_VERSION:
         raise GladError(

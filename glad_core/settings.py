@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from glad_core.errors import GladError, did_you_mean
 
 Profile = Literal["exact", "fast"]
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class Settings(BaseModel):
@@ -73,13 +74,21 @@ class Settings(BaseModel):
     @classmethod
     def parse(cls, values: dict[str, Any], where: str) -> Settings:
         """Settings from untrusted values; every mistake is one `GladError` line that begins with ``where``."""
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"])
-            if first["type"] == "extra_forbidden":
-                hint = did_you_mean(name, cls.model_fields)
-                raise GladError(f"{where}: unknown setting '{name}'{hint}") from error
-            message = first["msg"].removeprefix("Value error, ")
-            raise GladError(f"{where}: {name + ': ' if name else ''}{message}") from error
+        return parse(cls, values, where)
+
+
+def parse(model: type[Model], values: dict[str, Any], where: str) -> Model:
+    """A pydantic model from untrusted values.
+
+    Raises:
+        GladError: one line that begins with ``where`` and names the offending key; an unknown one with its nearest.
+    """
+    try:
+        return model(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise GladError(f"{where}: unknown setting '{name}'{did_you_mean(name, model.model_fields)}") from error
+        message = first["msg"].removeprefix("Value error, ")
+        raise GladError(f"{where}: {name + ': ' if name else ''}{message}") from error

@@ -14,6 +14,7 @@ from torch import Tensor
 from glad_core import bundle, presets
 from glad_core.errors import GladError
 from glad_core.features import create_vit
+from glad_core.manifest import Manifest
 from glad_core.settings import Settings
 
 PROMPT = "a photo of sks"
@@ -110,8 +111,8 @@ def import_unet(base: Path, checkpoint: Path, out: Path, *, category: str, prese
     )
 
 
-def inspect(path: Path, console: Console) -> None:
-    """Print what a bundle is and check every file's sha256."""
+def inspect(path: Path, console: Console) -> Manifest:
+    """Print what a bundle is and check every file's sha256; returns its glad.json."""
     manifest = bundle.verify(path)
     table = Table("part", "value", title=f"{path} · verified")
     table.add_row("model id", manifest.model_id)
@@ -127,6 +128,7 @@ def inspect(path: Path, console: Console) -> None:
     for name, value in {**manifest.provenance, **manifest.versions}.items():
         table.add_row(name, str(value))
     console.print(table)
+    return manifest
 
 
 def _part(cls: Any, diffusion: str, subfolder: str, **options: Any) -> Any:

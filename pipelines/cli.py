@@ -15,8 +15,8 @@ from typer.core import TyperGroup
 from cluster.session import SessionError
 from cluster.storage import StorageError
 from glad_core.errors import GladError
-from pipelines import cli_jobs, cli_models
-from pipelines.cli_models import STOPPED, Address, Precision
+from pipelines import cli_jobs, cli_models, cli_setup
+from pipelines.cli_models import STOPPED, Address, Json, Precision, print_json
 
 USER_ERROR = 2  # exit code of a mistake in what was asked
 
@@ -33,11 +33,25 @@ class OneLineErrors(TyperGroup):
 
 app = typer.Typer(
     cls=OneLineErrors,
+    context_settings={"auto_envvar_prefix": "GLAD"},
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Find defects in photos with GLAD, adaptive diffusion anomaly detection, on Ray.",
+    epilog="Exit codes: 0 all well; 1 the job stopped, or found what it looks for (drift, a damaged dataset); "
+    "2 a mistake in what was asked.",
 )
+
+
+@app.callback()
+def glad(
+    ctx: typer.Context,
+    config: Annotated[Path | None, typer.Option(help="Options of commands; ./glad.yaml where there is one")] = None,
+) -> None:
+    default = Path("glad.yaml")
+    if config is not None or default.is_file():
+        from pipelines.config import read
+
+        ctx.default_map = read(config or default, ctx)
 
 
 Method = StrEnum("Method", ["glad", "nearest"])
@@ -50,7 +64,7 @@ class Maps(StrEnum):
     full = "full"
 
 
-@app.command()
+@app.command(epilog="Example: glad score photos/ --out results --model bundle")
 def score(
     source: Annotated[
         str,
@@ -114,10 +128,10 @@ def score(
         _fail(str(error), STOPPED)
 
 
-@app.command()
+@app.command(epilog="Example: glad status s3://bucket/results --json")
 def status(
     results: Annotated[str, typer.Argument(help="The --out of a `glad score`, local or s3://")],
-    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON")] = False,
+    as_json: Json = False,
 ) -> None:
     """How far a run is: images done, anomalies, errors; from any machine that can read its output."""
     from pipelines.status import show
@@ -125,7 +139,7 @@ def status(
     show(results, as_json, Console())
 
 
-@app.command()
+@app.command(epilog="Example: glad show results --top 50 --out sheet.png")
 def show(
     results: Annotated[str, typer.Argument(help="The --out of a `glad score`, local or s3://")],
     top: Annotated[int, typer.Option(min=1, max=200, help="Images to show, highest scores first")] = 20,
@@ -137,7 +151,7 @@ def show(
     draw(results, top, out, Console())
 
 
-@app.command()
+@app.command(epilog="Example: glad report results --out report.html")
 def report(
     results: Annotated[str, typer.Argument(help="The --out of a `glad score`, local or s3://")],
     out: Annotated[Path, typer.Option(help="HTML page to write")] = Path("report.html"),
@@ -150,7 +164,7 @@ def report(
     write(results, out, Console(), dataset=dataset, top=top)
 
 
-@app.command()
+@app.command(epilog="Example: glad view s3://verdicts/monday")
 def view(
     results: Annotated[str, typer.Argument(help="The --out of a `glad score`, local or s3://")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="On this machine only; a free one by default")] = 0,
@@ -161,7 +175,7 @@ def view(
     serve(results, port, Console())
 
 
-@app.command()
+@app.command(epilog="Example: glad evaluate results --dataset mvtec --out tables")
 def evaluate(
     results: Annotated[str, typer.Argument(help="The --out of a `glad score`, local or s3://")],
     dataset: Annotated[str, typer.Option(help="Dataset with ground truth: MVTec-AD's layout or VisA's")],
@@ -170,14 +184,18 @@ def evaluate(
     pro_thresholds: Annotated[
         int | None, typer.Option(min=2, help="Count PRO at so many even thresholds (published: 200) instead of at all")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """The paper's tables: detection and localisation metrics by category, with the published figures beside them."""
     from pipelines.evaluate import evaluate as run
 
-    run(results, dataset, Console(), out=out, pro_limit=pro_limit, pro_thresholds=pro_thresholds)
+    console = Console(stderr=as_json)
+    metrics = run(results, dataset, console, out=out, pro_limit=pro_limit, pro_thresholds=pro_thresholds)
+    if as_json:
+        print_json(metrics)
 
 
-@app.command()
+@app.command(epilog="Example: glad calibrate good/ --model bundle --out calibrated --target-fpr 0.01")
 def calibrate(
     model: Annotated[str, typer.Option(help="Bundle to calibrate; 'small' is the embedded one")],
     out: Annotated[Path, typer.Option(help="Calibrated bundle to write")],
@@ -220,7 +238,7 @@ def calibrate(
     Console().print(f"bundle {job.calibrate(request, Console())} in {escape(str(out))}", highlight=False)
 
 
-@app.command()
+@app.command(epilog="Example: glad ablate mvtec/screw --model bundle --plain plain --out ablation")
 def ablate(
     dataset: Annotated[str, typer.Argument(help="Dataset with ground truth, or one category's folder")],
     model: Annotated[str, typer.Option(help="Bundle trained with synthetic anomalies")],
@@ -239,17 +257,21 @@ def ablate(
     run(dataset, category, model, plain, chosen, out, Console())
 
 
-@app.command()
+@app.command(epilog="Example: glad drift calibration-run tonight --out drift.png")
 def drift(
     first: Annotated[str, typer.Argument(help="A finished run, e.g. over calibration images")],
     second: Annotated[str, typer.Argument(help="Another, e.g. tonight's")],
     out: Annotated[Path | None, typer.Option(help="PNG of both distributions")] = None,
     alpha: Annotated[float, typer.Option(min=0, max=1, help="Probability of a false alarm")] = 0.01,
+    as_json: Json = False,
 ) -> None:
     """Whether two runs' scores and stop steps are distributed alike. Exit code 1 if they are not."""
     from pipelines.drift import drift as compare
 
-    if compare(first, second, out, Console(), alpha=alpha):
+    found = compare(first, second, out, Console(stderr=as_json), alpha=alpha)
+    if as_json:
+        print_json(found)
+    if any(of["differs"] for of in found.values()):
         raise typer.Exit(STOPPED)
 
 
@@ -257,7 +279,7 @@ cluster_app = typer.Typer(no_args_is_help=True, help="Look at cluster files.")
 app.add_typer(cluster_app, name="cluster")
 
 
-@cluster_app.command("check")
+@cluster_app.command("check", epilog="Example: glad cluster check ray_cluster.yaml")
 def cluster_check(
     file: Annotated[Path, typer.Argument(help="A file for `ray up` or KubeRay, such as ray_cluster.yaml")],
 ) -> None:
@@ -280,16 +302,21 @@ datasets_app = typer.Typer(no_args_is_help=True, help="Look at datasets with gro
 app.add_typer(datasets_app, name="datasets")
 
 
-@datasets_app.command("check")
-def datasets_check(path: Annotated[str, typer.Argument(help="Dataset folder, local or s3://")]) -> None:
+@datasets_app.command("check", epilog="Example: glad datasets check s3://bucket/mvtec")
+def datasets_check(
+    path: Annotated[str, typer.Argument(help="Dataset folder, local or s3://")], as_json: Json = False
+) -> None:
     """What a dataset holds and what is wrong with it: unreadable files, missing or misfitting masks (exit code 1)."""
     from pipelines.datasets import check
 
-    if not check(path, Console()):
+    found = check(path, Console(stderr=as_json))
+    if as_json:
+        print_json(found)
+    if found["problems"]:
         raise typer.Exit(STOPPED)
 
 
-@app.command("demo-data")
+@app.command("demo-data", epilog="Example: glad demo-data demo-data --seed 1")
 def demo_data(
     out: Annotated[Path, typer.Argument(help="Folder for the MVTec-AD tree")],
     seed: Annotated[int, typer.Option(help="Seed of the pictures")] = 0,
@@ -304,7 +331,7 @@ def demo_data(
     Console().print(f"demo data in {escape(str(folder))}", highlight=False)
 
 
-@app.command()
+@app.command(epilog="Example: glad demo --out demo-output")
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the data, the results, the sheet and metrics.json")] = Path(
         "demo-output"
@@ -318,6 +345,7 @@ def demo(
 
 cli_models.add_to(app)
 cli_jobs.add_to(app)
+cli_setup.add_to(app)
 
 
 def _fail(message: str, code: int) -> NoReturn:

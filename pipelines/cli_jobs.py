@@ -35,7 +35,7 @@ def submit(
     address: Server = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow what the job prints to its end")] = True,
 ) -> None:
-    """Run a command on a cluster: glad submit -- score s3://photos/line-4 --out s3://verdicts/monday."""
+    """Run a command on a cluster through Ray Jobs, and print what it prints; keys stay here."""
     words = check(command)
     console = Console()
     with jobs.job_client(address) as client:
@@ -98,7 +98,7 @@ def _follow(client: JobSubmissionClient, job: str, console: Console) -> bool:
 jobs_app = typer.Typer(no_args_is_help=True, help="Look at and stop submitted jobs.")
 
 
-@jobs_app.command("list")
+@jobs_app.command("list", epilog="Example: glad jobs list --json")
 def list_jobs(
     address: Server = None, as_json: Annotated[bool, typer.Option("--json", help="One line")] = False
 ) -> None:
@@ -115,7 +115,7 @@ def list_jobs(
     Console().print(table, highlight=False)
 
 
-@jobs_app.command()
+@jobs_app.command(epilog="Example: glad jobs logs raysubmit_x1")
 def logs(
     job: Job, address: Server = None, follow: Annotated[bool, typer.Option("--follow", help="To its end")] = False
 ) -> None:
@@ -130,7 +130,7 @@ def logs(
         raise typer.Exit(STOPPED)
 
 
-@jobs_app.command()
+@jobs_app.command(epilog="Example: glad jobs stop raysubmit_x1")
 def stop(job: Job, address: Server = None) -> None:
     """Stop a job; what it has committed stays, and `glad jobs retry` goes on from there."""
     with jobs.job_client(address) as client:
@@ -138,7 +138,7 @@ def stop(job: Job, address: Server = None) -> None:
     Console().print(f"{job} {'stopped' if stopped else 'was not running'}", highlight=False)
 
 
-@jobs_app.command()
+@jobs_app.command(epilog="Example: glad jobs retry raysubmit_x1")
 def retry(
     job: Job,
     address: Server = None,
@@ -155,5 +155,5 @@ def retry(
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command()(submit)
+    app.command(epilog="Example: glad submit -- score s3://photos/line-4 --out s3://verdicts/monday")(submit)
     app.add_typer(jobs_app, name="jobs")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,6 +20,7 @@ Device = StrEnum("Device", ["cpu", "cuda", "mps"])
 Promote = StrEnum("Promote", ["always", "gate", "never"])
 
 # What several commands ask for in the same words.
+Json = Annotated[bool, typer.Option("--json", help="The result as one line of JSON; words go to stderr")]
 Address = Annotated[str | None, typer.Option(help="Ray cluster: host:port or auto; else this machine")]
 Base = Annotated[str, typer.Option(help="Bundle to start from; 'small' is the embedded one")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Optimiser steps; the base recommends")]
@@ -147,7 +149,7 @@ Registry = Annotated[str, typer.Argument(help="The --out of a `glad retrain`, lo
 Category = Annotated[str, typer.Argument(help="Category in the registry")]
 
 
-@registries.command("list")
+@registries.command("list", epilog="Example: glad registry list s3://bucket/models")
 def registry_list(registry: Registry) -> None:
     """Every category's current version."""
     from pipelines.registry import print_list
@@ -155,7 +157,7 @@ def registry_list(registry: Registry) -> None:
     print_list(registry, Console())
 
 
-@registries.command("show")
+@registries.command("show", epilog="Example: glad registry show models screw")
 def registry_show(registry: Registry, category: Category) -> None:
     """A category's versions."""
     from pipelines.registry import print_versions
@@ -163,7 +165,7 @@ def registry_show(registry: Registry, category: Category) -> None:
     print_versions(registry, category, Console())
 
 
-@registries.command("promote")
+@registries.command("promote", epilog="Example: glad registry promote models screw 0123456789abcdef")
 def registry_promote(
     registry: Registry, category: Category, version: Annotated[str, typer.Argument(help="Version to score with")]
 ) -> None:
@@ -175,7 +177,7 @@ def registry_promote(
     Console().print(f"{category}: {version} is current", highlight=False)
 
 
-@registries.command("rollback")
+@registries.command("rollback", epilog="Example: glad registry rollback models screw")
 def registry_rollback(registry: Registry, category: Category) -> None:
     """Make the version before the current one current again."""
     from cluster.storage import Storage
@@ -188,7 +190,9 @@ def registry_rollback(registry: Registry, category: Category) -> None:
 bundles = typer.Typer(no_args_is_help=True, help="Make and inspect model bundles.")
 
 
-@bundles.command("create")
+@bundles.command(
+    "create", epilog="Example: glad bundle create stable-diffusion-v1-4/ --out bundle --preset MVTec-AD/screw"
+)
 def bundle_create(
     diffusion: Annotated[str, typer.Argument(help="Stable Diffusion folder in diffusers format, or hub id")],
     out: Annotated[Path, typer.Option(help="Bundle to write")],
@@ -202,7 +206,9 @@ def bundle_create(
     Console().print(create(diffusion, features, out, category=category, preset=preset, settings={}))
 
 
-@bundles.command("import-unet")
+@bundles.command(
+    "import-unet", epilog="Example: glad bundle import-unet bundle checkpoint-8000/pytorch_model.bin --out screw"
+)
 def bundle_import_unet(
     base: Annotated[Path, typer.Argument(help="Bundle to take everything else from")],
     checkpoint: Annotated[Path, typer.Argument(help="The authors' checkpoint-*/pytorch_model.bin")],
@@ -216,17 +222,28 @@ def bundle_import_unet(
     Console().print(import_unet(base, checkpoint, out, category=category, preset=preset))
 
 
-@bundles.command("inspect")
-def bundle_inspect(path: Annotated[Path, typer.Argument(help="Bundle folder")]) -> None:
+@bundles.command("inspect", epilog="Example: glad bundle inspect bundle")
+def bundle_inspect(
+    path: Annotated[Path, typer.Argument(help="Bundle folder")],
+    as_json: Json = False,
+) -> None:
     """Print what is inside a bundle and verify every file."""
     from pipelines.bundle import inspect
 
-    inspect(path, Console())
+    manifest = inspect(path, Console(stderr=as_json))
+    if as_json:
+        print_json(manifest.model_dump())
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """One line on stdout; what is not a number (NaN, JSON knows none) becomes null."""
+    plain = json.loads(json.dumps(result), parse_constant=lambda name: None)
+    print(json.dumps(plain, ensure_ascii=False))
 
 
 def add_to(app: typer.Typer) -> None:
     """Add these commands to ``app``."""
-    app.command()(train)
-    app.command()(retrain)
+    app.command(epilog="Example: glad train mvtec --category screw --out bundle")(train)
+    app.command(epilog="Example: glad retrain mvtec --out s3://bucket/models --promote gate")(retrain)
     app.add_typer(registries, name="registry")
     app.add_typer(bundles, name="bundle")

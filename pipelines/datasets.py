@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -122,25 +123,28 @@ def resize_mask(mask_HW: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(Image.fromarray(mask_HW).resize((side, side), Image.Resampling.NEAREST))
 
 
-def check(location: str, console: Console) -> bool:
-    """Print what a dataset holds and what is wrong with it; returns whether nothing is."""
+def check(location: str, console: Console) -> dict[str, Any]:
+    """Print what a dataset holds and what is wrong with it; returns it too, counts by category and ``problems``."""
     storage = Storage.from_environment()
     examples = read_dataset(location, storage)
     with ThreadPoolExecutor(FETCH_THREADS) as pool:
         problems = [problem for problem in pool.map(lambda example: _problem(example, storage), examples) if problem]
     name = published_name({example.category for example in examples})
-    table = Table("category", "train good", "test good", "test anomalous", "with mask", title=name)
+    columns = ("train good", "test good", "test anomalous", "with mask")
+    table = Table("category", *columns, title=name)
+    found: dict[str, dict[str, int]] = {}
     for category in sorted({example.category for example in examples}):
         mine = [example for example in examples if example.category == category]
         kinds = Counter((example.split, example.anomalous) for example in mine)
         masks = sum(example.mask is not None for example in mine)
         counts = (kinds["train", False], kinds["test", False], kinds["test", True], masks)
+        found[category] = dict(zip(columns, counts, strict=True))
         table.add_row(category, *map(str, counts))
     console.print(table)
     for problem in problems:
         console.print(f"[red]{escape(problem)}[/red]", highlight=False, soft_wrap=True)
     console.print(f"{len(examples)} images, {len(problems)} problems", highlight=False)
-    return not problems
+    return {"dataset": name, "images": len(examples), "categories": found, "problems": problems}
 
 
 def _problem(example: Example, storage: Storage) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.dataset as pads
@@ -19,8 +20,10 @@ from pipelines.show import save_figure
 CATEGORIES_SHOWN = 12
 
 
-def drift(first: str, second: str, out: Path | None, console: Console, *, alpha: float = 0.01) -> bool:
-    """Print and plot how two runs differ, by category; returns whether any does at level ``alpha``.
+def drift(
+    first: str, second: str, out: Path | None, console: Console, *, alpha: float = 0.01
+) -> dict[str, dict[str, Any]]:
+    """Print and plot how two runs differ, by category; returns the same, with ``differs`` at level ``alpha``.
 
     Scores: two-sample Kolmogorov-Smirnov test. Stop steps: chi-squared test of their counts. With c categories every
     p-value is multiplied by 2c (Bonferroni), so a false alarm has probability ``alpha`` at most.
@@ -34,17 +37,24 @@ def drift(first: str, second: str, out: Path | None, console: Console, *, alpha:
     if not shared:
         raise GladError(f"{first} and {second} have no category in common: nothing to compare")
     table = Table("category", "images", "median score", "p (scores)", "p (stop steps)", "verdict")
-    drifted = False
+    found: dict[str, dict[str, Any]] = {}
     for name in shared:
         a, b = runs[0][name], runs[1][name]
         p_scores = min(1.0, 2 * len(shared) * float(stats.ks_2samp(a["score"], b["score"]).pvalue))
         p_steps = min(1.0, 2 * len(shared) * steps_p_value(a["step"], b["step"]))
         differs = min(p_scores, p_steps) < alpha
-        drifted |= differs
+        medians = [float(np.median(of["score"])) for of in (a, b)]
+        found[name] = {
+            "images": [len(a["score"]), len(b["score"])],
+            "median_score": medians,
+            "p_scores": p_scores,
+            "p_stop_steps": p_steps,
+            "differs": differs,
+        }
         table.add_row(
             name,
             f"{len(a['score'])} / {len(b['score'])}",
-            f"{np.median(a['score']):.3f} / {np.median(b['score']):.3f}",
+            f"{medians[0]:.3f} / {medians[1]:.3f}",
             f"{p_scores:.2g}",
             f"{p_steps:.2g}",
             "[red]differs[/red]" if differs else "alike",
@@ -53,7 +63,7 @@ def drift(first: str, second: str, out: Path | None, console: Console, *, alpha:
     if out is not None:
         _plot(runs, shared[:CATEGORIES_SHOWN], (first, second), out)
         console.print(f"plot in {out}", highlight=False)
-    return drifted
+    return found
 
 
 def steps_p_value(a: np.ndarray, b: np.ndarray) -> float:

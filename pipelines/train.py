@@ -22,6 +22,7 @@ from cluster import session
 from cluster.storage import Storage, StorageError, is_s3, join, local_path
 from glad_core import bundle, samples, training
 from glad_core.errors import GladError
+from glad_core.settings import parse
 from pipelines import training_data
 from pipelines.follow import follow, tell
 from pipelines.model_source import SMALL, local_bundle
@@ -98,7 +99,8 @@ def plan_job(request: TrainRequest, categories: list[str], storage: Storage, *, 
     base = local_bundle(request.base, storage)
     manifest = bundle.read_manifest(base)
     recommended = manifest.provenance.get("recipe", {}) if request.part == "unet" else PART_RECIPES[request.part]
-    recipe = samples.Recipe(**recommended | {k: v for k, v in request.recipe.items() if v is not None})
+    asked = {name: value for name, value in request.recipe.items() if value is not None}
+    recipe = parse(samples.Recipe, recommended | asked, f"training recipe of {request.base} with the options given")
     if recipe.batch_size % request.workers:
         raise GladError(
             f"--batch-size {recipe.batch_size} cannot be shared by {request.workers} workers: "

@@ -41,6 +41,11 @@ def test_alike_runs_are_told_from_shifted_ones(tmp_path: Path) -> None:
     steps = drift(calm, finished(tmp_path / "d", 3, late=0.75))
     assert steps.exit_code == 1
     assert "differs" in steps.stdout
+    as_json = drift(calm, tmp_path / "c", "--json")
+    assert as_json.exit_code == 1
+    found = json.loads(as_json.stdout)["bolt"]  # the table goes to stderr
+    assert found["differs"] is True
+    assert found["images"] == [300, 300]
 
 
 def test_false_alarms_keep_their_rate() -> None:

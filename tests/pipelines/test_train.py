@@ -254,6 +254,7 @@ def test_mistakes_are_one_line(tmp_path, dataset, tiny_bundle):
     refused(train(*part, "--textures", tmp_path / "empty", *rest), "no texture images")
     refused(train(*part, "--workers", 3, "--batch-size", 4, *rest), "--batch-size 4", "3 workers")
     refused(train(*part, "--optimizer", "adamw8bit", *rest), "pip install bitsandbytes")
+    refused(train(*part, "--learning-rate", 0, *rest), "learning_rate: Input should be greater than 0")
 
     few = tmp_path / "few" / "train" / "good"
     few.mkdir(parents=True)
