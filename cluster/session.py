@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from typing import Any
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -59,6 +60,17 @@ def node_cpus() -> list[float]:
     import ray
 
     return [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+
+
+def is_retry() -> bool:
+    """Whether this code runs in a task whose earlier attempt ended with the death of its process or node."""
+    import ray
+
+    if not ray.is_initialized():
+        return False
+    # Ray counts the attempts of a task but gives the number no public name.
+    worker: Any = ray._private.worker.global_worker
+    return bool(worker.core_worker.get_current_task_attempt_number())
 
 
 def root_cause(error: BaseException, *kinds: type[Exception]) -> BaseException:

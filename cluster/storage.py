@@ -15,13 +15,15 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
 import pyarrow.fs as pafs
+
+ATTEMPTS, PATIENT_ATTEMPTS = 3, 12  # at one request to S3; with doubling waits twelve outlast 50 seconds
 
 
 class StorageError(Exception):
@@ -37,6 +39,7 @@ class Storage:
     secret_key: str | None = field(default=None, repr=False)
     session_token: str | None = field(default=None, repr=False)
     region: str | None = None
+    attempts: int = ATTEMPTS
 
     @classmethod
     def from_environment(cls) -> Storage:
@@ -48,6 +51,13 @@ class Storage:
             session_token=env("AWS_SESSION_TOKEN") or None,
             region=env("AWS_REGION") or env("AWS_DEFAULT_REGION") or None,
         )
+
+    def patient(self) -> Storage:
+        """The same for a job under way: it waits for a server that is gone or overloaded for most of a minute.
+
+        Before that a wrong endpoint is the likelier reason, and the user should hear of it soon.
+        """
+        return replace(self, attempts=PATIENT_ATTEMPTS)
 
     def resolve(self, uri: str) -> tuple[pafs.FileSystem, str]:
         """The pyarrow file system of a URI and the path inside it (``bucket/key`` or an absolute local path).
@@ -122,8 +132,11 @@ class Storage:
             target = Path(path)
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = target.with_name(f".{target.name}.{os.getpid()}.part")
-            partial.write_bytes(data)
-            partial.replace(target)
+            try:
+                partial.write_bytes(data)
+                partial.replace(target)
+            finally:
+                partial.unlink(missing_ok=True)  # a full disk needs the room
 
     def create(self, uri: str, data: bytes) -> bool:
         """Write a file only if there is none: True for the one caller that made it, False for everyone else."""
@@ -131,8 +144,7 @@ class Storage:
         with clear_errors(uri, self):
             try:
                 if is_s3(uri):
-                    # pyarrow cannot send If-None-Match; s3fs does for mode="create".
-                    _s3fs(self).pipe_file(path, data, mode="create")
+                    _create_on_s3(self, path, data)
                     return True
                 target = Path(path)
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -246,6 +258,10 @@ def explain(uri: str, storage: Storage, error: OSError) -> str:
             )
         if any(word in text for word in NETWORK_WORDS):
             return f"{uri}: cannot reach {endpoint}; check AWS_ENDPOINT_URL and the network"
+        if any(word in text for word in BUSY_WORDS):
+            return f"{uri}: {endpoint} is overloaded or down; give the same command again when it answers"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{uri}: no space left on that disk; make room and give the same command again"
     if isinstance(error, FileNotFoundError):
         return f"{uri}: no such file or folder"
     if isinstance(error, PermissionError):
@@ -267,7 +283,15 @@ CREDENTIAL_WORDS = (
     "Unable to locate credentials",
     "No credentials",
 )
+BUSY_WORDS = ("SLOW_DOWN", "SlowDown", "SERVICE_UNAVAILABLE", "ServiceUnavailable", "HTTP status 503")
+# Of libcurl: host not found, no connection, no answer in time. Others can be the fault of one object.
+UNREACHABLE_WORDS = ("curlCode: 6,", "curlCode: 7,", "curlCode: 28,")
 NETWORK_WORDS = ("NETWORK_CONNECTION", "Couldn't connect", "Could not connect", "curlCode", "Connection refused")
+
+
+def is_outage(error: OSError) -> bool:
+    """Whether the server did not answer at all, so that the file asked for is not to blame."""
+    return any(word in str(error) for word in UNREACHABLE_WORDS + BUSY_WORDS)
 
 
 def _walk_local(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
@@ -301,6 +325,9 @@ def _s3(storage: Storage) -> pafs.S3FileSystem:
         "connect_timeout": 5,
         "request_timeout": 60,
         "check_directory_existence_before_creation": False,
+        # Waits double from 25 ms on: after an outage of any length at most as long again is lost. (The SDK's standard
+        # strategy draws its waits at random and gives up early when many requests fail at once.)
+        "retry_strategy": pafs.AwsDefaultS3RetryStrategy(max_attempts=storage.attempts),
     }
     if storage.access_key:
         options |= {"access_key": storage.access_key, "secret_key": storage.secret_key or ""}
@@ -314,6 +341,16 @@ def _s3(storage: Storage) -> pafs.S3FileSystem:
     return pafs.S3FileSystem(**options)
 
 
+def _create_on_s3(storage: Storage, path: str, data: bytes) -> None:
+    """pyarrow cannot send If-None-Match; s3fs does for mode="create"."""
+    from botocore.exceptions import BotoCoreError
+
+    try:
+        _s3fs(storage).pipe_file(path, data, mode="create")
+    except BotoCoreError as error:  # what s3fs does not make an OSError of: no connection, no credentials
+        raise OSError(str(error)) from error
+
+
 @lru_cache(maxsize=8)
 def _s3fs(storage: Storage) -> Any:
     import s3fs
@@ -323,5 +360,6 @@ def _s3fs(storage: Storage) -> Any:
         secret=storage.secret_key,
         token=storage.session_token,
         endpoint_url=storage.endpoint,
+        config_kwargs={"retries": {"mode": "standard", "max_attempts": storage.attempts}},
         client_kwargs={"region_name": storage.region or "us-east-1"} if storage.endpoint else {},
     )

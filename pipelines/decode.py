@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageOps
 
-from cluster.storage import Storage, StorageError, explain
+from cluster import session
+from cluster.storage import Storage, StorageError, explain, is_outage
 from glad_core.images import resize
 
 # EPS would start Ghostscript and the exotic decoders are where the security holes are: only what cameras write.
@@ -22,6 +23,7 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".
 MAX_PIXELS = 89_478_485  # Pillow's own line for a decompression bomb: about 9459 x 9459
 MAX_BYTES = 512 * 2**20
 FETCH_THREADS = 8
+TRIES = 2  # of an image alone in a process, before it is given up
 
 # Bombs are refused below with an error of our own; Pillow's warning would only repeat it in worker logs.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -63,7 +65,7 @@ DECODED_SCHEMA = pa.schema(
 def fetch_and_decode(
     storage: Storage, resolution: Callable[[str | None], int], wanted: Callable[[int], bool] = lambda position: True
 ) -> Callable[[pa.Table], pa.Table]:
-    """A stage: manifest rows in, `DECODED_SCHEMA` rows out, one for one; it never raises for a bad row.
+    """A stage: manifest rows in, `DECODED_SCHEMA` rows out, one for one; only storage that is gone raises.
 
     Args:
         resolution: side to which images of a category are resized, pixels.
@@ -72,8 +74,11 @@ def fetch_and_decode(
 
     def stage(rows: pa.Table) -> pa.Table:
         manifest = [row for row in rows.to_pylist() if wanted(row["position"])]
-        with ThreadPoolExecutor(FETCH_THREADS) as pool:
-            decoded = list(pool.map(lambda row: _decode_row(storage, row, resolution(row["category"])), manifest))
+        if session.is_retry():  # an image may have killed the process
+            decoded = [_decode_apart(storage, row, resolution(row["category"])) for row in manifest]
+        else:
+            with ThreadPoolExecutor(FETCH_THREADS) as pool:
+                decoded = list(pool.map(lambda row: _decode_row(storage, row, resolution(row["category"])), manifest))
         return pa.Table.from_pylist(decoded, schema=DECODED_SCHEMA)
 
     return stage
@@ -94,11 +99,27 @@ def _decode_row(storage: Storage, row: dict[str, Any], resolution: int) -> dict[
     return out | {"width": picture.width, "height": picture.height, "image": picture.pixels.tobytes()}
 
 
+def _decode_apart(storage: Storage, row: dict[str, Any], resolution: int) -> dict[str, Any]:
+    """`_decode_row` in a process where no other image is decoded meanwhile, so that one which kills it is found out."""
+    import ray
+
+    task: Any = ray.remote(num_cpus=0, max_retries=TRIES - 1)(_decode_row)
+    try:
+        return ray.get(task.remote(storage, row, resolution))
+    except ray.exceptions.WorkerCrashedError:
+        out = {name: row.get(name) for name in ("image_id", "uri", "category", "position")}
+        message = f"the process that decoded it died {TRIES} times"
+        return out | {"stage": "decode", "error_type": "deadly", "message": message}
+    except ray.exceptions.RayError as error:
+        raise session.root_cause(error, StorageError) from None
+
+
 def fetch(storage: Storage, row: dict[str, Any]) -> bytes:
     """The bytes of one manifest row; of a tar member only its own range is read.
 
     Raises:
         ImageError: missing, unreadable, empty or too_large.
+        StorageError: the server is gone, which says nothing about the image.
     """
     place = row.get("shard") or row["uri"]
     try:
@@ -111,6 +132,8 @@ def fetch(storage: Storage, row: dict[str, Any]) -> bytes:
     except FileNotFoundError as error:
         raise ImageError("missing", f"{place}: no such file") from error
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and is_outage(error):
+            raise StorageError(explain(place, storage, error)) from error
         raise ImageError("unreadable", explain(place, storage, OSError(str(error)))) from error
     if not data:
         raise ImageError("empty", "the file has no bytes")

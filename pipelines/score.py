@@ -110,6 +110,7 @@ def score(request: ScoreRequest, console: Console) -> Counts:
         counts = Counts(**run["counts"])
         _closing_table(console, counts, run["seconds"], out)
         return counts
+    storage = storage.patient()
     plan = shards.read_plan(out, storage)
     try:
         session.connect(request.address)

