@@ -84,20 +84,19 @@ class Storage:
         return {pafs.FileType.File: "file", pafs.FileType.Directory: "folder"}.get(info.type, "none")
 
     def walk(self, uri: str) -> Iterator[tuple[str, int]]:
-        """Every regular file below ``uri`` as (path relative to it, size in bytes), in order of path.
+        """Every regular file below ``uri`` as (path relative to it, size in bytes), in order of path, S3 in its own.
 
-        Hidden files and folders (a leading dot) are left out; so are pipes, sockets and folders behind symlinks.
+        Streamed: no more than a page of S3's listing, or a folder, is held. Hidden files and folders (a leading dot)
+        are left out; so are pipes, sockets and folders behind symlinks.
         """
-        filesystem, root = self.resolve(uri)
+        _, root = self.resolve(uri)
         if not is_s3(uri):
             yield from _walk_local(root, "")
             return
         with clear_errors(uri, self):
-            infos = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
-        for info in sorted(infos, key=lambda info: info.path):
-            relative = info.path[len(root) + 1 :]
-            if info.type == pafs.FileType.File and not any(part.startswith(".") for part in relative.split("/")):
-                yield relative, info.size
+            for key, size in _keys(self, *root.partition("/")[::2]):
+                if not any(part.startswith(".") for part in key.split("/")):
+                    yield key, size
 
     def folders(self, uri: str) -> list[str]:
         """Names of the folders directly in ``uri``, sorted; empty if it is no folder."""
@@ -339,6 +338,35 @@ def _s3(storage: Storage) -> pafs.S3FileSystem:
         endpoint = urlparse(storage.endpoint if "://" in storage.endpoint else f"http://{storage.endpoint}")
         options |= {"scheme": endpoint.scheme, "endpoint_override": endpoint.netloc}
     return pafs.S3FileSystem(**options)
+
+
+def _keys(storage: Storage, bucket: str, prefix: str) -> Iterator[tuple[str, int]]:
+    """Objects below a prefix, page by page. (pyarrow's listing arrives as a whole, gigabytes for millions.)"""
+    import botocore.session
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    client = botocore.session.get_session().create_client(
+        "s3",
+        region_name=storage.region or ("us-east-1" if storage.endpoint else None),
+        endpoint_url=storage.endpoint,
+        aws_access_key_id=storage.access_key,
+        aws_secret_access_key=storage.secret_key,
+        aws_session_token=storage.session_token,
+        config=Config(
+            retries={"mode": "standard", "total_max_attempts": storage.attempts},
+            connect_timeout=5,
+            s3={"addressing_style": "path"} if storage.endpoint else {},
+        ),
+    )
+    below = f"{prefix}/" if prefix else ""
+    try:
+        for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=below):
+            for found in page.get("Contents", []):
+                if not found["Key"].endswith("/"):  # a folder's marker
+                    yield found["Key"][len(below) :], found["Size"]
+    except (BotoCoreError, ClientError) as error:
+        raise OSError(str(error)) from error
 
 
 def _create_on_s3(storage: Storage, path: str, data: bytes) -> None:
