@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test small-model
+.PHONY: demo docs test small-model
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -20,3 +20,6 @@ test: .venv/installed
 
 small-model: .venv/installed
 	$(BIN)/python -m pipelines.small_model
+
+docs: .venv/installed ## docs/settings.md, from the code
+	$(BIN)/python docs/settings.py
