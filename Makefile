@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 BENCHMARKS = calibration chaos demo_figures metrics pipeline report resume search throughput training training_memory
 
-.PHONY: help demo check test bench small-model
+.PHONY: help demo check test bench docs small-model
 .NOTPARALLEL:
 
 help: ## this list
@@ -36,3 +36,6 @@ FORCE:
 
 small-model: .venv/installed ## train the bundled model from nothing, hours on 2 cores
 	$(BIN)/python -m pipelines.small_model
+
+docs: .venv/installed ## docs/settings.md, from the code
+	$(BIN)/python docs/settings.py

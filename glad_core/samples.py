@@ -33,10 +33,10 @@ class Recipe(BaseModel):
     steps: int = Field(2000, ge=1, description="optimiser steps")
     batch_size: int = Field(32, ge=1, description="images of one optimiser step, over all workers")
     micro_batch: int | None = Field(None, ge=1, description="images of one pass; gradients accumulate to batch_size")
-    learning_rate: float = Field(5e-6, gt=0)
+    learning_rate: float = Field(5e-6, gt=0, description="of AdamW, or of Muon (what it leaves to AdamW has a tenth)")
     lr_schedule: Literal["constant", "cosine"] = Field("constant", description="cosine: 5 % warm-up, then to zero")
-    weight_decay: float = Field(1e-2, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    weight_decay: float = Field(1e-2, ge=0, description="of AdamW; with Muon there is none")
+    max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are cut to this norm")
     blend: bool = Field(
         True, description="mix x^a with x by t / 1000 before the loss (released code), else Eq. 10 as is"
     )
@@ -50,7 +50,7 @@ class Recipe(BaseModel):
     optimizer: Literal["adamw", "adamw8bit", "muon"] = Field(
         "adamw", description="adamw8bit needs bitsandbytes and a GPU; muon is for networks trained from nothing"
     )
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of the order, the anomalies, timesteps and noise")
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:

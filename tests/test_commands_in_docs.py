@@ -42,6 +42,8 @@ def parse(words: list[str], whole: bool) -> None:
         command, rest = command.commands[rest[0]], rest[1:]
     if whole and "--help" not in rest:
         command.make_context(words[1], list(rest))
+    if command.context_settings.get("ignore_unknown_options"):  # takes those of another command
+        return
     known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
     own = rest[: rest.index("--")] if "--" in rest else rest
     unknown = [word for word in own if word.startswith("-") and word.split("=")[0] not in known | {"--help"}]
