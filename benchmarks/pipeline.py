@@ -30,7 +30,7 @@ from cluster import session
 from glad_core.admission import run
 from glad_core.bundle import load_bundle
 from glad_core.detect import Request
-from glad_core.engine import Engine
+from glad_core.engine import Engine, keep_buffers
 from pipelines import score
 from pipelines.decode import decode
 from pipelines.demo_data import board_rng, make_board
@@ -88,6 +88,7 @@ def main(
 ) -> None:
     """Measure and print."""
     torch.set_num_threads(1)
+    keep_buffers()  # as actors do
     figures: dict[str, float] = {"images": images, "archive_images": archive_images}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

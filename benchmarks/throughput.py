@@ -39,7 +39,7 @@ from glad_core import adaptive, features, schedule
 from glad_core.admission import run
 from glad_core.bundle import Model, load_bundle
 from glad_core.detect import Request, conclude, prepare
-from glad_core.engine import Engine
+from glad_core.engine import Engine, keep_buffers
 from glad_core.features import create_vit
 from glad_core.images import resize
 from glad_core.metrics import image_metrics
@@ -227,6 +227,7 @@ def main(
 ) -> None:
     """Measure and print."""
     torch.set_num_threads(threads)
+    keep_buffers()  # for the baseline as well
     random.seed(0)
     plain = load_bundle(bundle) if size == "small" else stable_diffusion(resolution)
     model = copy.deepcopy(plain)  # the engine changes its networks' memory layout, the baseline keeps what was loaded

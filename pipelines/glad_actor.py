@@ -161,7 +161,11 @@ class GladActor:
     def _prepare(self) -> None:
         import torch
 
+        from glad_core.engine import keep_buffers
+
         torch.set_num_threads(self.settings.threads)
+        if not self.settings.gpu:
+            keep_buffers()
         # TF32 rounds differently for every batch shape; an image's score must not depend on its neighbours.
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
