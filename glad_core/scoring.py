@@ -6,6 +6,7 @@ Shapes: B batch, N = g·g tokens, D embedding width, R side of the map.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Literal
 
 import torch
@@ -16,42 +17,45 @@ from torchvision.transforms.v2 import functional as TF
 Match = Literal["anywhere", "window", "sum"]
 
 
-def nearest_distance(query_BND: Tensor, reference_BND: Tensor, rows: int = 512) -> Tensor:
-    """Eq. 11: for each query token 1 - cosine to its most similar reference token, anywhere in the image.
+def token_distance(
+    query_BND: Tensor, reference_BND: Tensor, *, match: Match = "anywhere", radius: int = 0, rows: int = 512
+) -> Tensor:
+    """Eq. 11: for each query token 1 - cosine to its most similar reference token.
+
+    ``anywhere`` is the paper's: the match may lie anywhere in the image. ``window``, beside the paper, allows tokens at
+    most ``radius`` rows and columns away (0: the same place): a part missing from an object with repeated parts has a
+    twin elsewhere, which the match anywhere finds and this one does not. ``sum`` adds the two.
 
     Works in the tokens' dtype (the released code compares steps in float16, the final map in float32). Only ``rows``
-    query tokens at a time, so that 4096 x 4096 comparisons never stand in memory as a whole.
+    query tokens at a time, so that 4096 x 4096 similarities never stand in memory as a whole.
 
     Returns:
-        [B, N], in [0, 2].
+        [B, N], in [0, 2], twice that for ``sum``.
     """
     query, reference = _unit(query_BND), _unit(reference_BND).transpose(1, 2)
     dtype = query.dtype
     if dtype == torch.float16 and query.device.type == "cpu":
         # The same bits five times as fast: a CPU sums float16 products in float32 as well, but one by one.
         query, reference = query.float(), reference.float()
-    return torch.cat([(1 - (part @ reference).to(dtype)).amin(dim=2) for part in query.split(rows, dim=1)], dim=1)
+    far = None if match == "anywhere" else _far(query.shape[1], radius, query.device)
+    distances = []
+    for start in range(0, query.shape[1], rows):
+        similarity = query[:, start : start + rows] @ reference
+        # The largest similarity, rounded, is the largest of the rounded ones: one subtraction instead of N.
+        found = [] if match == "window" else [similarity]
+        if far is not None:
+            found.append(similarity.masked_fill(far[start : start + rows], -1.0))
+        distances.append(torch.stack([1 - near.amax(dim=2).to(dtype) for near in found]).sum(dim=0))
+    return torch.cat(distances, dim=1)
 
 
-def window_distance(query_BND: Tensor, reference_BND: Tensor, radius: int) -> Tensor:
-    """Eq. 11 with the minimum over tokens at most ``radius`` rows and columns away (radius 0: the same place).
-
-    Beside the paper: a part missing from an object with repeated parts has a twin elsewhere, which the match anywhere
-    finds and the aligned match does not. Returns [B, N], in [0, 2].
-    """
-    batch, count, width = query_BND.shape
+@cache
+def _far(count: int, radius: int, device: torch.device) -> Tensor:
+    """Which of N tokens, on a square grid, lie further than ``radius`` rows or columns from which, bool [N, N]."""
     side = round(count**0.5)
-    query = _unit(query_BND).view(batch, side, side, width)
-    reference = F.pad(_unit(reference_BND).view(batch, side, side, width), (0, 0, radius, radius, radius, radius))
-    nearest = torch.full((batch, side, side), 2.0, dtype=query.dtype, device=query.device)
-    for row in range(2 * radius + 1):
-        for column in range(2 * radius + 1):
-            shifted = reference[:, row : row + side, column : column + side]
-            # A padded token is zero, so its distance is 1: never let it win over real ones that point away.
-            outside = (shifted == 0).all(dim=-1)
-            distance = (1 - (query * shifted).sum(dim=-1)).masked_fill(outside, 2.0)
-            nearest = torch.minimum(nearest, distance)
-    return nearest.flatten(1)
+    place = torch.arange(count, device=device)
+    apart = [(axis[:, None] - axis[None]).abs() > radius for axis in (place // side, place % side)]
+    return apart[0] | apart[1]
 
 
 def token_map(
@@ -66,10 +70,7 @@ def token_map(
     for test, reference in zip(tests_BND, references_BND, strict=True):
         pairs = [(test, reference), (reference, test)] if bidirectional else [(test, reference)]
         for query, other in pairs:
-            if match in ("anywhere", "sum"):
-                total = total + nearest_distance(query, other)
-            if match in ("window", "sum"):
-                total = total + window_distance(query, other, radius)
+            total = total + token_distance(query, other, match=match, radius=radius)
     side = round(total.shape[1] ** 0.5)
     return total.view(total.shape[0], side, side)
 

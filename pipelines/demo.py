@@ -33,7 +33,10 @@ def demo(out: Path, console: Console) -> None:
         "seconds": time.perf_counter() - started,
     }
     (out / "metrics.json").write_text(json.dumps(summary, indent=1) + "\n")
-    console.print(
-        f"I-AUROC {found['I-AUROC']:.3f}, P-AUROC {found['P-AUROC']:.3f}; look at {out / 'sheet.png'}", highlight=False
+    lines = (
+        f"{counts.anomalies} of {counts.images} boards called anomalous; "
+        f"I-AUROC {found['I-AUROC']:.3f}, P-AUROC {found['P-AUROC']:.3f}",
+        f"open this in a browser:  {page.resolve().as_uri()}",
+        f"or look at one picture:  {out / 'sheet.png'}",
     )
-    console.print(f"open the report in a browser: {page.resolve().as_uri()}", highlight=False, soft_wrap=True)
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
@@ -237,7 +238,9 @@ NARROW = ("category", "I-AUROC/\nI-AP/I-F1-max", "I-AUROC\n95 %", "P-AUROC/P-AP/
 
 
 def _table(metrics: dict[str, dict[str, float]], title: str) -> Table:
-    table = Table(*(Column(name, overflow="fold") for name in NARROW), title=title)
+    # So close together they fit into 80 columns even where everything is 100.0.
+    columns = (Column(name, overflow="fold") for name in NARROW)
+    table = Table(*columns, title=title, box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     for name, of in metrics.items():
         if name == "average":
             table.add_section()

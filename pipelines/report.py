@@ -148,7 +148,10 @@ def summary(folder: str, run: dict[str, Any], totals: Totals, storage: Storage) 
         "seconds": run.get("seconds"),
         "host": run.get("host", ""),
         "versions": run.get("versions", {}),
-        "models": [{"category": name, "id": of["model_id"], "settings": of["settings"]} for name, of in models],
+        "models": [
+            {"category": name, "id": of["model_id"], "settings": of["settings"], "calibration": of.get("calibration")}
+            for name, of in models
+        ],
         "model": run.get("model", ""),
         "total": len(plotted),
         "anomalies": None if totals.thresholds == {None} else anomalies,

@@ -315,6 +315,7 @@ def _run_record(
         "models": {
             key: {"model_id": manifest.model_id, "category": manifest.category, "settings": manifest.settings}
             | {"search": searches[key] if request.method == "glad" else None}
+            | {"calibration": _calibration(manifest.provenance) if request.method == "glad" else None}
             for key, manifest in models.manifests.items()
         },
         "method": request.method,
@@ -329,6 +330,14 @@ def _run_record(
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 3),
     }
+
+
+def _calibration(provenance: dict[str, Any]) -> dict[str, Any] | None:
+    """On how many good images the threshold was set for which false-positive rate; None where the bundle is silent."""
+    images = provenance.get("calibration_images", provenance.get("held_out_images"))
+    if images is None or "target_fpr" not in provenance:
+        return None
+    return {"images": images, "target_fpr": provenance["target_fpr"]}
 
 
 def _closing_table(console: Console, counts: Counts, seconds: float, out: str) -> None:

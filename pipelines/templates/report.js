@@ -121,7 +121,7 @@ function element(card) {
   made.classList.toggle("anomalous-card", card.anomalous === true);
   if (card.mark) made.classList.add(`marked-${card.mark}`);
   made.querySelector(".pictures").append(picture(card, card.input, true), ...(card.reconstruction ? [picture(card, card.reconstruction, false)] : []));
-  made.querySelector(".name").textContent = lastParts(card.uri);
+  made.querySelector(".name bdi").textContent = lastParts(card.uri);
   made.title = card.uri;
   badge(made.querySelector(".badge"), card);
   made.querySelector(".score").textContent = short(card.score);
@@ -301,7 +301,7 @@ document.addEventListener("keydown", (event) => {
     } else {
       return;
     }
-  } else if (event.key === "Enter" && focused >= 0 && !detail.open) open(focused);
+  } else if ((event.key === "Enter" || event.key === " ") && focused >= 0 && !detail.open) open(focused);
   else if (event.key === "/" && !detail.open) form.elements.text.focus();
   else if (event.key === "?") help.showModal();
   else if (event.key === "h") {
