@@ -1,4 +1,4 @@
-"""Memory that scoring with Stable Diffusion v1-4 and DINO ViT-B/8 needs on the GPU: no GPU, no weights.
+"""Memory and time that scoring with Stable Diffusion v1-4 and DINO ViT-B/8 would take on a GPU: no GPU, no weights.
 
     python benchmarks/inference_memory.py [--resolution 512] [--json]
     python benchmarks/inference_memory.py --measure    # one image for real on this CPU, random weights, minutes
@@ -6,6 +6,8 @@
 The engine's own calls (encode, UNet, comparison, final comparison) run on fake tensors, which have shapes and no data;
 PyTorch's MemTracker adds up what is alive. The largest call is the peak: between calls an image in flight keeps some
 megabytes of latents. Workspaces of the convolution library and the CUDA context (together about 1 GB) are not counted.
+
+Times are estimates: the multiply-accumulates of the calls, as PyTorch counts them, at a third of the card's peak.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from rich.table import Table
 from timm.models.vision_transformer import VisionTransformer
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from glad_core import adaptive, schedule, scoring
 from glad_core.bundle import Model
@@ -36,6 +40,17 @@ from glad_core.settings import Settings
 
 GB = 1e9
 SLOTS = (1, 2, 4, 8, 16)
+# TFLOP/s of the data sheets, dense: float32 without TF32 (`--precision off`), bfloat16 with float32 sums.
+CARDS = {
+    "L4": (30.3, 121),
+    "A10": (31.2, 125),
+    "RTX 4090": (82.6, 165),
+    "A100": (19.5, 312),
+    "H100 SXM": (67, 989),
+}
+SHARE = 1 / 3
+# A good image at T = 750, S = 25: comparisons of the guarded search (measured, docs/speed.md), and down to min_step.
+COMPARISONS = {"guarded": 1.3, "every step": 14}
 
 
 def full_size_model(vit: VisionTransformer, resolution: int, autocast: torch.dtype | None) -> Model:
@@ -74,8 +89,8 @@ def peak(model: Model, call: Callable[[], Any]) -> float:
     return sum(size for kind, size in snapshot.items() if getattr(kind, "value", kind) not in ("Total", "Parameter"))
 
 
-def calls(model: Model, slots: int) -> dict[str, float]:
-    """Peak bytes of each of the engine's calls with ``slots`` images in flight."""
+def calls(model: Model, slots: int) -> dict[str, Callable[[], Any]]:
+    """The engine's calls with ``slots`` images in flight."""
     side = model.settings.resolution
     images = torch.randn(slots, 3, side, side)
     latents = torch.randn(slots, 4, side // 8, side // 8)
@@ -86,11 +101,18 @@ def calls(model: Model, slots: int) -> dict[str, float]:
         return scoring.smooth(scoring.resize_map(maps, side), model.settings.blur_sigma)
 
     return {
-        "encode": peak(model, lambda: adaptive.encode(model, images, latents)),
-        "UNet": peak(model, lambda: adaptive.predict_noise(model, latents, torch.ones(slots), prompts)),
-        "compare": peak(model, lambda: adaptive.compare(model, latents, latents)),
-        "final": peak(model, final),
+        "encode": lambda: adaptive.encode(model, images, latents),
+        "UNet": lambda: adaptive.predict_noise(model, latents, torch.ones(slots), prompts),
+        "compare": lambda: adaptive.compare(model, latents, latents),
+        "final": final,
     }
+
+
+def macs(call: Callable[[], Any]) -> float:
+    """Multiply-accumulates of a call; attention is counted only where it is spelled out."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops() / 2
 
 
 def measured(resolution: int) -> tuple[float, float]:
@@ -120,31 +142,52 @@ def main(
         grown, seconds = measured(resolution)
         print(json.dumps({"resolution": resolution, "slots": 1, "grown_gb": grown / GB, "seconds": seconds}))
         return
-    rows = []
     # The tracker takes only weights that could be trained; of those autocast would keep its casts, which it does not
     # of a bundle's.
     torch.set_autocast_cache_enabled(False)
     # timm computes with values while it builds, so this network is real.
     vit = create_vit("vit_base_patch8_224.dino").requires_grad_(True)
+    rows, work = [], {}
     for name, dtype in (("off", None), ("bf16", torch.bfloat16)):
         with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
             model = full_size_model(vit, resolution, dtype)
             networks = (model.unet, model.vae, model.features)
             weights = 4 * sum(parameter.numel() for network in networks for parameter in network.parameters())
+            work = {call: macs(run) for call, run in calls(model, 1).items()}
             for slots in SLOTS:
-                of = {call: size / GB for call, size in calls(model, slots).items()}
-                rows.append({"precision": name, "slots": slots, "weights": weights / GB} | of)
-    table = Table("precision", "slots", "weights GB", "encode", "UNet", "compare", "final", "in all GB")
-    for row in rows:
-        sizes = [row[call] for call in ("encode", "UNet", "compare", "final")]
-        row["total"] = row["weights"] + max(sizes)
-        table.add_row(
-            row["precision"], str(row["slots"]), *(f"{size:.2f}" for size in (row["weights"], *sizes, row["total"]))
-        )
+                of = {call: peak(model, run) / GB for call, run in calls(model, slots).items()}
+                total = weights / GB + max(of.values())
+                rows.append({"precision": name, "slots": slots, "weights": weights / GB} | of | {"total": total})
+    seconds = estimated(work)
     if as_json:
-        print(json.dumps({"resolution": resolution, "rows": rows}))
-    else:
-        Console(width=120).print(table)
+        macs_T = {call: count / 1e12 for call, count in work.items()}
+        print(json.dumps({"resolution": resolution, "rows": rows, "macs_T": macs_T, "estimated_seconds": seconds}))
+        return
+    console = Console(width=120)
+    table = Table("precision", "slots", *(f"{part} GB" for part in ("weights", *work, "in all")))
+    for row in rows:
+        sizes = [f"{row[part]:.2f}" for part in ("weights", *work, "total")]
+        table.add_row(str(row["precision"]), str(row["slots"]), *sizes)
+    console.print(table)
+    console.print("T MAC an image:", ", ".join(f"{call} {count / 1e12:.2f}" for call, count in work.items()))
+    table = Table("card", "precision", *(f"{search}, s an image" for search in COMPARISONS), title="estimated")
+    for row in seconds:
+        table.add_row(row["card"], row["precision"], *(f"{row[search]:.2f}" for search in COMPARISONS))
+    console.print(table)
+
+
+def estimated(work: dict[str, float]) -> list[dict[str, Any]]:
+    """Seconds an image by card, precision and search."""
+    steps = Settings().inference_steps
+    rows = []
+    for card, peaks in CARDS.items():
+        for precision, tflops in zip(("off", "bf16"), peaks, strict=True):
+            row: dict[str, Any] = {"card": card, "precision": precision}
+            for search, comparisons in COMPARISONS.items():
+                total = work["encode"] + steps * work["UNet"] + comparisons * work["compare"] + work["final"]
+                row[search] = 2 * total / (SHARE * tflops * 1e12)
+            rows.append(row)
+    return rows
 
 
 if __name__ == "__main__":

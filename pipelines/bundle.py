@@ -39,9 +39,11 @@ def create(
     if out.exists():
         raise GladError(f"{out} already exists: choose another --out or remove it")
     published: dict[str, Any] = {}
+    recipe: dict[str, Any] = {}
     if preset is not None:
         dataset, _, name = preset.partition("/")
         published = presets.preset(dataset, name, multi_class="," in category)
+        recipe = presets.training_preset(dataset, name, multi_class="," in category)
         category = category or name
     parsed = Settings.parse(published | settings, "settings")
     several = [name.strip() for name in category.split(",")] if "," in category else []
@@ -60,7 +62,8 @@ def create(
         prompts=dict(zip(several, each, strict=True)),
         settings=parsed,
         category=",".join(several) or category,
-        provenance={"diffusion": diffusion, "features": features, "prompt": PROMPT, "preset": preset},
+        # `glad train` starts from the recipe.
+        provenance={"diffusion": diffusion, "features": features, "prompt": PROMPT, "preset": preset, "recipe": recipe},
     )
 
 
@@ -77,10 +80,11 @@ def import_unet(base: Path, checkpoint: Path, out: Path, *, category: str, prese
     if not checkpoint.is_file():
         raise GladError(f"{checkpoint}: no such file; name the pytorch_model.bin of a checkpoint-* folder")
     manifest = bundle.read_manifest(base)
-    settings = manifest.settings
+    settings, recipe = manifest.settings, manifest.provenance.get("recipe", {})
     if preset is not None:
         dataset, _, name = preset.partition("/")
         settings, category = settings | presets.preset(dataset, name), category or name
+        recipe = presets.training_preset(dataset, name)
     parsed = Settings.parse(settings, "settings")
     try:
         weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -107,7 +111,12 @@ def import_unet(base: Path, checkpoint: Path, out: Path, *, category: str, prese
         model,
         parsed,
         category=category or manifest.category,
-        provenance={"base": manifest.model_id, "unet_checkpoint": checkpoint.name, "preset": preset},
+        provenance={
+            "base": manifest.model_id,
+            "unet_checkpoint": checkpoint.name,
+            "preset": preset,
+            "recipe": recipe,
+        },
     )
 
 

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from typer.testing import CliRunner
 
-from glad_core import bundle
+from glad_core import bundle, presets
 from glad_core.errors import GladError
 from glad_core.features import create_vit
 from pipelines.cli import app
@@ -99,6 +99,9 @@ def test_create_then_import_then_inspect(tmp_path, stable_diffusion):
     assert imported.exit_code == 0, imported.output
     for name, weight in bundle.load_bundle(second).unet.state_dict().items():
         assert torch.equal(weight, tuned[name])
+    for made in (first, second):  # what `glad train` starts from
+        recipe = bundle.read_manifest(made).provenance["recipe"]
+        assert recipe == presets.training_preset("MVTec-AD", "screw")
 
     shown = glad("inspect", second)
     assert shown.exit_code == 0
