@@ -5,13 +5,15 @@
     python benchmarks/search.py --golden FOLDER                              the random models of the golden numbers
 
 Every image is walked once and compared at every step; the strategies are then played on its scores. `guarded` has its
-bound from the bundle; on the golden models from the other images of a case, as there are no more.
+bound from the bundle; on the golden models from the other images of a case, as there are no more. `gate` never compares
+an image whose latents have not departed from the input's further than nine in ten good images' do (the bundle's
+`early_look`), and searches the others as `guarded`.
 """
 
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,14 +39,27 @@ from pipelines.model_source import SMALL_BUNDLE
 Curve = list[float]
 
 
-def curves(model: Model, requests: Sequence[Request]) -> list[Curve]:
-    """The step scores of every image down to min_step, none of them stopped by δ."""
+@dataclass(frozen=True)
+class Walked:
+    """The step scores of one image down to min_step, none of them stopped by δ, and whether the gate lets it pass."""
+
+    curve: Curve
+    delta: float
+    fall: float
+    gated: bool | None = None  # None where the bundle has no gate
+
+
+def walked(model: Model, requests: Sequence[Request]) -> list[Walked]:
+    """Every image, compared at every step."""
+    s = model.settings
     walk = replace(model, settings=model.settings.model_copy(update={"delta": 1e4, "saff": False}))
     found = {}
     for request, verdict in run(Engine(walk, 8, search="scan"), requests):
         if isinstance(verdict, Exception):
             raise verdict
-        found[request.image_id] = [score for _, score in verdict.steps]
+        gated = None if s.early_look is None else verdict.departure <= s.early_look
+        curve = [score for _, score in verdict.steps]
+        found[request.image_id] = Walked(curve, float(torch.tensor(s.delta).half()), s.score_fall or 0.0, gated)
     return [found[request.image_id] for request in requests]
 
 
@@ -74,19 +89,22 @@ def bisection(size: int, delta: float) -> Callable[[dict[int, float]], int | Non
     return lambda scores: next_comparison(scores, size, delta, 0.0)
 
 
-def play_all(of_images: Sequence[tuple[Curve, float, float]]) -> dict[str, dict[str, Any]]:
-    """Agreement and comparisons of every strategy on (curve, δ, fall)s, by whether scan stops the image at δ."""
+def play_all(images: Sequence[Walked]) -> dict[str, dict[str, Any]]:
+    """Agreement and comparisons of every strategy, by whether scan stops the image at δ."""
     table: dict[str, dict[str, Any]] = {}
-    for name in ("scan", "guarded", "bisection", "every second"):
+    for name in ("scan", "guarded", "bisection", "every second", "gate"):
         outcomes = []
-        for curve, delta, fall in of_images:
-            size = len(curve)
+        for image in images:
+            curve, delta, fall, size = image.curve, image.delta, image.fall, len(image.curve)
+            if name == "gate" and image.gated is None:
+                continue
             wanted, _ = play(curve, lambda s, n=size, d=delta: next_comparison(s, n, d, None), delta)
             choose = {
                 "scan": lambda s, n=size, d=delta: next_comparison(s, n, d, None),
                 "guarded": lambda s, n=size, d=delta, f=fall: next_comparison(s, n, d, f),
                 "bisection": bisection(size, delta),
                 "every second": every_second(size, delta),
+                "gate": lambda s, n=size, d=delta, f=fall, g=image.gated: None if g else next_comparison(s, n, d, f),
             }[name]
             found, comparisons = play(curve, choose, delta)
             outcomes.append((wanted is not None, found == wanted, comparisons))
@@ -104,8 +122,8 @@ def play_all(of_images: Sequence[tuple[Curve, float, float]]) -> dict[str, dict[
     return table
 
 
-def golden_images(folder: Path) -> list[tuple[Curve, float, float]]:
-    """Curves of the golden cases."""
+def golden_images(folder: Path) -> list[Walked]:
+    """The images of the golden cases."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     import test_golden as golden
 
@@ -121,7 +139,7 @@ def golden_images(folder: Path) -> list[tuple[Curve, float, float]]:
         of_case = [[score for _, score in steps] for steps in adaptive.reconstruct(model, *inputs).steps]
         for place, curve in enumerate(of_case):
             others = np.array(of_case[:place] + of_case[place + 1 :])
-            images.append((curve, float(torch.tensor(delta).half()), largest_fall(others)))
+            images.append(Walked(curve, float(torch.tensor(delta).half()), largest_fall(others)))
     return images
 
 
@@ -148,8 +166,7 @@ def main(
             storage = Storage.from_environment()
             test = [example for example in read_dataset(dataset, storage) if example.split == "test"]
             requests = [Request(e.path, decode(storage.read(e.uri), s.resolution).pixels) for e in test]
-        delta = float(torch.tensor(s.delta).half())
-        images = [(curve, delta, s.score_fall or 0.0) for curve in curves(loaded, requests)]
+        images = walked(loaded, requests)
     table = play_all(images)
     drawn = Table("strategy", "images", "", "same stop step", "comparisons")
     for name, of in table.items():
