@@ -115,7 +115,7 @@ def unreliable(endpoint):
         protocol_version = "HTTP/1.1"
 
         def answer(self):
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            body = self.body()
             number = next(numbers)
             if number % 5 == 0:
                 faults["busy"] += 1
@@ -133,6 +133,20 @@ def unreliable(endpoint):
             data = answer.read()
             self.send(answer.status, dict(answer.getheaders()), data)
             connection.close()
+
+        def body(self):
+            if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            chunks = []  # handed on as they came: sizes, trailers and all
+            while True:
+                chunks.append(self.rfile.readline())
+                size = int(chunks[-1].split(b";")[0], 16)
+                if size == 0:
+                    break
+                chunks.append(self.rfile.read(size + 2))
+            while chunks[-1] != b"\r\n":
+                chunks.append(self.rfile.readline())
+            return b"".join(chunks)
 
         def send(self, status, headers, data):
             self.send_response_only(status)
