@@ -62,18 +62,15 @@ DECODED_SCHEMA = pa.schema(
 )
 
 
-def fetch_and_decode(
-    storage: Storage, resolution: Callable[[str | None], int], wanted: Callable[[int], bool] = lambda position: True
-) -> Callable[[pa.Table], pa.Table]:
+def fetch_and_decode(storage: Storage, resolution: Callable[[str | None], int]) -> Callable[[pa.Table], pa.Table]:
     """A stage: manifest rows in, `DECODED_SCHEMA` rows out, one for one; only storage that is gone raises.
 
     Args:
         resolution: side to which images of a category are resized, pixels.
-        wanted: whether the image at a position of the manifest is still to be done; others are left out.
     """
 
     def stage(rows: pa.Table) -> pa.Table:
-        manifest = [row for row in rows.to_pylist() if wanted(row["position"])]
+        manifest = rows.to_pylist()
         if session.is_retry():  # an image may have killed the process
             decoded = [_decode_apart(storage, row, resolution(row["category"])) for row in manifest]
         else:
