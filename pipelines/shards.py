@@ -221,7 +221,7 @@ def sweep(commits: Iterable[Written], dest: str, storage: Storage) -> int:
                 storage.delete_file(join(place, name))
                 swept += 1
         if not is_s3(dest):  # half-written files of tasks that were killed
-            for partial in Path(local_path(place)).glob(".*.part"):
+            for partial in Path(local_path(place)).rglob(".*.part"):
                 partial.unlink(missing_ok=True)
     return swept
 
