@@ -98,6 +98,20 @@ class Storage:
                 if not any(part.startswith(".") for part in key.split("/")):
                     yield key, size
 
+    def level(self, uri: str) -> Iterator[tuple[str, int | None]]:
+        """The files and folders directly in ``uri`` as (name, size in bytes), in the order `walk` meets them.
+
+        A folder's size is None. The same are left out as by `walk`.
+        """
+        _, root = self.resolve(uri)
+        if not is_s3(uri):
+            yield from _local_level(root)
+            return
+        with clear_errors(uri, self):
+            for name, size in _keys(self, *root.partition("/")[::2], delimiter="/"):
+                if not name.startswith("."):
+                    yield name, size
+
     def folders(self, uri: str) -> list[str]:
         """Names of the folders directly in ``uri``, sorted; empty if it is no folder."""
         filesystem, path = self.resolve(uri)
@@ -294,6 +308,14 @@ def is_outage(error: OSError) -> bool:
 
 
 def _walk_local(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
+    for name, size in _local_level(folder):
+        if size is None:
+            yield from _walk_local(f"{folder}/{name}", f"{prefix}{name}/")
+        else:
+            yield prefix + name, size
+
+
+def _local_level(folder: str) -> Iterator[tuple[str, int | None]]:
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
@@ -302,15 +324,15 @@ def _walk_local(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
         if entry.name.startswith("."):
             continue
         if entry.is_dir(follow_symlinks=False):
-            yield from _walk_local(entry.path, f"{prefix}{entry.name}/")
+            yield entry.name, None
             continue
         try:
             status = entry.stat()
         except OSError:  # a dangling link: listed, so that it ends among the errors
-            yield prefix + entry.name, 0
+            yield entry.name, 0
             continue
         if stat.S_ISREG(status.st_mode):
-            yield prefix + entry.name, status.st_size
+            yield entry.name, status.st_size
 
 
 @lru_cache(maxsize=1)
@@ -340,13 +362,34 @@ def _s3(storage: Storage) -> pafs.S3FileSystem:
     return pafs.S3FileSystem(**options)
 
 
-def _keys(storage: Storage, bucket: str, prefix: str) -> Iterator[tuple[str, int]]:
-    """Objects below a prefix, page by page. (pyarrow's listing arrives as a whole, gigabytes for millions.)"""
-    import botocore.session
-    from botocore.config import Config
+def _keys(storage: Storage, bucket: str, prefix: str, delimiter: str = "") -> Iterator[tuple[str, Any]]:
+    """Objects below a prefix as (rest of the key, size), page by page. (pyarrow's listing arrives as a whole.)
+
+    With a delimiter a folder's objects are one entry, of size None.
+    """
     from botocore.exceptions import BotoCoreError, ClientError
 
-    client = botocore.session.get_session().create_client(
+    below = f"{prefix}/" if prefix else ""
+    try:
+        for page in (
+            _client(storage).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=below, Delimiter=delimiter)
+        ):
+            found = [(item["Key"], item["Size"]) for item in page.get("Contents", []) if not item["Key"].endswith("/")]
+            if delimiter:  # the server has put the two kinds of this page apart
+                folders = [(item["Prefix"], None) for item in page.get("CommonPrefixes", [])]
+                found = sorted(found + folders, key=lambda entry: entry[0].encode())
+            for key, size in found:
+                yield key[len(below) :].removesuffix(delimiter or "/"), size
+    except (BotoCoreError, ClientError) as error:
+        raise OSError(str(error)) from error
+
+
+@lru_cache(maxsize=8)
+def _client(storage: Storage) -> Any:
+    import botocore.session
+    from botocore.config import Config
+
+    return botocore.session.get_session().create_client(
         "s3",
         region_name=storage.region or ("us-east-1" if storage.endpoint else None),
         endpoint_url=storage.endpoint,
@@ -359,14 +402,6 @@ def _keys(storage: Storage, bucket: str, prefix: str) -> Iterator[tuple[str, int
             s3={"addressing_style": "path"} if storage.endpoint else {},
         ),
     )
-    below = f"{prefix}/" if prefix else ""
-    try:
-        for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=below):
-            for found in page.get("Contents", []):
-                if not found["Key"].endswith("/"):  # a folder's marker
-                    yield found["Key"][len(below) :], found["Size"]
-    except (BotoCoreError, ClientError) as error:
-        raise OSError(str(error)) from error
 
 
 def _create_on_s3(storage: Storage, path: str, data: bytes) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 from PIL import Image, ImageOps
 
@@ -22,6 +24,7 @@ FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "PPM", "GIF")
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif"})
 MAX_PIXELS = 89_478_485  # Pillow's own line for a decompression bomb: about 9459 x 9459
 MAX_BYTES = 512 * 2**20
+MAX_MEMORY = 3 * 2**30  # bytes that decoding one image may take
 FETCH_THREADS = 8
 TRIES = 2  # of an image alone in a process, before it is given up
 
@@ -62,48 +65,81 @@ DECODED_SCHEMA = pa.schema(
 )
 
 
-def fetch_and_decode(
-    storage: Storage, resolution: Callable[[str | None], int], wanted: Callable[[int], bool] = lambda position: True
-) -> Callable[[pa.Table], pa.Table]:
+def fetch_and_decode(storage: Storage, resolution: Callable[[str | None], int]) -> Callable[[pa.Table], pa.Table]:
     """A stage: manifest rows in, `DECODED_SCHEMA` rows out, one for one; only storage that is gone raises.
 
     Args:
         resolution: side to which images of a category are resized, pixels.
-        wanted: whether the image at a position of the manifest is still to be done; others are left out.
     """
 
     def stage(rows: pa.Table) -> pa.Table:
-        manifest = [row for row in rows.to_pylist() if wanted(row["position"])]
+        manifest = rows.to_pylist()
         if session.is_retry():  # an image may have killed the process
             decoded = [_decode_apart(storage, row, resolution(row["category"])) for row in manifest]
         else:
             with ThreadPoolExecutor(FETCH_THREADS) as pool:
-                decoded = list(pool.map(lambda row: _decode_row(storage, row, resolution(row["category"])), manifest))
+                fetched = list(pool.map(lambda row: _fetch_row(storage, row), manifest))
+            # One by one, so that each has the whole budget of memory; tasks are what decodes in parallel.
+            decoded = [
+                _decode_row(row, data, resolution(row["category"])) for row, data in zip(manifest, fetched, strict=True)
+            ]
         return pa.Table.from_pylist(decoded, schema=DECODED_SCHEMA)
 
     return stage
 
 
-def _decode_row(storage: Storage, row: dict[str, Any], resolution: int) -> dict[str, Any]:
-    out = {name: row.get(name) for name in ("image_id", "uri", "category", "position")}
+def _fetch_row(storage: Storage, row: dict[str, Any]) -> bytes | ImageError | None:
     if row.get("error_type"):  # already lost while listing, e.g. a damaged tar shard
-        return out | {name: row[name] for name in ("stage", "error_type", "message")}
+        return None
     try:
-        data = fetch(storage, row)
+        return fetch(storage, row)
     except ImageError as error:
-        return out | {"stage": "fetch", "error_type": error.kind, "message": str(error)}
+        return error
+
+
+def _decode_row(row: dict[str, Any], data: bytes | ImageError | None, resolution: int) -> dict[str, Any]:
+    out = {name: row.get(name) for name in ("image_id", "uri", "category", "position")}
+    if data is None:
+        return out | {name: row[name] for name in ("stage", "error_type", "message")}
+    if isinstance(data, ImageError):
+        return out | {"stage": "fetch", "error_type": data.kind, "message": str(data)}
     try:
-        picture = decode(data, resolution)
+        with memory_limit(MAX_MEMORY):
+            picture = decode(data, resolution)
     except ImageError as error:
         return out | {"stage": "decode", "error_type": error.kind, "message": str(error)}
     return out | {"width": picture.width, "height": picture.height, "image": picture.pixels.tobytes()}
 
 
+def _fetch_and_decode_row(storage: Storage, row: dict[str, Any], resolution: int) -> dict[str, Any]:
+    return _decode_row(row, _fetch_row(storage, row), resolution)
+
+
+@contextmanager
+def memory_limit(budget: int) -> Iterator[None]:
+    """Lets this process take ``budget`` bytes more than it has now, and no more; only Linux can.
+
+    What asks for more gets none: a decoder fails, and says so. The limit holds for every thread of the process, and
+    one of Ray's that meets it may end the process: then the image is tried again apart, as one that killed it.
+    """
+    if not hasattr(psutil, "RLIMIT_DATA"):
+        yield
+        return
+    process = psutil.Process()
+    before = process.rlimit(psutil.RLIMIT_DATA)
+    limits = [process.memory_info().data + budget, *(limit for limit in before if limit >= 0)]  # -1 is none
+    process.rlimit(psutil.RLIMIT_DATA, (min(limits), before[1]))
+    try:
+        yield
+    finally:
+        process.rlimit(psutil.RLIMIT_DATA, before)
+
+
 def _decode_apart(storage: Storage, row: dict[str, Any], resolution: int) -> dict[str, Any]:
-    """`_decode_row` in a process where no other image is decoded meanwhile, so that one which kills it is found out."""
+    """The same in a process where no other image is decoded meanwhile, so that one which kills it is found out."""
     import ray
 
-    task: Any = ray.remote(num_cpus=0, max_retries=TRIES - 1)(_decode_row)
+    task: Any = ray.remote(num_cpus=0, max_retries=TRIES - 1)(_fetch_and_decode_row)
     try:
         return ray.get(task.remote(storage, row, resolution))
     except ray.exceptions.WorkerCrashedError:

@@ -1,7 +1,8 @@
 """What a run leaves in DEST: results/, errors/, manifest/ (Parquet) and run.json, which comes last.
 
-results/*.parquet has one row per judged image (`RESULTS_SCHEMA`), errors/*.parquet one per image that was not judged;
-run.json says by its presence that the run is complete. `pipelines.shards` sees to it that no image is lost or doubled.
+results/ has one row per judged image (`RESULTS_SCHEMA`): those of a category in a folder named after it, those without
+one directly in results/. errors/*.parquet has one row per image that was not judged. run.json says by its presence that
+the run is complete. `pipelines.shards` sees to it that no image is lost or doubled.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -21,6 +23,7 @@ from glad_core.errors import GladError
 from glad_core.settings import Settings
 
 RESULTS, ERRORS, MANIFEST, COMPLETE = "results", "errors", "manifest", "run.json"
+LONGEST_NAME = 200  # bytes; disks take 255
 MEMORY = "memory.safetensors"  # of a run with the nearest-neighbour method
 
 RESULTS_SCHEMA = pa.schema(
@@ -88,10 +91,11 @@ def write_results(storage: Storage, dest: str, rows_per_shard: int, attempt: str
             failed = pc.is_valid(part["error_type"])
             results = part.filter(pc.invert(failed)).select(RESULTS_SCHEMA.names).cast(RESULTS_SCHEMA)
             errors = part.filter(failed).select(ERRORS_SCHEMA.names).cast(ERRORS_SCHEMA)
+            tables = [(join(RESULTS, *folder_of(name)), rows) for name, rows in _by_category(results)]
+            tables += [(ERRORS, errors)] if len(errors) else []
             files = [
                 f"{folder}/{_write_part(storage, join(dest, folder), table, f'{shard:08d}-{attempt}')}"
-                for folder, table in ((RESULTS, results), (ERRORS, errors))
-                if len(table)
+                for folder, table in tables
             ]
             anomalies = pc.sum(results["is_anomalous"]).as_py() or 0
             counts = {"scored": len(results), "anomalies": anomalies, "errors": len(errors)}
@@ -99,6 +103,27 @@ def write_results(storage: Storage, dest: str, rows_per_shard: int, attempt: str
         return pa.Table.from_pylist(written, schema=WRITTEN_SCHEMA)
 
     return stage
+
+
+def folder_of(category: str | None) -> tuple[str, ...]:
+    """The folder below results/ for a category, () for none.
+
+    Its name is the category's own with odd characters as %XX: no "=", which readers take for a column of partitions,
+    and no leading "." or "_", which they pass over. A name too long for a disk is cut and told apart by a hash.
+    """
+    if not category:
+        return ()
+    name = re.sub(r"^[._]|[^\w.~ -]", lambda found: "".join(f"%{byte:02X}" for byte in found[0].encode()), category)
+    if len(name.encode()) > LONGEST_NAME:
+        digest = hashlib.sha256(category.encode()).hexdigest()[:16]
+        name = f"{name.encode()[: LONGEST_NAME // 2].decode(errors='ignore')}-{digest}"
+    return (name,)
+
+
+def _by_category(results: pa.Table) -> Iterator[tuple[str | None, pa.Table]]:
+    for name in pc.unique(results["category"]).to_pylist():
+        of_name = pc.is_null(results["category"]) if name is None else pc.equal(results["category"], name)
+        yield name, results.filter(of_name)
 
 
 def complete(dest: str, storage: Storage, run: dict[str, Any]) -> None:

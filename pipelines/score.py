@@ -12,6 +12,7 @@ from importlib.metadata import version
 from typing import Any, Literal
 from uuid import uuid4
 
+import pyarrow as pa
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -24,12 +25,13 @@ from pipelines import results, shards, sources
 from pipelines.actor_plan import ActorPlan, plan_actors
 from pipelines.decode import fetch_and_decode
 from pipelines.glad_actor import KEPT_MODELS, ActorSettings, GladActor
+from pipelines.listing import PART_ROWS, TASK_CPUS, list_remotely, read_manifest
 from pipelines.model_source import SMALL, Models, find_models
 from pipelines.progress import Progress
 from pipelines.shards import Plan, Written
 
-# Decoding, writing and listing wait on storage most of the time: a quarter CPU each lets actors have the rest.
-TASK_CPUS = 0.25
+SHARDS_PER_TASK = 8  # decoded by one task, up to `PART_ROWS` images
+MAX_TASKS = 10_000  # that decode; in a huge archive each does several stretches
 MAX_ROWS_PER_BLOCK = 64
 WRITERS = 2  # tasks at a time
 COUNTED = ("scored", "anomalies", "errors")
@@ -121,7 +123,7 @@ def score(request: ScoreRequest, console: Console) -> Counts:
             listed = list_remotely(
                 source, request.category, storage, join(out, results.MANIFEST), bool(models.categories)
             )
-            plan = shards.make_plan(listed.rows, listed.duplicates, out, storage, sources.PART_ROWS)
+            plan = shards.make_plan(listed.rows, listed.duplicates, out, storage, PART_ROWS)
         memory = _remember(request, models, storage, out, room) if request.good is not None else None
     except BaseException:
         if state == "new":
@@ -200,13 +202,18 @@ def dataflow(
         return
     sides = {key: settings.resolution for key, settings in actor.models.settings().items()}
     largest = max(sides.values())
-    missing = [shard for shard in range(plan.shards) if shard not in done]
-    parts = sorted({shard * plan.rows_per_shard // sources.PART_ROWS for shard in missing})
-    manifest = [sources.manifest_part(join(out, results.MANIFEST), part) for part in parts]
-    filesystem, _ = storage.resolve(out)
+    stretches = plan.stretches(done, min(PART_ROWS, SHARDS_PER_TASK * plan.rows_per_shard))
+    decode = fetch_and_decode(storage, lambda category: sides.get(actor.models.key(category) or "", largest))
 
-    rows = ray.data.read_parquet(
-        [storage.resolve(part)[1] for part in manifest], filesystem=filesystem, num_cpus=TASK_CPUS
+    def list_and_decode(stretch: pa.Table) -> Iterator[pa.Table]:
+        for place in stretch.to_pylist():
+            images = read_manifest(join(out, results.MANIFEST), plan.listed, place["first"], place["last"], storage)
+            for start in range(0, len(images), batch_size):
+                yield decode(images.slice(start, batch_size))
+
+    rows = ray.data.from_items(
+        [{"first": first, "last": last} for first, last in stretches],
+        override_num_blocks=min(len(stretches), MAX_TASKS),
     )
     # In the manifest's order, so that a shard's images come together and are written together.
     rows.context.execution_options.preserve_order = True
@@ -215,13 +222,7 @@ def dataflow(
     # say it better, but its task wants a whole CPU that the actors have.)
     rows_per_block = max(batch_size, min(MAX_ROWS_PER_BLOCK, plan.images // 400))
     rows.context.target_max_block_size = rows_per_block * largest * largest * 3
-    size = plan.rows_per_shard
-    decode = fetch_and_decode(
-        storage,
-        lambda category: sides.get(actor.models.key(category) or "", largest),
-        lambda position: position // size not in done,
-    )
-    decoded = rows.map_batches(decode, batch_size=batch_size, batch_format="pyarrow", num_cpus=TASK_CPUS)
+    decoded = rows.map_batches(list_and_decode, batch_size=1, batch_format="pyarrow", num_cpus=TASK_CPUS)
     judged = decoded.map_batches(
         GladActor,
         fn_constructor_args=(actor,),
@@ -235,8 +236,8 @@ def dataflow(
         num_gpus=room.num_gpus,
     )
     written = judged.map_batches(
-        results.write_results(storage, out, size, uuid4().hex[:8]),
-        batch_size=size,
+        results.write_results(storage, out, plan.rows_per_shard, uuid4().hex[:8]),
+        batch_size=plan.rows_per_shard,
         batch_format="pyarrow",
         # Decoding tasks hold their CPUs to their end, and a write that waited for them would hold up the commits.
         num_cpus=0,
@@ -246,19 +247,6 @@ def dataflow(
         for row in written.iter_rows():
             yield Written(**row | {"files": tuple(row["files"])})
     except Exception as error:
-        raise session.root_cause(error, GladError, StorageError) from None
-
-
-def list_remotely(
-    source: str, category: str | None, storage: Storage, folder: str, several: bool
-) -> sources.ManifestSummary:
-    """`sources.build_manifest` as a task on the cluster; the driver sees the counts alone."""
-    import ray
-
-    task: Any = ray.remote(num_cpus=TASK_CPUS)(sources.build_manifest)
-    try:
-        return ray.get(task.remote(source, category, storage, folder, several))
-    except ray.exceptions.RayError as error:
         raise session.root_cause(error, GladError, StorageError) from None
 
 

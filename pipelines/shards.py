@@ -13,7 +13,7 @@ which are swept at the end, and the same command goes on with the shards that ha
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,13 +33,15 @@ READERS = 16  # commits read at a time
 class Plan:
     """``images`` of the manifest in shards of ``rows_per_shard``, a power of two that divides a manifest file.
 
-    ``run`` is the run's id: the same for all that go on with it.
+    ``run`` is the run's id: the same for all that go on with it. ``listed`` is how many images each listing task found,
+    in the manifest's order.
     """
 
     images: int
     duplicates: int
     rows_per_shard: int
     run: str = ""
+    listed: tuple[int, ...] = ()
 
     @property
     def shards(self) -> int:
@@ -48,6 +50,23 @@ class Plan:
     def rows_of(self, shard: int) -> int:
         """How many images a shard has: the last one may have fewer."""
         return min(self.rows_per_shard, self.images - shard * self.rows_per_shard)
+
+    def stretches(self, done: Container[int], longest: int) -> list[tuple[int, int]]:
+        """Where the shards not ``done`` are in the manifest, as (first, last + 1), none longer than ``longest``.
+
+        ``longest`` is a multiple of ``rows_per_shard``; stretches are cut at its multiples.
+        """
+        found: list[tuple[int, int]] = []
+        for shard in range(self.shards):
+            if shard in done:
+                continue
+            first = shard * self.rows_per_shard
+            end = first + self.rows_of(shard)
+            if found and found[-1][1] == first and first % longest:
+                found[-1] = (found[-1][0], end)
+            else:
+                found.append((first, end))
+        return found
 
 
 @dataclass(frozen=True)
@@ -135,10 +154,12 @@ def release(dest: str, storage: Storage) -> None:
         storage.delete_file(join(dest, name))
 
 
-def make_plan(images: int, duplicates: int, dest: str, storage: Storage, manifest_rows: int) -> Plan:
+def make_plan(listed: Sequence[int], duplicates: int, dest: str, storage: Storage, manifest_rows: int) -> Plan:
     """Cut a listed archive into shards: small ones for progress in a small archive, files worth opening in a large."""
+    images = sum(listed)
     wanted = max(8, images // PARTS)
-    plan = Plan(images, duplicates, min(manifest_rows, 1 << (wanted.bit_length() - 1)), uuid4().hex[:12])
+    rows = min(manifest_rows, 1 << (wanted.bit_length() - 1))
+    plan = Plan(images, duplicates, rows, uuid4().hex[:12], tuple(listed))
     storage.write(join(dest, PLAN), (json.dumps(asdict(plan)) + "\n").encode())
     return plan
 
@@ -147,7 +168,8 @@ def read_plan(dest: str, storage: Storage) -> Plan | None:
     """The plan of a run whose archive has been listed."""
     if storage.kind(join(dest, PLAN)) != "file":
         return None
-    return Plan(**json.loads(storage.read(join(dest, PLAN))))
+    values = json.loads(storage.read(join(dest, PLAN)))
+    return Plan(**values | {"listed": tuple(values.get("listed", [values["images"]]))})
 
 
 def read_commits(dest: str, storage: Storage) -> dict[int, Written]:
@@ -199,7 +221,7 @@ def sweep(commits: Iterable[Written], dest: str, storage: Storage) -> int:
                 storage.delete_file(join(place, name))
                 swept += 1
         if not is_s3(dest):  # half-written files of tasks that were killed
-            for partial in Path(local_path(place)).glob(".*.part"):
+            for partial in Path(local_path(place)).rglob(".*.part"):
                 partial.unlink(missing_ok=True)
     return swept
 

@@ -14,7 +14,6 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -26,72 +25,18 @@ from cluster.storage import Storage, StorageError, clear_errors, is_s3, join, lo
 from glad_core.errors import GladError, did_you_mean
 from pipelines.decode import IMAGE_SUFFIXES
 
-PART_ROWS = 512  # rows per manifest file; one file is one read task
 LIST_SUFFIXES = {".txt", ".lst", ".parquet"}
 WILDCARDS = re.compile(r"[*?\[]")
-
-MANIFEST_SCHEMA = pa.schema(
-    [
-        ("image_id", pa.string()),
-        ("uri", pa.string()),
-        ("size", pa.int64()),  # bytes; null where the list does not say
-        ("category", pa.string()),
-        ("shard", pa.string()),  # the tar file an image lies in, and where in it
-        ("offset", pa.int64()),
-        ("stage", pa.string()),  # set where listing itself failed
-        ("error_type", pa.string()),
-        ("message", pa.string()),
-        ("position", pa.int64()),  # place in the manifest, from 0
-    ]
-)
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class ManifestSummary:
-    """``rows`` images listed; ``duplicates`` entries that named an image already listed."""
+class Tree:
+    """A folder, all files of which are meant. ``inside`` comes before their paths below it in the archive's own."""
 
-    rows: int
-    duplicates: int
-
-
-def build_manifest(
-    source: str, category: str | None, storage: Storage, folder: str, several: bool = False
-) -> ManifestSummary:
-    """List ``source`` into Parquet parts below ``folder``; holds one part in memory, and 16 bytes per image.
-
-    Raises:
-        GladError, StorageError: see `list_source`; also when there is nothing to score.
-    """
-    seen: set[bytes] = set()
-    duplicates = 0
-
-    def unique() -> Iterator[Row]:
-        nonlocal duplicates
-        for row in list_source(source, category, storage, several):
-            key = bytes.fromhex(row["image_id"])
-            if key in seen:
-                duplicates += 1
-                continue
-            seen.add(key)
-            yield row | {"position": len(seen) - 1}
-
-    rows = unique()
-    for number in range(10**9):
-        part = list(islice(rows, PART_ROWS))
-        if not part:
-            break
-        stream = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(part, schema=MANIFEST_SCHEMA), stream)
-        storage.write(manifest_part(folder, number), stream.getvalue())
-    if not seen:
-        raise GladError(f"{source}: no images in it; name a folder, glob, list or tar that holds some")
-    return ManifestSummary(len(seen), duplicates)
-
-
-def manifest_part(folder: str, number: int) -> str:
-    """Where the manifest's rows from `PART_ROWS` times ``number`` on are."""
-    return join(folder, f"part-{number:08d}.parquet")
+    folder: str
+    inside: str = ""
+    category: str | None = None
 
 
 def list_source(source: str, category: str | None, storage: Storage, several: bool = False) -> Iterator[Row]:
@@ -105,36 +50,51 @@ def list_source(source: str, category: str | None, storage: Storage, several: bo
         StorageError: nothing there, no such bucket, wrong credentials.
     """
     source = source if is_s3(source) else local_path(source)
-    kind = storage.kind(source)
-    if several:
-        return _with_categories(source, category, storage, kind)
-    if kind == "folder":
-        return _list_folder(source, category, storage)
-    if category is not None:
+    trees = trees_of(source, category, storage, several)
+    if trees is not None:
+        rows: Iterator[Row] = (row for tree in trees for row in tree_rows(tree, storage.walk(tree.folder), storage))
+    elif category is not None and not several:
         raise GladError(f"{source}: --category chooses within an MVTec-AD folder, and this is no folder; leave it out")
-    if kind == "file":
-        suffix = PurePosixPath(source).suffix.lower()
-        if suffix in LIST_SUFFIXES:
-            return _list_uris(source, storage)
-        parent, _, name = source.rpartition("/")
-        return _expand(parent, [(name, storage.size(source))], None, storage)
-    if WILDCARDS.search(source):
-        return _list_glob(source, storage)
-    raise StorageError(f"{source}: no such file or folder")
+    else:
+        rows = _list_no_folder(source, storage)
+    return with_categories(rows, source, category) if several else rows
 
 
-def _with_categories(source: str, category: str | None, storage: Storage, kind: str) -> Iterator[Row]:
-    known = _mvtec_categories(source, storage) if kind == "folder" else []
+def trees_of(source: str, category: str | None, storage: Storage, several: bool = False) -> list[Tree] | None:
+    """The folder trees that make up an archive, None where ``source`` is no folder. Raises as `list_source`."""
+    if storage.kind(source) != "folder":
+        return None
+    known = _mvtec_categories(source, storage) if several else []
     if known and (category is None or category in known):
-        for name in known if category is None else [category]:
-            yield from _list_folder(join(source, name), name, storage)
-        return
-    whole = kind == "folder" and category is not None and source.rpartition("/")[2] == category
-    rows = _list_folder(source, category, storage) if whole else list_source(source, None, storage)
+        return [_tree(join(source, name), name, storage) for name in (known if category is None else [category])]
+    own = several and category != source.rpartition("/")[2]  # the category is not chosen here, it is only a name
+    return [_tree(source, None if own else category, storage)]
+
+
+def tree_rows(tree: Tree, files: Iterable[tuple[str, int]], storage: Storage) -> Iterator[Row]:
+    """Manifest rows of a tree's files, given as (path below its folder, size)."""
+    for path, size in files:
+        yield from _expand_one(f"{tree.folder}/{path}", tree.inside + path, size, tree.category, storage)
+
+
+def with_categories(rows: Iterable[Row], source: str, category: str | None) -> Iterator[Row]:
+    """The rows with the category that several models need: the one named, their own, or the first folder."""
     for row in rows:
         inside = row["uri"].rpartition("::")[2].removeprefix(source).strip("/").split("/")
         folder = inside[0] if len(inside) > 1 else None
         yield row | {"category": category or row["category"] or folder}
+
+
+def _list_no_folder(source: str, storage: Storage) -> Iterator[Row]:
+    if storage.kind(source) == "file":
+        suffix = PurePosixPath(source).suffix.lower()
+        if suffix in LIST_SUFFIXES:
+            return _list_uris(source, storage)
+        parent, _, name = source.rpartition("/")
+        return tree_rows(Tree(parent), [(name, storage.size(source))], storage)
+    if WILDCARDS.search(source):
+        return _list_glob(source, storage)
+    raise StorageError(f"{source}: no such file or folder")
 
 
 def _mvtec_categories(source: str, storage: Storage) -> list[str]:
@@ -142,14 +102,13 @@ def _mvtec_categories(source: str, storage: Storage) -> list[str]:
     return [name for name in storage.folders(source) if {"train", "test"} <= set(storage.folders(join(source, name)))]
 
 
-def _list_folder(source: str, category: str | None, storage: Storage) -> Iterator[Row]:
+def _tree(source: str, category: str | None, storage: Storage) -> Tree:
     root = _mvtec_category(source, category, storage)
     if root is None:
-        return _expand(source, storage.walk(source), None, storage)
+        return Tree(source)
     name = root.rstrip("/").rpartition("/")[2]
     # Ids count from the category's name on, so they are the same whichever of the two folders is given.
-    files = ((f"test/{path}", size) for path, size in storage.walk(join(root, "test")))
-    return _expand(root, files, name, storage)
+    return Tree(join(root, "test"), f"{name}/test/", name)
 
 
 def _mvtec_category(source: str, category: str | None, storage: Storage) -> str | None:
@@ -178,7 +137,7 @@ def _list_glob(pattern: str, storage: Storage) -> Iterator[Row]:
         raise GladError(f"{pattern}: the bucket itself cannot be a pattern; name it")
     matches = re.compile(glob_translate(pattern[len(fixed) + 1 :])).match
     found = ((path, size) for path, size in storage.walk(fixed or "/") if matches(path))
-    return _expand(fixed, found, None, storage)
+    return tree_rows(Tree(fixed), found, storage)
 
 
 def _list_uris(source: str, storage: Storage) -> Iterator[Row]:
@@ -213,12 +172,6 @@ def _entries(source: str, storage: Storage) -> Iterator[str]:
             raise GladError(f"{source}: a Parquet list needs a string column 'uri'; it has {found}")
         for batch in table.iter_batches(columns=["uri"]):
             yield from (uri for uri in batch["uri"].to_pylist() if uri)
-
-
-def _expand(root: str, files: Iterable[tuple[str, int]], category: str | None, storage: Storage) -> Iterator[Row]:
-    for path, size in files:
-        archive_path = f"{category}/{path}" if category else path
-        yield from _expand_one(f"{root}/{path}", archive_path, size, category, storage)
 
 
 def _expand_one(uri: str, archive_path: str, size: int | None, category: str | None, storage: Storage) -> Iterator[Row]:

@@ -10,7 +10,9 @@ from conftest import make_bucket
 from typer.testing import CliRunner
 
 from cluster.storage import Storage
+from pipelines import listing
 from pipelines.cli import app
+from pipelines.sources import list_source
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
@@ -123,3 +125,14 @@ def test_create_has_one_winner_on_s3(s3, s3_server):
     assert s3.create("s3://claims/a/marker", b"first")
     assert not s3.create("s3://claims/a/marker", b"second")
     assert s3.read("s3://claims/a/marker") == b"first"
+
+
+def test_pieces_of_a_bucket_are_one_walk(s3, archive, tmp_path, monkeypatch):
+    assert [name for name, _ in s3.level(archive)] == ["broken", "line 0", "line 1", "shard.tar"]
+    for folders in (1, 3, 64):
+        monkeypatch.setattr(listing, "FOLDERS", folders)
+        request = listing.Archive("s3://archive", None, s3, False)
+        out, pieces = tmp_path / str(folders), listing.split(request)
+        counts = [listing.write_manifest(request, piece, n, str(out))[0] for n, piece in enumerate(pieces)]
+        found = listing.read_manifest(str(out), counts, 0, 13, s3)["image_id"].to_pylist()
+        assert found == [row["image_id"] for row in list_source("s3://archive", None, s3)]

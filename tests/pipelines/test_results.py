@@ -1,5 +1,6 @@
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
 
@@ -10,9 +11,11 @@ from pipelines.results import (
     RESULTS_SCHEMA,
     SCORED_SCHEMA,
     complete,
+    folder_of,
     read_run,
     write_results,
 )
+from pipelines.shards import sweep
 
 STORAGE = Storage()
 
@@ -72,6 +75,34 @@ def test_a_retried_block_replaces_its_own_file_and_no_other_attempt_s(tmp_path):
     assert not (tmp_path / "errors").exists()
     write_results(STORAGE, str(tmp_path), 8, "try2")(rows)
     assert len(list((tmp_path / "results").iterdir())) == 2
+
+
+ODD = ["bolt", "a=b", "../up", "_hidden", ".dot", "ü 日本", "x" * 300, "%", "%25"]
+
+
+def test_each_category_has_a_folder_of_its_own_that_every_reader_finds(tmp_path):
+    rows = [scored(str(n), position=n) | {"category": name} for n, name in enumerate([*ODD, None])]
+    stage = write_results(STORAGE, str(tmp_path), 16, "try1")
+    (shard,) = stage(pa.Table.from_pylist(rows, schema=SCORED_SCHEMA)).to_pylist()
+    assert shard["scored"] == len(rows)
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.parquet")} == set(shard["files"])
+    folders = {path.name for path in (tmp_path / "results").iterdir() if path.is_dir()}
+    assert len(folders) == len(ODD)
+    assert {"bolt", "a%3Db", "%2E.%2Fup", "%5Fhidden", "ü 日本"} <= folders
+    assert len(list((tmp_path / "results").glob("*.parquet"))) == 1
+    expected = sorted((row["image_id"], row["category"]) for row in rows[:-1])
+    for table in (pq.read_table(tmp_path / "results"), pads.dataset(tmp_path / "results").to_table()):
+        assert table.schema.equals(RESULTS_SCHEMA)
+        found = [(row["image_id"], row["category"]) for row in table.to_pylist()]
+        assert sorted(row for row in found if row[1]) == expected
+    assert sweep([], str(tmp_path), STORAGE) == len(rows)  # nothing was committed
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
+def test_a_folder_s_name_belongs_to_one_category():
+    assert len({folder_of(name) for name in [*ODD, "x" * 301, "ü" * 300, "ü" * 301]}) == len(ODD) + 3
+    assert all(len(folder_of(name)[0].encode()) <= 255 for name in ["x" * 301, "=" * 300, "日" * 300])
+    assert folder_of(None) == folder_of("") == ()
 
 
 def test_a_complete_run_has_both_datasets_even_if_empty(tmp_path):

@@ -59,11 +59,21 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 
 @pytest.mark.parametrize(("images", "rows"), [(1, 8), (500, 8), (1000, 16), (10_000, 128), (10**6, 512)])
 def test_shards_grow_with_the_archive_and_divide_a_manifest_file(tmp_path, images, rows):
-    plan = make_plan(images, 3, str(tmp_path), STORAGE, manifest_rows=512)
+    listed = [images // 3, images - images // 3]
+    plan = make_plan(listed, 3, str(tmp_path), STORAGE, manifest_rows=512)
     assert plan.rows_per_shard == rows
     assert 512 % rows == 0
     assert sum(plan.rows_of(shard) for shard in range(plan.shards)) == images
     assert read_plan(str(tmp_path), STORAGE) == plan
+    assert plan.listed == tuple(listed)
+
+
+def test_what_is_missing_is_handed_out_in_stretches_of_whole_shards():
+    plan = Plan(images=45, duplicates=0, rows_per_shard=4)
+    assert plan.stretches(set(), 16) == [(0, 16), (16, 32), (32, 45)]
+    assert plan.stretches({1, 2, 4}, 16) == [(0, 4), (12, 16), (20, 32), (32, 45)]
+    assert plan.stretches(set(range(12)) - {11}, 16) == [(44, 45)]
+    assert plan.stretches(set(range(12)), 16) == []
 
 
 @given(st.data())

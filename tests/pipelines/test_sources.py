@@ -8,9 +8,9 @@ import pytest
 
 from cluster.storage import Storage, StorageError
 from glad_core.errors import GladError
-from pipelines import sources
 from pipelines.decode import fetch
-from pipelines.sources import build_manifest, list_source
+from pipelines.listing import MANIFEST_SCHEMA
+from pipelines.sources import list_source
 
 STORAGE = Storage()
 
@@ -143,20 +143,4 @@ def test_a_file_name_that_is_no_utf8_is_listed(tmp_path):
         stream.write(b"x")
     (row,) = listed(tmp_path)
     assert row["uri"].endswith("bad\\xff.png")
-    pa.Table.from_pylist([row], schema=sources.MANIFEST_SCHEMA)
-
-
-def test_the_manifest_is_in_parts_without_duplicates(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "PART_ROWS", 3)
-    (tmp_path / "list.txt").write_text("".join(f"{n % 7}.png\n" for n in range(10)))
-    out = tmp_path / "manifest"
-    summary = build_manifest(str(tmp_path / "list.txt"), None, STORAGE, str(out))
-    assert (summary.rows, summary.duplicates) == (7, 3)
-    assert [pq.read_metadata(part).num_rows for part in sorted(out.iterdir())] == [3, 3, 1]
-    assert pq.read_table(out).schema.equals(sources.MANIFEST_SCHEMA)
-
-
-def test_an_empty_folder_is_refused(tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(GladError, match="no images in it"):
-        build_manifest(str(tmp_path / "empty"), None, STORAGE, str(tmp_path / "manifest"))
+    pa.Table.from_pylist([row], schema=MANIFEST_SCHEMA)

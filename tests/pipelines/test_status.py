@@ -31,7 +31,7 @@ def test_a_run_from_its_claim_to_its_end(tmp_path):
         "shards": [0, None],
         "asked": 0,
     }
-    plan = shards.make_plan(20, 0, out, STORAGE, 512)
+    plan = shards.make_plan([20], 0, out, STORAGE, 512)
     half = shards.Written(0, 3, 1, 1, ("results/a",))
     list(shards.commit([half, replace(half, scored=4, errors=0)], plan, out, STORAGE))
     found = json.loads(glad(out, "--json").stdout)

@@ -1,0 +1,74 @@
+"""How fast an archive is listed into its manifest, on a disk and on a real S3 server.
+
+    python benchmarks/listing.py [--json] [--images 200000] [--objects 40000] [--folders 20]
+
+local_objects_per_s, s3_objects_per_s   entries listed, hashed and written as Parquet, by tasks on this machine's CPUs
+"""
+
+import json
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pipeline import long_folder
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from conftest import find_weed, make_bucket, serve_s3
+
+from cluster import session
+from cluster.storage import Storage
+from pipelines.score import list_remotely
+
+WRITERS = 8
+
+
+def measured(source: str, storage: Storage, folder: Path, images: int) -> float:
+    """Entries a second; the faster of two listings, the first of which also starts Ray's workers."""
+    seconds = []
+    for attempt in range(2):
+        started = time.perf_counter()
+        listed = list_remotely(source, None, storage, str(folder / f"manifest{attempt}"), False)
+        seconds.append(time.perf_counter() - started)
+        assert listed.rows == images
+    return images / min(seconds)
+
+
+def fill(storage: Storage, objects: int, folders: int) -> str:
+    """So many small objects in folders of equal size."""
+    each = objects // folders
+    with ThreadPoolExecutor(WRITERS) as pool:
+        places = (f"s3://photos/line/{index // each:03d}/{index:06d}.png" for index in range(objects))
+        list(pool.map(lambda place: storage.write(place, b"small"), places))
+    return "s3://photos/line"
+
+
+def main(
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
+    images: Annotated[int, typer.Option(help="files on the disk, in folders of a thousand; 0 for none")] = 200_000,
+    objects: Annotated[int, typer.Option(help="objects on S3; 0 for none")] = 40_000,
+    folders: Annotated[int, typer.Option(help="that the objects lie in")] = 20,
+) -> None:
+    """Measure and print."""
+    figures: dict[str, float] = {"images": images, "objects": objects, "folders": folders}
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        session.connect()
+        if images:
+            figures["local_objects_per_s"] = measured(
+                str(long_folder(place, images)), Storage(), place / "local", images
+            )
+        if objects:
+            with serve_s3(find_weed(), place) as environment:
+                make_bucket(environment, "photos")
+                storage = Storage(environment["AWS_ENDPOINT_URL"], "glad-test", "glad-test-secret", region="us-east-1")
+                source = fill(storage, objects, folders)
+                figures["s3_objects_per_s"] = measured(source, storage, place / "s3", objects)
+    print(json.dumps(figures) if as_json else "\n".join(f"{name:24} {value:.6g}" for name, value in figures.items()))
+
+
+if __name__ == "__main__":
+    typer.run(main)
