@@ -25,6 +25,7 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".
 MAX_PIXELS = 89_478_485  # Pillow's own line for a decompression bomb: about 9459 x 9459
 MAX_BYTES = 512 * 2**20
 MAX_MEMORY = 3 * 2**30  # bytes that decoding one image may take
+TOO_MUCH = f"its decoder asked for more memory than the {MAX_MEMORY // 2**20} MiB that one image may take"
 FETCH_THREADS = 8
 TRIES = 2  # of an image alone in a process, before it is given up
 
@@ -108,6 +109,8 @@ def _decode_row(row: dict[str, Any], data: bytes | ImageError | None, resolution
             picture = decode(data, resolution)
     except ImageError as error:
         return out | {"stage": "decode", "error_type": error.kind, "message": str(error)}
+    except MemoryError:  # not while decoding, but while resizing
+        return out | {"stage": "decode", "error_type": "too_large", "message": TOO_MUCH}
     return out | {"width": picture.width, "height": picture.height, "image": picture.pixels.tobytes()}
 
 
@@ -200,7 +203,7 @@ def decode_image(data: bytes) -> np.ndarray:
     except Image.UnidentifiedImageError as error:
         raise ImageError("not_an_image", "not PNG, JPEG, BMP, TIFF, WebP, GIF or PPM") from error
     except Exception as error:  # decoders raise whatever their parsing meets
-        raise ImageError("damaged", _reason(error)) from error
+        raise _refused(error) from error
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(
             "too_large", f"decompression bomb: {image.width} x {image.height} pixels, the limit is {MAX_PIXELS} in all"
@@ -211,7 +214,7 @@ def decode_image(data: bytes) -> np.ndarray:
     except ImageError:
         raise
     except Exception as error:
-        raise ImageError("damaged", _reason(error)) from error
+        raise _refused(error) from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -236,5 +239,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _reason(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+def _refused(error: Exception) -> ImageError:
+    """What a decoder's exception says of the image. (WebP's does not tell too little memory from damage.)"""
+    if isinstance(error, MemoryError) or "out of memory" in str(error):
+        return ImageError("too_large", TOO_MUCH)
+    return ImageError("damaged", " ".join(f"{type(error).__name__}: {error}".split())[:300])
