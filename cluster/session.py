@@ -15,6 +15,11 @@ QUIET = {
 }
 
 
+# A resource that the head of a growing cluster declares: how many GPUs the autoscaler may bring. Ray itself does not
+# say while no GPU machine is up.
+GPUS_TO_COME = "gpus_to_come"
+
+
 class SessionError(Exception):
     """Ray could not be started or reached. The message is one line with the way out."""
 
@@ -55,6 +60,51 @@ def resources() -> dict[str, float]:
     return dict(ray.cluster_resources())
 
 
+def gpus(available: dict[str, float]) -> float:
+    """How many GPUs these `resources` have, or may have once the autoscaler has brought them."""
+    return max(available.get("GPU", 0.0), available.get(GPUS_TO_COME, 0.0))
+
+
+def waiting_for(num_cpus: float, num_gpus: float) -> str | None:
+    """What actors of this size, or work too large for every machine, wait for, in one line.
+
+    None where nothing waits, or Ray does not answer.
+    """
+    import ray
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    try:
+        status = get_cluster_status(ray.get_runtime_context().gcs_address)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    except Exception:  # it is only asked for a line of the log
+        return None
+
+    def large_enough(bundle: dict[str, float]) -> int:
+        return sum(all(node.get(name, 0) >= amount for name, amount in bundle.items()) for node in nodes)
+
+    actor = {name: amount for name, amount in (("CPU", num_cpus), ("GPU", num_gpus)) if amount}
+    demands = [of for demand in status.resource_demands.ray_task_actor_demand for of in demand.bundles_by_count]
+    waiting = [of for of in demands if of.bundle == actor] or [of for of in demands if not large_enough(of.bundle)]
+    if not waiting:
+        return None
+    of = waiting[0]
+    what = ("an actor" if of.count == 1 else f"{of.count} actors") if of.bundle == actor else "a task"
+    size = " and ".join(f"{amount:g} {name}" for name, amount in sorted(of.bundle.items()))
+    fit = large_enough(of.bundle)
+    have = f"{fit or 'none'} of {len(nodes)} machines {'is' if fit < 2 else 'are'} large enough" + ", and taken" * (
+        fit > 0
+    )
+    coming = sum(launch.count for launch in status.pending_launches) + len(status.pending_nodes)
+    failed = [launch.details for launch in status.failed_launches if launch.details]
+    if coming:
+        more = f"{coming} more {'is' if coming == 1 else 'are'} being started"
+    elif failed:
+        more = f"the last start failed: {' '.join(failed[-1].split())[:300]}"
+    else:
+        more = "none is being started: add one, or ask for less"
+    return f"waiting for room for {what} with {size}: {have}; {more}"
+
+
 def node_cpus() -> list[float]:
     """CPUs of every living node: what one task or worker can ask for at most is one node's."""
     import ray
@@ -92,6 +142,8 @@ def configure_ray_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # GPU machines may be hours in coming; Ray Data would end the job after half an hour without a block.
+    context.execution_no_progress_timeout_s = -1
     # Otherwise an exception of ours arrives as text inside one of Ray's.
     context.raise_original_map_exception = True
     # The second datasource's listing task wants a whole CPU and takes no options: on a machine whose CPUs the actors

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cluster import session
 from glad_core.errors import GladError
 
 if TYPE_CHECKING:
@@ -18,30 +19,37 @@ ACTOR_MEMORY = 2**30  # and what torch and Ray take before any weights
 
 @dataclass(frozen=True)
 class ActorPlan:
-    """``actors`` processes with ``num_cpus`` and ``num_gpus`` each, computing with ``threads`` threads."""
+    """``actors`` processes with ``num_cpus`` and ``num_gpus`` each, computing with ``threads`` threads.
+
+    Where the plan ``grows`` they are the first ones: more come while images wait and the cluster has room.
+    """
 
     actors: int
     num_cpus: float
     num_gpus: float
     threads: int
+    grows: bool = False
 
     def describe(self) -> str:
         share = f"{self.num_gpus:g} GPU" if self.num_gpus else f"{self.num_cpus:g} CPU"
-        return f"{self.actors} actor{'s' if self.actors > 1 else ''} with {share} each"
+        more = ", more as the cluster grows" if self.grows else ""
+        return f"{self.actors} actor{'s' if self.actors > 1 else ''} with {share} each{more}"
 
 
 def plan_actors(available: dict[str, float], request: ScoreRequest, weights: int) -> ActorPlan:
     """What was asked for, and for the rest what fits: every GPU, or every core as far as memory goes.
 
+    On a cluster ``--actors`` is a number that waits for room; without it the plan begins with what fits now and grows.
+
     Args:
-        available: the cluster's resources, as Ray counts them.
+        available: the cluster's resources, as `session.resources` counts them.
         weights: bytes of the bundle.
 
     Raises:
         GladError: more than this machine has. A cluster may grow, so there nothing is refused.
     """
     cpus, gpus = available.get("CPU", 1.0), available.get("GPU", 0.0)
-    num_gpus = (1.0 if gpus else 0.0) if request.num_gpus is None else request.num_gpus
+    num_gpus = (1.0 if session.gpus(available) else 0.0) if request.num_gpus is None else request.num_gpus
     if num_gpus > 1 and num_gpus != int(num_gpus):
         raise GladError(f"--num-gpus {num_gpus:g}: give a fraction of one GPU, or a whole number")
     num_cpus = (CPU_SHARE if not num_gpus else 0.5) if request.num_cpus is None else request.num_cpus
@@ -57,7 +65,8 @@ def plan_actors(available: dict[str, float], request: ScoreRequest, weights: int
                 f"{actors} actors with {num_cpus:g} CPUs each leave nothing of this machine's {cpus:g} for decoding: "
                 "lower --actors or --num-cpus"
             )
-    return ActorPlan(actors, num_cpus, num_gpus, max(1, round(num_cpus)))
+    grows = request.address is not None and request.actors is None
+    return ActorPlan(actors, num_cpus, num_gpus, max(1, round(num_cpus)), grows)
 
 
 def _fitting(available: dict[str, float], num_cpus: float, num_gpus: float, weights: int) -> int:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from rich import progress as rich_progress
 from rich.console import Console
 
 LINE_EVERY = 10.0  # seconds
+SILENCE = 15.0  # seconds without an image, after which it is asked why
 
 
 class Progress:
-    """Context manager; `update` is told totals, not differences. ``before`` images were done by an earlier attempt."""
+    """Context manager; `update` is told totals, not differences. ``before`` images were done by an earlier attempt.
 
-    def __init__(self, console: Console, images: int, before: int = 0) -> None:
-        self.console, self.images, self.before = console, images, before
-        self.started = self.last_line = time.monotonic()
+    While no image comes, ``waiting_for`` is asked for a line that says why, and it is printed where it has changed.
+    """
+
+    def __init__(
+        self, console: Console, images: int, before: int = 0, waiting_for: Callable[[], str | None] = lambda: None
+    ) -> None:
+        self.console, self.images, self.before, self.waiting_for = console, images, before, waiting_for
+        self.started = self.last_line = self.last_image = time.monotonic()
+        self.ended = threading.Event()
         self.bar = rich_progress.Progress(
             rich_progress.TextColumn("scoring"),
             rich_progress.BarColumn(),
@@ -32,16 +41,29 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self.bar.start()
+        threading.Thread(target=self._explain_silence, daemon=True, name="glad-silence").start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.ended.set()
         self.bar.stop()
+
+    def _explain_silence(self) -> None:
+        said = None
+        while not self.ended.wait(SILENCE / 4):
+            if time.monotonic() - self.last_image < SILENCE:
+                said = None
+                continue
+            reason = self.waiting_for()
+            if reason not in (None, said) and not self.ended.is_set():
+                self.console.print(reason, highlight=False, soft_wrap=True)
+            said = reason
 
     def update(self, done: int, anomalies: int, errors: int) -> None:
         """``done`` images are finished, ``errors`` of them without a verdict."""
-        now = time.monotonic()
+        now = self.last_image = time.monotonic()
         rate = (done - self.before) / max(now - self.started, 1e-9)
         found = f"{anomalies} anomalies, {errors} errors"
         self.bar.update(self.task, completed=done, rate=f"{rate:.1f} images/s", found=found)

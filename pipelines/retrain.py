@@ -73,7 +73,7 @@ def retrain(request: RetrainRequest, console: Console) -> bool:
 def parallel_jobs(request: RetrainRequest, available: dict[str, float], jobs: int) -> int:
     """How many categories at a time: what was asked, but never more than fit, or all would wait for each other."""
     workers = request.train.workers
-    gpus = available.get("GPU", 0.0)
+    gpus = session.gpus(available)
     if request.train.device == "cuda" or (request.train.device is None and gpus):
         fitting = int(gpus // workers)
     else:

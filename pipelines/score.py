@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from typing import Any, Literal
 from uuid import uuid4
@@ -131,6 +132,8 @@ def score(request: ScoreRequest, console: Console) -> Counts:
         raise
     commits = shards.read_commits(out, storage)
     console.print(f"{plan.images} images in {escape(source)}; {room.describe()}", highlight=False)
+    if request.address is not None and request.num_gpus is None and not room.num_gpus:
+        console.print("this cluster has no GPU, so its CPUs compute: --num-gpus 1 waits for GPUs", highlight=False)
 
     actor = ActorSettings(
         models=models,
@@ -153,7 +156,8 @@ def score(request: ScoreRequest, console: Console) -> Counts:
     if commits:
         console.print(f"going on after {scored + errors} images", highlight=False)
     clock = time.monotonic()
-    with Progress(console, plan.images, scored + errors) as progress:
+    waiting_for = partial(session.waiting_for, room.num_cpus, room.num_gpus)
+    with Progress(console, plan.images, scored + errors, waiting_for) as progress:
         written = dataflow(storage, out, actor, room, request.batch_size, plan, set(commits))
         for piece, commit in shards.commit(written, plan, out, storage):
             scored, anomalies, errors = scored + piece.scored, anomalies + piece.anomalies, errors + piece.errors
@@ -223,13 +227,15 @@ def dataflow(
     rows_per_block = max(batch_size, min(MAX_ROWS_PER_BLOCK, plan.images // 400))
     rows.context.target_max_block_size = rows_per_block * largest * largest * 3
     decoded = rows.map_batches(list_and_decode, batch_size=1, batch_format="pyarrow", num_cpus=TASK_CPUS)
+    # No more actors than batches. A pool that grows does so while every actor has all the calls in flight that it may:
+    # twice as many as run, so that images waiting for an actor count as a backlog.
+    first = min(room.actors, -(-(plan.shards - len(done)) * plan.rows_per_shard // batch_size))
+    actors: dict[str, Any] = {"min_size": 1, "initial_size": first} if room.grows else {"size": first}
     judged = decoded.map_batches(
         GladActor,
         fn_constructor_args=(actor,),
         # Several batches in an actor at a time, so that its engine always has an image for a free slot.
-        compute=ray.data.ActorPoolStrategy(
-            size=room.actors, max_concurrent_calls_per_actor=4, max_tasks_in_flight_per_actor=8
-        ),
+        compute=ray.data.ActorPoolStrategy(**actors, max_concurrent_calls_per_actor=4, max_tasks_in_flight_per_actor=8),
         batch_size=batch_size,
         batch_format="pyarrow",
         num_cpus=room.num_cpus,

@@ -143,7 +143,7 @@ def with_resources(job: TrainJob, request: TrainRequest, parallel: int = 1) -> T
         GladError: more than this machine has. A cluster at an address may grow, so there nothing is refused.
     """
     grows = request.address is not None
-    gpus = session.resources().get("GPU", 0.0)
+    gpus = session.gpus(session.resources())
     if request.device == "cuda" or (request.device is None and gpus):
         if job.workers > gpus and not grows:
             raise GladError(f"{job.workers} workers need as many GPUs, this machine has {gpus:g}: lower --workers")

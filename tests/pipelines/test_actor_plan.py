@@ -47,5 +47,19 @@ def test_more_than_the_machine_has_is_refused_instead_of_waiting_for_ever(asked,
         plan({"CPU": 2, "memory": 16 * GIB}, **asked)
 
 
-def test_a_cluster_may_grow():
-    assert plan({"CPU": 2, "memory": GIB}, num_gpus=1, actors=8, address="auto").actors == 8
+def test_a_cluster_begins_with_what_fits_now_and_grows():
+    found = plan({"CPU": 2, "memory": 16 * GIB}, address="auto")
+    assert found == ActorPlan(2, 0.75, 0, 1, grows=True)
+    assert found.describe() == "2 actors with 0.75 CPU each, more as the cluster grows"
+    assert not plan({"CPU": 2, "memory": 16 * GIB}).grows
+
+
+def test_actors_asked_for_wait_for_room_on_a_cluster():
+    assert plan({"CPU": 2, "memory": GIB}, num_gpus=1, actors=8, address="auto") == ActorPlan(8, 0.5, 1, 1)
+
+
+def test_gpus_that_the_autoscaler_may_bring_are_waited_for():
+    idle = {"CPU": 2, "memory": 16 * GIB, "gpus_to_come": 8}
+    assert plan(idle, address="auto") == ActorPlan(1, 0.5, 1, 1, grows=True)
+    assert plan(idle, address="auto", num_gpus=0).num_gpus == 0
+    assert plan(idle | {"GPU": 3}, address="auto").actors == 3
