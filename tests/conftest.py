@@ -213,4 +213,4 @@ def make_bucket(environment, name):
         key=environment["AWS_ACCESS_KEY_ID"],
         secret=environment["AWS_SECRET_ACCESS_KEY"],
         endpoint_url=environment["AWS_ENDPOINT_URL"],
-    ).mkdir(name)
+    ).makedirs(name, exist_ok=True)

@@ -101,4 +101,4 @@ def test_actor_and_driver_killed_then_the_same_command(tmp_path, archive, tiny_b
     assert counts == json.loads((calm / "run.json").read_text())["counts"]
     assert (counts["images"], counts["errors"]) == (IMAGES, IMAGES // 40)
     named = {file for path in (out / "commits").iterdir() for file in json.loads(path.read_text())["files"]}
-    assert named == {str(path.relative_to(out)) for path in out.glob("*s/part-*.parquet")}
+    assert named == {str(path.relative_to(out)) for path in out.glob("[re]*s/**/part-*.parquet")}

@@ -32,7 +32,7 @@ def test_a_full_disk_and_room_again(tmp_path, small_disk, tiny_bundle):
         photo(index, tmp_path / "photos" / f"{index:03d}.png")
     ballast, out = small_disk / "ballast", small_disk / "out"
     free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
-    ballast.write_bytes(bytes(free - 160 * 1024))
+    ballast.write_bytes(bytes(free - 96 * 1024))
     words = ["score", tmp_path / "photos", "--model", tiny_bundle, "--out", out, "--actors", 1]
 
     stopped = CliRunner().invoke(app, [str(word) for word in words])
