@@ -16,14 +16,13 @@ import sys
 from pathlib import Path
 from cluster import launcher
 from glad_core import presets
-from pipelines import evaluate, report
+from pipelines import report
 from pipelines.cli import app
-from pipelines.model_source import SMALL_BUNDLE
 rooms = [Path(module.__file__).parents[1] for module in (launcher, presets, report)]
 assert rooms == [Path(sys.argv[1])] * 3, rooms
 assert presets.preset("MVTec-AD", "screw")
 assert (report.TEMPLATES / "report.html.j2").is_file()
-app(["bundle", "inspect", str(SMALL_BUNDLE)])
+app(["bundle", "inspect", "small"])
 """
 
 
