@@ -27,6 +27,8 @@ def check_cluster_file(path: Path) -> tuple[list[str], list[str]]:
         documents = [document for document in yaml.safe_load_all(text) if document is not None]
     except OSError as error:
         raise SessionError(f"{path}: {error.strerror or error}; name one such as ray_cluster.yaml") from error
+    except UnicodeDecodeError as error:
+        raise SessionError(f"{path}: not text; name a YAML file such as ray_cluster.yaml") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import warnings
 from typing import Any
 
@@ -13,6 +14,7 @@ QUIET = {
     "RAY_DATA_USE_OBSTORE": "0",  # with an endpoint override its downloads silently return null
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+ANSWER_SECONDS = 10  # that a cluster's port has to answer
 
 
 # A resource that the head of a growing cluster declares: how many GPUs the autoscaler may bring. Ray itself does not
@@ -39,6 +41,7 @@ def connect(address: str | None = None) -> None:
     if not ray.is_initialized():
         logging.getLogger("ray").setLevel(logging.ERROR)
         try:
+            _answers(address)
             ray.init(
                 # Without an address Ray would join whatever cluster RAY_ADDRESS or an earlier `ray start` names.
                 address=address or "local",
@@ -46,11 +49,18 @@ def connect(address: str | None = None) -> None:
                 logging_level=logging.ERROR,
                 log_to_driver=False,
             )
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             where = f"the Ray cluster at {address}" if address else "Ray on this machine"
             raise SessionError(f"cannot use {where}: {reason}; check --address and the authentication token") from error
     configure_ray_data()
+
+
+def _answers(address: str | None) -> None:
+    """Raise OSError if nothing listens at ``host:port``: Ray itself would go on trying for more than ten minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdigit() and "://" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
 
 
 def resources() -> dict[str, float]:

@@ -38,6 +38,8 @@ def create(
     """
     if out.exists():
         raise GladError(f"{out} already exists: choose another --out or remove it")
+    if not Path(diffusion).exists() and diffusion.count("/") != 1:
+        raise GladError(f"{diffusion}: no such folder; give a diffusers folder, or a hub id such as OWNER/MODEL")
     published: dict[str, Any] = {}
     recipe: dict[str, Any] = {}
     if preset is not None:

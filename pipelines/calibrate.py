@@ -10,21 +10,27 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.dataset as pads
+import torch
 from rich.console import Console
 from rich.markup import escape
 
-from cluster.storage import Storage, is_s3, join, local_path
+from cluster import session
+from cluster.storage import Storage, StorageError, is_s3, join, local_path
 from glad_core import bundle
 from glad_core.calibration import choose_steps, conformal_quantile, images_needed, judged_images
 from glad_core.errors import GladError
 from glad_core.settings import Profile, Settings
+from glad_core.synthesis import ForegroundMode
 from pipelines import results
+from pipelines.actor_plan import plan_actors
 from pipelines.decode import ImageError, decode, fetch
 from pipelines.feedback import require_marks
-from pipelines.model_source import local_bundle
+from pipelines.glad_actor import set_up
+from pipelines.model_source import SMALL, local_bundle
 from pipelines.score import ScoreRequest, score
 from pipelines.sources import list_source
 
@@ -41,7 +47,7 @@ class CalibrateRequest:
     out: Path
     target_fpr: float
     threshold_only: bool
-    foreground_mode: int
+    foreground_mode: ForegroundMode
     profile: Profile | None = None  # as the bundle has it
     feedback: bool = False  # ``run`` is any run, whose alarms people have looked at
     seed: int = 0
@@ -72,7 +78,8 @@ def calibrate(request: CalibrateRequest, console: Console) -> str:
         if run is None:
             assert request.source is not None
             if not request.threshold_only:
-                settings = _steps(request, made, settings, storage, console)
+                known_anywhere = is_s3(request.model) or request.model == SMALL
+                settings = _steps(request, request.model if known_anywhere else str(base), settings, storage, console)
                 bundle.update_settings(made, settings, {})
             run = str(Path(folder) / "run")
             score(
@@ -111,39 +118,69 @@ def calibrate(request: CalibrateRequest, console: Console) -> str:
     return model_id
 
 
-def _steps(request: CalibrateRequest, made: Path, settings: Settings, storage: Storage, console: Console) -> Settings:
-    """T, δ and min_step from up to `STEP_IMAGES` good images, evenly spread over the source."""
+def _steps(request: CalibrateRequest, base: str, settings: Settings, storage: Storage, console: Console) -> Settings:
+    """T, δ and min_step from up to `STEP_IMAGES` good images, evenly spread over the source.
+
+    They are chosen by a task with an actor's resources: on a GPU where there is one, else with this machine's cores.
+    """
     assert request.source is not None
     source = request.source if is_s3(request.source) else local_path(request.source)
     rows = [row for row in list_source(source, None, storage) if row.get("error_type") is None]
     if not rows:
         raise GladError(f"{source}: no images in it; name a folder, glob, list or tar of good images")
     places = np.linspace(0, len(rows) - 1, min(len(rows), STEP_IMAGES)).round().astype(int)
-    good = []
-    for place in places:
+    few = [rows[place] for place in places]
+    session.connect(request.address)
+    import ray
+
+    weights = sum(entry.size for entry in bundle.read_manifest(local_bundle(base, storage)).files.values())
+    room = plan_actors(session.resources(), ScoreRequest(source, "", address=request.address), weights)
+    gpu = room.num_gpus > 0
+    cpus = max(session.node_cpus()) if request.address is None and not gpu else room.num_cpus
+    profile = request.profile or settings.profile
+    console.print(
+        f"choosing T and δ on {len(few)} of {len(rows)} images, {judged_images(len(few), profile) - len(few)} "
+        f"reconstructions on {'a GPU' if gpu else f'{cpus:g} CPUs'}",
+        highlight=False,
+    )
+    task: Any = ray.remote(num_cpus=cpus, num_gpus=room.num_gpus)(steps_from)
+    options = (profile, request.foreground_mode, request.seed)
+    try:
+        with console.status(""):
+            chosen, skipped = ray.get(task.remote(few, base, storage, gpu, *options))
+    except ray.exceptions.RayError as error:
+        raise session.root_cause(error, GladError, StorageError) from None
+    for message in skipped:
+        console.print(f"[yellow]{escape(message)}; skipped[/yellow]", soft_wrap=True)
+    return chosen
+
+
+def steps_from(
+    rows: list[dict[str, Any]],
+    base: str,
+    storage: Storage,
+    gpu: bool,
+    profile: Profile,
+    foreground_mode: ForegroundMode,
+    seed: int,
+) -> tuple[Settings, list[str]]:
+    """The settings with T, δ and min_step chosen on listed good images, and what is wrong with unreadable ones.
+
+    Raises:
+        GladError: none can be read.
+    """
+    set_up(gpu, torch.get_num_threads())  # as many as Ray gives the task, or OMP_NUM_THREADS
+    model = bundle.load_bundle(local_bundle(base, storage), device="cuda" if gpu else "cpu")
+    good: list[np.ndarray] = []
+    skipped: list[str] = []
+    for row in rows:
         try:
-            good.append(decode(fetch(storage, rows[place]), settings.resolution).pixels)
+            good.append(decode(fetch(storage, row), model.settings.resolution).pixels)
         except ImageError as error:
-            console.print(f"[yellow]{escape(rows[place]['uri'])}: {escape(str(error))}; skipped[/yellow]")
-    console.print(f"choosing T and δ on {len(good)} of {len(rows)} images", highlight=False)
-    model = bundle.load_bundle(made)
-    with console.status("") as status:
-        profile = request.profile or settings.profile
-        total, done = judged_images(len(good), profile) - len(good), 0
-
-        def judged(count: int) -> None:
-            nonlocal done
-            done += count
-            status.update(f"{done} of {total} reconstructions")
-
-        return choose_steps(
-            model,
-            good,
-            profile=profile,
-            foreground_mode=request.foreground_mode,  # type: ignore[arg-type]
-            seed=request.seed,
-            on_image=judged,
-        )
+            skipped.append(f"{row['uri']}: {error}")
+    if not good:
+        raise GladError(f"none of the good images can be read; the first: {skipped[0]}")
+    return choose_steps(model, good, profile=profile, foreground_mode=foreground_mode, seed=seed), skipped
 
 
 def _scores(run: str, storage: Storage, with_feedback: bool) -> tuple[list[float], set[str], list[float]]:

@@ -19,14 +19,23 @@ from pipelines import cli_jobs, cli_models, cli_setup
 from pipelines.cli_models import STOPPED, Address, Json, Precision, print_json
 
 USER_ERROR = 2  # exit code of a mistake in what was asked
+UsageError: Any = typer.BadParameter.__base__  # of the click that typer uses, its own or the package
 
 
 class OneLineErrors(TyperGroup):
     """A user's mistake is one line on stderr and exit code 2, never a traceback."""
 
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().make_context(*args, **options)
+        except UsageError as error:
+            _misused(error)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except UsageError as error:
+            _misused(error)
         except (GladError, StorageError, SessionError) as error:
             _fail(str(error), USER_ERROR)
 
@@ -229,7 +238,7 @@ def calibrate(
         out=out,
         target_fpr=target_fpr,
         threshold_only=threshold_only,
-        foreground_mode=foreground,
+        foreground_mode=foreground,  # type: ignore[arg-type]
         profile=profile.value if profile else None,  # type: ignore[arg-type]
         feedback=feedback,
         seed=seed,
@@ -324,10 +333,7 @@ def demo_data(
     """Draw the demo category: circuit boards, good ones and four kinds of defect with their masks."""
     from pipelines.demo_data import make_demo_data
 
-    try:
-        folder = make_demo_data(out, seed)
-    except OSError as error:
-        raise GladError(f"{out}: {error.strerror or error}; choose a folder that can be written") from error
+    folder = make_demo_data(out, seed)
     Console().print(f"demo data in {escape(str(folder))}", highlight=False)
 
 
@@ -346,6 +352,15 @@ def demo(
 cli_models.add_to(app)
 cli_jobs.add_to(app)
 cli_setup.add_to(app)
+
+
+def _misused(error: Any) -> NoReturn:
+    """A word of the command line that does not fit; a command without any words shows its help."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        raise error
+    message = error.format_message().replace("Value error, ", "").rstrip(".")
+    more = f"; `{error.ctx.command_path} --help` lists what fits" if error.ctx else ""
+    _fail(message + more, USER_ERROR)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -66,7 +66,7 @@ def check(command: list[str]) -> list[str]:
     name, *rest = command
     if name not in able:
         raise GladError(f"'{name}' cannot be submitted: give one of {', '.join(sorted(able))} after --")
-    context = able[name].make_context(name, list(rest))  # wrong options end here, before anything is sent
+    context = able[name].make_context(f"glad {name}", list(rest))  # wrong options end here, before anything is sent
     if context.params["address"] is not None:
         raise GladError("a job runs on the cluster it is submitted to: give --address before --, not after it")
     for parameter in able[name].params:

@@ -150,19 +150,27 @@ Category = Annotated[str, typer.Argument(help="Category in the registry")]
 
 
 @registries.command("list", epilog="Example: glad registry list s3://bucket/models")
-def registry_list(registry: Registry) -> None:
+def registry_list(registry: Registry, as_json: Json = False) -> None:
     """Every category's current version."""
-    from pipelines.registry import print_list
+    from pipelines import registry as models
 
-    print_list(registry, Console())
+    rows = models.listed(registry)
+    if as_json:
+        print_json({"categories": rows})
+    else:
+        models.print_list(rows, Console())
 
 
 @registries.command("show", epilog="Example: glad registry show models screw")
-def registry_show(registry: Registry, category: Category) -> None:
+def registry_show(registry: Registry, category: Category, as_json: Json = False) -> None:
     """A category's versions."""
-    from pipelines.registry import print_versions
+    from pipelines import registry as models
 
-    print_versions(registry, category, Console())
+    rows = models.described(registry, category)
+    if as_json:
+        print_json({"versions": rows})
+    else:
+        models.print_versions(rows, Console())
 
 
 @registries.command("promote", epilog="Example: glad registry promote models screw 0123456789abcdef")
@@ -224,13 +232,15 @@ def bundle_import_unet(
 
 @bundles.command("inspect", epilog="Example: glad bundle inspect bundle")
 def bundle_inspect(
-    path: Annotated[Path, typer.Argument(help="Bundle folder")],
+    path: Annotated[str, typer.Argument(help="Bundle, local or s3://; 'small' is the embedded one")],
     as_json: Json = False,
 ) -> None:
     """Print what is inside a bundle and verify every file."""
+    from cluster.storage import Storage
     from pipelines.bundle import inspect
+    from pipelines.model_source import local_bundle
 
-    manifest = inspect(path, Console(stderr=as_json))
+    manifest = inspect(local_bundle(path, Storage.from_environment()), Console(stderr=as_json))
     if as_json:
         print_json(manifest.model_dump())
 

@@ -92,7 +92,7 @@ def effective(ctx: typer.Context, words: list[str]) -> list[dict[str, Any]]:
         words: a command and any options for it, as they would follow `glad`; empty: every command.
 
     Raises:
-        GladError: no such command.
+        GladError: no such command, no such option of it, or a value that does not fit.
     """
     top = ctx.find_root()
     return _effective(top.command, top, words, [])
@@ -101,6 +101,7 @@ def effective(ctx: typer.Context, words: list[str]) -> list[dict[str, Any]]:
 def _effective(command: Any, ctx: Any, words: list[str], called: list[str]) -> list[dict[str, Any]]:
     groups = getattr(command, "commands", None)
     if groups is None:
+        _understood(command, ctx, words, f"{' '.join(called)}: ")
         return [
             {
                 "command": " ".join(called),
@@ -122,3 +123,16 @@ def _effective(command: Any, ctx: Any, words: list[str], called: list[str]) -> l
         context = inner.make_context(name, [*arguments], parent=ctx, resilient_parsing=True)
         rows += _effective(inner, context, rest, [*called, name])
     return rows
+
+
+def _understood(command: Any, ctx: Any, words: list[str], where: str) -> None:
+    """Raise GladError for options that click passes over when it may not fail for those that are missing."""
+    known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    for word in words:
+        name = word.partition("=")[0]
+        if name.startswith("--") and name not in known:
+            raise GladError(f"{where}no option {name}{did_you_mean(name, sorted(known))}")
+    for parameter in _settable(command):
+        given = SOURCES[ctx.get_parameter_source(parameter.name).name] != "default"
+        if given and ctx.params[parameter.name] is None:
+            raise GladError(f"{where}what is given for '{key_of(parameter)}' does not fit; `glad {where[:-2]} --help`")

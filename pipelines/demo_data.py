@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from glad_core.errors import GladError
+
 CATEGORY = "circuit_board"
 DEFECTS = ("missing_component", "wrong_component", "scratch", "stain")
 SIZE = 256  # pixels of a finished image
@@ -382,8 +384,19 @@ def make_demo_data(out: Path, seed: int = 0, train_good: int = 200, test_good: i
     """Write the demo category as an MVTec-AD tree and return its folder, ``out``/circuit_board.
 
     Existing files of the same names are replaced; the same arguments write the same bytes.
+
+    Raises:
+        GladError: ``out`` cannot be written.
     """
     root = Path(out) / CATEGORY
+    try:
+        _draw(root, seed, train_good, test_good, per_defect)
+    except OSError as error:
+        raise GladError(f"{out}: {error.strerror or error}; choose a folder that can be written") from error
+    return root
+
+
+def _draw(root: Path, seed: int, train_good: int, test_good: int, per_defect: int) -> None:
     for split, folder, count in (
         ("train", "train/good", train_good),
         ("good", "test/good", test_good),
@@ -397,4 +410,3 @@ def make_demo_data(out: Path, seed: int = 0, train_good: int = 200, test_good: i
             Image.fromarray(image).save(root / folder / f"{index:03d}.png")
             if split in DEFECTS:
                 Image.fromarray(mask).save(root / "ground_truth" / split / f"{index:03d}_mask.png")
-    return root

@@ -129,6 +129,20 @@ class EngineThread(threading.Thread):
             os._exit(1)
 
 
+def set_up(gpu: bool, threads: int) -> None:
+    """PyTorch in a process that runs engines, in ``threads`` threads on a CPU."""
+    import torch
+
+    from glad_core.engine import keep_buffers
+
+    torch.set_num_threads(threads)
+    if not gpu:
+        keep_buffers()
+    # TF32 rounds differently for every batch shape; an image's score must not depend on its neighbours.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 class GladActor:
     """Callable for ``map_batches``, several calls at a time."""
 
@@ -159,16 +173,7 @@ class GladActor:
         yield pa.Table.from_pylist(out + judged, schema=SCORED_SCHEMA)
 
     def _prepare(self) -> None:
-        import torch
-
-        from glad_core.engine import keep_buffers
-
-        torch.set_num_threads(self.settings.threads)
-        if not self.settings.gpu:
-            keep_buffers()
-        # TF32 rounds differently for every batch shape; an image's score must not depend on its neighbours.
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cuda.matmul.allow_tf32 = False
+        set_up(self.settings.gpu, self.settings.threads)
         if self.settings.memory is not None:
             from pipelines.memory import read_memory
 

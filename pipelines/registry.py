@@ -10,6 +10,7 @@ import json
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -144,37 +145,63 @@ def absolute(registry: str) -> str:
     return registry.rstrip("/") if is_s3(registry) else local_path(registry)
 
 
-def print_list(location: str, console: Console) -> None:
-    """Print every category's current version and how many there are."""
+def listed(location: str) -> list[dict[str, Any]]:
+    """Every category with its current version, since when and why (None where none was promoted), and all versions.
+
+    Raises:
+        GladError: no such registry.
+    """
     storage = Storage.from_environment()
     home = absolute(location)
-    table = Table("category", "current", "since", "versions", "why")
+    rows = []
     for name in categories(home, storage):
         now = current(home, name, storage)
-        known = len(versions(home, name, storage))
-        if now is None:
-            table.add_row(name, "-", "-", str(known), "none promoted")
-        else:
-            table.add_row(name, now.version, now.since, str(known), escape(now.reason))
-    console.print(table)
+        told: dict[str, str | None] = {"current": None, "since": None, "reason": None}
+        if now is not None:
+            told = {"current": now.version, "since": now.since, "reason": now.reason}
+        rows.append({"category": name, **told, "versions": versions(home, name, storage)})
+    return rows
 
 
-def print_versions(location: str, category: str, console: Console) -> None:
-    """Print a category's versions, and what the current one was trained on and with."""
+def described(location: str, category: str) -> list[dict[str, Any]]:
+    """A category's versions: ``state`` (current, earlier, or None), and what each was trained on and with.
+
+    Raises:
+        GladError: no such category.
+    """
     storage = Storage.from_environment()
     home = absolute(location)
     known = versions(home, category, storage)
     if not known:
-        raise GladError(f"{home} has no category '{category}'; `glad registry list {location}` shows them")
+        raise GladError(f"{home} has no category '{category}'{did_you_mean(category, categories(home, storage))}")
     now = current(home, category, storage)
-    table = Table("version", "state", "good images", "threshold", "T", "δ")
+    rows = []
     for version in known:
         facts = manifest(home, category, version, storage)
-        state = "current" if now and version == now.version else ("earlier" if now and version in now.earlier else "-")
-        images = facts.provenance.get("good_images", "-")
-        values = [facts.settings.get(name) for name in ("threshold", "start_step", "delta")]
-        shown = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
-        table.add_row(version, state, str(images), *shown)
+        state = "current" if now and version == now.version else ("earlier" if now and version in now.earlier else None)
+        values = {name: facts.settings.get(name) for name in ("threshold", "start_step", "delta")}
+        rows.append({"version": version, "state": state, "good_images": facts.provenance.get("good_images"), **values})
+    return rows
+
+
+def print_list(rows: list[dict[str, Any]], console: Console) -> None:
+    """What `listed` found, as a table."""
+    table = Table("category", "current", "since", "versions", "why")
+    for row in rows:
+        told = (row["current"] or "-", row["since"] or "-", str(len(row["versions"])), row["reason"] or "none promoted")
+        table.add_row(row["category"], *map(escape, told))
+    console.print(table)
+
+
+def print_versions(rows: list[dict[str, Any]], console: Console) -> None:
+    """What `described` found, as a table."""
+    table = Table("version", "state", "good images", "threshold", "T", "δ")
+    for row in rows:
+        told = [
+            "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+            for value in row.values()
+        ]
+        table.add_row(*told)
     console.print(table)
 
 

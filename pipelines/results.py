@@ -22,7 +22,8 @@ from cluster.storage import Storage, join
 from glad_core.errors import GladError
 from glad_core.settings import Settings
 
-RESULTS, ERRORS, MANIFEST, COMPLETE = "results", "errors", "manifest", "run.json"
+RESULTS, ERRORS, MANIFEST = "results", "errors", "manifest"
+STARTED, COMPLETE = "started.json", "run.json"
 LONGEST_NAME = 200  # bytes; disks take 255
 MEMORY = "memory.safetensors"  # of a run with the nearest-neighbour method
 
@@ -141,6 +142,8 @@ def read_run(dest: str, storage: Storage) -> dict[str, Any]:
         GladError: no finished run there.
     """
     if storage.kind(join(dest, COMPLETE)) != "file":
+        if storage.kind(join(dest, STARTED)) == "file":
+            raise GladError(f"{dest}: this run is not finished; its `glad score` command, given again, goes on with it")
         raise GladError(f"{dest}: no finished run there (no {COMPLETE}); name the --out of a `glad score`")
     try:
         run = json.loads(storage.read(join(dest, COMPLETE)))

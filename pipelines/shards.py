@@ -22,9 +22,9 @@ from uuid import uuid4
 
 from cluster.storage import Storage, StorageError, is_s3, join, local_path
 from glad_core.errors import GladError
-from pipelines.results import COMPLETE, ERRORS, MANIFEST, MEMORY, RESULTS
+from pipelines.results import COMPLETE, ERRORS, MANIFEST, MEMORY, RESULTS, STARTED
 
-STARTED, PLAN, COMMITS = "started.json", "plan.json", "commits"
+PLAN, COMMITS = "plan.json", "commits"
 PARTS = 50  # shards that a small archive is cut into
 READERS = 16  # commits read at a time
 

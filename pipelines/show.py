@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import pyarrow as pa
 import pyarrow.dataset as pads
 import torch
 from matplotlib.figure import Figure
@@ -107,7 +108,8 @@ def full_map(row: dict[str, Any], settings: Settings) -> np.ndarray:
 def places_of(folder: str, image_ids: list[str], storage: Storage) -> dict[str, dict[str, Any]]:
     """The manifest rows of images: where to read them again, tar members included."""
     filesystem, path = storage.resolve(join(folder, results.MANIFEST))
-    table = pads.dataset(path, filesystem=filesystem).to_table(filter=pads.field("image_id").isin(image_ids))
+    wanted = pa.array(image_ids, pa.string())  # with its type, also where there are none
+    table = pads.dataset(path, filesystem=filesystem).to_table(filter=pads.field("image_id").isin(wanted))
     return {row["image_id"]: row for row in table.to_pylist()}
 
 

@@ -59,10 +59,10 @@ def rule(config):
 
 
 def test_files_that_are_no_cluster_files(tmp_path):
-    for name, text in (("torn.yaml", "a: [1"), ("list.yaml", "- 1"), ("none.yaml", None)):
+    for name, text in (("torn.yaml", "a: [1"), ("list.yaml", "- 1"), ("none.yaml", None), ("picture.png", "\x89")):
         path = tmp_path / name
         if text is not None:
-            path.write_text(text)
+            path.write_text(text, encoding="latin-1")
         outcome = CliRunner().invoke(app, ["cluster", "check", str(path)])
         assert outcome.exit_code == 2
         assert outcome.stderr.count("\n") == 1

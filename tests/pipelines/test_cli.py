@@ -1,3 +1,4 @@
+import socket
 import subprocess
 import sys
 import time
@@ -28,6 +29,30 @@ def test_help_is_quick_and_loads_neither_torch_nor_ray():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
     assert time.monotonic() - started < 20
     assert "score" in run("--help").stdout
+
+
+def test_words_that_do_not_fit_are_one_line(tmp_path):
+    refused(run("scor"), "Did you mean 'score'")
+    refused(run("--cofnig", "x"), "--config")
+    refused(run("score"), "Missing argument 'source'", "score --help")
+    refused(run("score", "x", "--out"), "'--out' requires an argument")
+    refused(run("score", "x", "--out", "y", "--batchsize", 3), "--batch-size")
+    refused(run("score", "x", "--out", "y", "--batch-size", "many"), "--batch-size", "integer")
+    refused(run("score", "x", "--out", "y", "--maps", "huge"), "'huge' is not one of 'token', 'full'")
+    refused(run("jobs", "lst"), "Did you mean 'list'")
+    refused(run("demo", "--out", "/proc/glad"), "/proc/glad", "can be written")
+    refused(run("bundle", "create", "nowhere", "--out", tmp_path / "x"), "no such folder", "OWNER/MODEL")
+    assert "Commands" in run().output
+
+
+def test_a_cluster_that_does_not_answer_is_told_at_once(tmp_path, tiny_bundle, photos, monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    with socket.socket() as taken:  # bound, but nothing listens
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        started = time.monotonic()
+        refused(run("score", photos, "--model", tiny_bundle, "--out", tmp_path / "out", "--address", address), address)
+        assert time.monotonic() - started < 20  # Ray itself tries for over ten minutes
 
 
 # None of these may get as far as Ray: no model is loaded before they are found.

@@ -1,5 +1,6 @@
 import json
 import shlex
+import shutil
 
 import typer.main
 from typer.testing import CliRunner
@@ -50,3 +51,18 @@ def test_json_of_a_bundle_and_of_a_dataset(tiny_bundle, tmp_path):
     found = json.loads(outcome.stdout)
     assert found["categories"]["nut"]["train good"] == 1
     assert "0.png" in found["problems"][0]
+
+
+def test_json_of_a_registry(tiny_bundle, tmp_path):
+    shutil.copytree(tiny_bundle, tmp_path / "models/bolt/v1")
+    (listed,) = json.loads(glad("registry", "list", tmp_path / "models", "--json").stdout)["categories"]
+    assert listed == {"category": "bolt", "current": None, "since": None, "reason": None, "versions": ["v1"]}
+    assert glad("registry", "promote", tmp_path / "models", "bolt", "v1").exit_code == 0
+    (listed,) = json.loads(glad("registry", "list", tmp_path / "models", "--json").stdout)["categories"]
+    assert (listed["current"], listed["reason"]) == ("v1", "by hand")
+    (shown,) = json.loads(glad("registry", "show", tmp_path / "models", "bolt", "--json").stdout)["versions"]
+    assert (shown["version"], shown["state"], shown["good_images"]) == ("v1", "current", None)
+    assert shown["delta"] == json.loads((tiny_bundle / "glad.json").read_text())["settings"]["delta"]
+    wrong = glad("registry", "show", tmp_path / "models", "bolts")
+    assert wrong.exit_code == 2
+    assert "did you mean 'bolt'" in wrong.stderr

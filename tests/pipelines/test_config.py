@@ -73,3 +73,9 @@ def test_a_file_that_is_not_there_and_a_command_that_is_not(here):
     assert "none.yaml" in glad("--config", "none.yaml", "status", "x").stderr
     assert "did you mean 'score'" in glad("config", "show", "scor").stderr
     assert "retrain" in glad("config", "show").stdout
+
+
+def test_options_given_to_config_show_are_checked(here):
+    assert "did you mean '--batch-size'" in glad("config", "show", "score", "--batchsize", 3).stderr
+    assert "'batch-size' does not fit" in glad("config", "show", "score", "--batch-size", "many").stderr
+    assert "'actors' does not fit" in glad("config", "show", "score", env={"GLAD_SCORE_ACTORS": "x"}).stderr

@@ -173,6 +173,7 @@ def test_view_answers_and_keeps_what_people_say(made) -> None:
         assert client.post("/api/marks", json=said | {"verdict": None}).status_code == 200
         assert feedback.read_marks(str(run), storage) == []
         assert client.post("/api/marks", json=said | {"image_id": "x"}).status_code == 404
+        assert client.get("/api/cards", params={"text": "no such file"}).json() == {"total": 0, "cards": []}
         assert client.get("/api/cards", params={"sort": "luck"}).status_code == 422
         assert client.get("/", headers={"host": "elsewhere.example"}).status_code == 400
 

@@ -108,6 +108,9 @@ def test_a_folder_s_name_belongs_to_one_category():
 def test_a_complete_run_has_both_datasets_even_if_empty(tmp_path):
     with pytest.raises(GladError, match="no finished run"):
         read_run(str(tmp_path), STORAGE)
+    (tmp_path / "started.json").write_text("{}")
+    with pytest.raises(GladError, match="not finished"):
+        read_run(str(tmp_path), STORAGE)
     complete(str(tmp_path), STORAGE, {"counts": {"scored": 0, "errors": 0}})
     assert pq.read_table(tmp_path / "results").schema.equals(RESULTS_SCHEMA)
     assert len(pq.read_table(tmp_path / "errors")) == 0
