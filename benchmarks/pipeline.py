@@ -32,6 +32,7 @@ from glad_core.bundle import load_bundle
 from glad_core.detect import Request
 from glad_core.engine import Engine, keep_buffers
 from pipelines import score
+from pipelines.actor_plan import CPU_SLOTS
 from pipelines.decode import decode
 from pipelines.demo_data import board_rng, make_board
 from pipelines.model_source import SMALL_BUNDLE
@@ -74,7 +75,7 @@ def bare_engine(archive: Path) -> float:
     model = load_bundle(SMALL_BUNDLE)
     side = model.settings.resolution
     requests = [Request(path.stem, decode(path.read_bytes(), side).pixels) for path in sorted(archive.glob("*.png"))]
-    engine = Engine(model, score.ScoreRequest("", "").batch_size)
+    engine = Engine(model, CPU_SLOTS)
     started = time.perf_counter()
     verdicts = list(run(engine, requests))
     assert len(verdicts) == len(requests)

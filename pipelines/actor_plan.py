@@ -14,12 +14,16 @@ if TYPE_CHECKING:
 TASKS_SHARE = 0.5  # CPUs kept free for decoding and writing
 CPU_SHARE = 0.75  # of a core per CPU actor: two actors and two tasks fit on two cores
 MODEL_COPIES = 3  # memory of one actor, as multiples of the weights on disk: float32 from float16, and activations
+CPU_SLOTS = 16  # images in flight: more make a UNet call no faster, since its weights are read once for all of them
+GPU_SLOTS = 8  # full-size networks and 8 images of 512 x 512 take 17 GB in float32
 ACTOR_MEMORY = 2**30  # and what torch and Ray take before any weights
 
 
 @dataclass(frozen=True)
 class ActorPlan:
     """``actors`` processes with ``num_cpus`` and ``num_gpus`` each, computing with ``threads`` threads.
+
+    Each has ``slots`` images in flight.
 
     Where the plan ``grows`` they are the first ones: more come while images wait and the cluster has room.
     """
@@ -28,6 +32,7 @@ class ActorPlan:
     num_cpus: float
     num_gpus: float
     threads: int
+    slots: int
     grows: bool = False
 
     def describe(self) -> str:
@@ -66,7 +71,8 @@ def plan_actors(available: dict[str, float], request: ScoreRequest, weights: int
                 "lower --actors or --num-cpus"
             )
     grows = request.address is not None and request.actors is None
-    return ActorPlan(actors, num_cpus, num_gpus, max(1, round(num_cpus)), grows)
+    slots = request.batch_size or (GPU_SLOTS if num_gpus else CPU_SLOTS)
+    return ActorPlan(actors, num_cpus, num_gpus, max(1, round(num_cpus)), slots, grows)
 
 
 def _fitting(available: dict[str, float], num_cpus: float, num_gpus: float, weights: int) -> int:

@@ -82,7 +82,10 @@ def score(
     out: Annotated[str, typer.Option(help="Folder for the results, local or s3://")],
     model: Annotated[str, typer.Option(help="Model bundle, local or s3://; 'small' is the embedded one")] = "small",
     category: Annotated[str | None, typer.Option(help="Category within an MVTec-AD folder")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in flight per actor; does not change results")] = 8,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images in flight per actor, 16 on a CPU and 8 on a GPU; changes no result"),
+    ] = None,
     actors: Annotated[int | None, typer.Option(min=1, help="Model copies at work; as many as fit by default")] = None,
     num_gpus: Annotated[float | None, typer.Option(min=0, help="GPUs per actor, fractions allowed")] = None,
     num_cpus: Annotated[float | None, typer.Option(min=0.1, help="CPUs per actor")] = None,

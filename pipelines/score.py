@@ -53,7 +53,7 @@ class ScoreRequest:
     out: str
     model: str = SMALL
     category: str | None = None
-    batch_size: int = 8
+    batch_size: int | None = None
     actors: int | None = None
     num_cpus: float | None = None
     num_gpus: float | None = None
@@ -143,7 +143,7 @@ def score(request: ScoreRequest, console: Console) -> Counts:
         reconstructions=request.reconstructions,
         gpu=room.num_gpus > 0,
         threads=room.threads,
-        slots=request.batch_size,
+        slots=room.slots,
         search=request.search,
         precision=request.precision,
         compiled=request.compiled,
@@ -158,7 +158,7 @@ def score(request: ScoreRequest, console: Console) -> Counts:
     clock = time.monotonic()
     waiting_for = partial(session.waiting_for, room.num_cpus, room.num_gpus)
     with Progress(console, plan.images, scored + errors, waiting_for) as progress:
-        written = dataflow(storage, out, actor, room, request.batch_size, plan, set(commits))
+        written = dataflow(storage, out, actor, room, plan, set(commits))
         for piece, commit in shards.commit(written, plan, out, storage):
             scored, anomalies, errors = scored + piece.scored, anomalies + piece.anomalies, errors + piece.errors
             progress.update(scored + errors, anomalies, errors)
@@ -193,7 +193,7 @@ def score(request: ScoreRequest, console: Console) -> Counts:
 
 
 def dataflow(
-    storage: Storage, out: str, actor: ActorSettings, room: ActorPlan, batch_size: int, plan: Plan, done: set[int]
+    storage: Storage, out: str, actor: ActorSettings, room: ActorPlan, plan: Plan, done: set[int]
 ) -> Iterator[Written]:
     """The job as one Ray Data chain: manifest -> fetch + decode -> GLAD -> results and errors.
 
@@ -212,8 +212,8 @@ def dataflow(
     def list_and_decode(stretch: pa.Table) -> Iterator[pa.Table]:
         for place in stretch.to_pylist():
             images = read_manifest(join(out, results.MANIFEST), plan.listed, place["first"], place["last"], storage)
-            for start in range(0, len(images), batch_size):
-                yield decode(images.slice(start, batch_size))
+            for start in range(0, len(images), room.slots):
+                yield decode(images.slice(start, room.slots))
 
     rows = ray.data.from_items(
         [{"first": first, "last": last} for first, last in stretches],
@@ -224,19 +224,19 @@ def dataflow(
     # A block leaves as soon as it is full: one batch of pixels in a small archive, so that actors start at once and
     # results arrive steadily; some batches in a large one, since every block costs Ray a task. (`repartition` would
     # say it better, but its task wants a whole CPU that the actors have.)
-    rows_per_block = max(batch_size, min(MAX_ROWS_PER_BLOCK, plan.images // 400))
+    rows_per_block = max(room.slots, min(MAX_ROWS_PER_BLOCK, plan.images // 400))
     rows.context.target_max_block_size = rows_per_block * largest * largest * 3
     decoded = rows.map_batches(list_and_decode, batch_size=1, batch_format="pyarrow", num_cpus=TASK_CPUS)
     # No more actors than batches. A pool that grows does so while every actor has all the calls in flight that it may:
     # twice as many as run, so that images waiting for an actor count as a backlog.
-    first = min(room.actors, -(-(plan.shards - len(done)) * plan.rows_per_shard // batch_size))
+    first = min(room.actors, -(-(plan.shards - len(done)) * plan.rows_per_shard // room.slots))
     actors: dict[str, Any] = {"min_size": 1, "initial_size": first} if room.grows else {"size": first}
     judged = decoded.map_batches(
         GladActor,
         fn_constructor_args=(actor,),
         # Several batches in an actor at a time, so that its engine always has an image for a free slot.
         compute=ray.data.ActorPoolStrategy(**actors, max_concurrent_calls_per_actor=4, max_tasks_in_flight_per_actor=8),
-        batch_size=batch_size,
+        batch_size=room.slots,
         batch_format="pyarrow",
         num_cpus=room.num_cpus,
         num_gpus=room.num_gpus,
@@ -313,7 +313,7 @@ def _run_record(
             for key, manifest in models.manifests.items()
         },
         "method": request.method,
-        "request": {"seed": request.seed, "batch_size": request.batch_size, "maps": request.maps}
+        "request": {"seed": request.seed, "batch_size": room.slots, "maps": request.maps}
         | {"reconstructions": request.reconstructions, "category": request.category, "max_errors": request.max_errors}
         | {"precision": request.precision, "compiled": request.compiled},
         "actors": asdict(room),
