@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 BENCHMARKS = calibration chaos demo_figures inference_memory metrics pipeline report resume search throughput training training_memory
 
-.PHONY: help demo check test bench docs small-model
+.PHONY: help demo check test bench docs audit small-model
 .NOTPARALLEL:
 
 help: ## this list
@@ -39,3 +39,7 @@ small-model: .venv/installed ## train the bundled model from nothing, hours on 2
 
 docs: .venv/installed ## docs/settings.md, from the code
 	$(BIN)/python docs/settings.py
+
+audit: .venv/installed ## known vulnerabilities of what is installed; asks pypi.org
+	$(BIN)/pip install --quiet pip-audit
+	$(BIN)/pip-audit --strict --skip-editable

@@ -171,18 +171,19 @@ def seconds_per_row(call: Callable[[int], Any], batch: int, repeats: int) -> flo
     return (time.perf_counter() - started) / (batch * repeats)
 
 
-def best_batches(model: Model) -> dict[str, int]:
-    """The batch size at which a row of every network call takes least time."""
+def best_batches(model: Model, largest: int) -> dict[str, int]:
+    """The batch size, up to ``largest``, at which a row of every network call takes least time."""
+    sizes = [batch for batch in BATCHES if batch <= largest]
     return {
-        name: min(BATCHES, key=lambda batch, call=call: seconds_per_row(call, batch, 5))
+        name: min(sizes, key=lambda batch, call=call: seconds_per_row(call, batch, 5))
         for name, call in network_calls(model).items()
     }
 
 
-def bare_seconds(model: Model, batches: Mapping[str, int], rows: int = 160) -> dict[str, float]:
+def bare_seconds(model: Model, batches: Mapping[str, int]) -> dict[str, float]:
     """Time of one row of every network call made over and over with nothing in between."""
     calls = network_calls(model)
-    return {name: seconds_per_row(calls[name], batch, rows // batch) for name, batch in batches.items()}
+    return {name: seconds_per_row(calls[name], batch, 10) for name, batch in batches.items()}
 
 
 def stable_diffusion(resolution: int) -> Model:
@@ -260,7 +261,7 @@ def main(
         else:
             keep_buffers()
             engine_run(used, requests[:2], slots, **options)  # sets the memory layout as well
-            best = best or best_batches(model)
+            best = best or best_batches(model, slots)
             bare.append(bare_seconds(model, best))
         with measured(used) as (rows, seconds):
             started = time.perf_counter()
