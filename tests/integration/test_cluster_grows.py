@@ -79,7 +79,8 @@ def check(out, archive):
 
 
 def command(archive, bundle, out, address, *more):
-    words = ["score", archive, "--model", bundle, "--out", out, "--address", address, *more]
+    # Small batches, so that one actor cannot hold them all while it is stopped.
+    words = ["score", archive, "--model", bundle, "--out", out, "--address", address, "--batch-size", 4, *more]
     return [str(word) for word in words]
 
 
