@@ -95,7 +95,7 @@ def test_a_machine_added_takes_work_and_one_lost_loses_none(monkeypatch, tmp_pat
         first = cluster.add_node(num_cpus=1)
         driver = start(command(archive, tiny_bundle, out, cluster.address, "--actors", 2), log)
         wait_for_commits(out, 1, driver, log)
-        ((machine, (slow,)),) = actors(here).items()
+        ((machine, (slow,)),) = until(lambda: actors(here), 10, log, driver).items()
         slow.send_signal(signal.SIGSTOP)  # what is left is still to do when the second machine is there
         assert not (out / "run.json").exists(), "too late: the job was over"
 
@@ -177,8 +177,11 @@ def growing(ray_folder, monkeypatch):
 
 def machines(top):
     """How many machines there are besides the head."""
-    processes = [process for process in top.children(recursive=True) if process.name() == "raylet"]
-    return sum(process.status() != psutil.STATUS_ZOMBIE for process in processes) - 1
+    raylets = 0
+    for process in top.children(recursive=True):
+        with suppress(psutil.Error):  # ended in the meantime
+            raylets += process.name() == "raylet" and process.status() != psutil.STATUS_ZOMBIE
+    return raylets - 1
 
 
 def test_the_autoscaler_brings_machines_for_a_backlog_and_takes_them_back(tmp_path, archive, tiny_bundle, growing):
@@ -188,7 +191,7 @@ def test_the_autoscaler_brings_machines_for_a_backlog_and_takes_them_back(tmp_pa
     driver = start(command(archive, tiny_bundle, out, address), log)
     try:
         wait_for_commits(out, 3, driver, log)
-        machine, (slow,) = next(iter(actors(top).items()))
+        machine, (slow,) = next(iter(until(lambda: actors(top), 10, log, driver).items()))
         slow.send_signal(signal.SIGSTOP)  # a backlog, however fast this computer is
         assert not (out / "run.json").exists(), "too late: the job was over"
         until(lambda: any(working(of[0]) for place, of in actors(top).items() if place != machine), 90, log, driver)
