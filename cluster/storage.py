@@ -18,10 +18,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlparse
 
 import pyarrow.fs as pafs
+
+from cluster import s3
 
 ATTEMPTS, PATIENT_ATTEMPTS = 3, 12  # at one request to S3; with doubling waits twelve outlast 50 seconds
 
@@ -69,7 +70,7 @@ class Storage:
             path = uri.removeprefix("s3://").strip("/")
             if not path:
                 raise StorageError(f"{uri}: names no bucket; write s3://BUCKET/PREFIX")
-            return _s3(self), path
+            return s3.filesystem(self), path
         return _local(), local_path(uri)
 
     def kind(self, uri: str) -> str:
@@ -94,7 +95,7 @@ class Storage:
             yield from _walk_local(root, "")
             return
         with clear_errors(uri, self):
-            for key, size in _keys(self, *root.partition("/")[::2]):
+            for key, size in s3.keys(self, *root.partition("/")[::2]):
                 if not any(part.startswith(".") for part in key.split("/")):
                     yield key, size
 
@@ -108,7 +109,7 @@ class Storage:
             yield from _local_level(root)
             return
         with clear_errors(uri, self):
-            for name, size in _keys(self, *root.partition("/")[::2], delimiter="/"):
+            for name, size in s3.keys(self, *root.partition("/")[::2], delimiter="/"):
                 if not name.startswith("."):
                     yield name, size
 
@@ -157,7 +158,7 @@ class Storage:
         with clear_errors(uri, self):
             try:
                 if is_s3(uri):
-                    _create_on_s3(self, path, data)
+                    s3.create(self, path, data)
                     return True
                 target = Path(path)
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -338,91 +339,3 @@ def _local_level(folder: str) -> Iterator[tuple[str, int | None]]:
 @lru_cache(maxsize=1)
 def _local() -> pafs.LocalFileSystem:
     return pafs.LocalFileSystem()
-
-
-@lru_cache(maxsize=8)
-def _s3(storage: Storage) -> pafs.S3FileSystem:
-    options: dict[str, Any] = {
-        "connect_timeout": 5,
-        "request_timeout": 60,
-        "check_directory_existence_before_creation": False,
-        # Waits double from 25 ms on: after an outage of any length at most as long again is lost. (The SDK's standard
-        # strategy draws its waits at random and gives up early when many requests fail at once.)
-        "retry_strategy": pafs.AwsDefaultS3RetryStrategy(max_attempts=storage.attempts),
-    }
-    if storage.access_key:
-        options |= {"access_key": storage.access_key, "secret_key": storage.secret_key or ""}
-        if storage.session_token:
-            options["session_token"] = storage.session_token
-    if storage.region or storage.endpoint:
-        options["region"] = storage.region or "us-east-1"
-    if storage.endpoint:
-        endpoint = urlparse(storage.endpoint if "://" in storage.endpoint else f"http://{storage.endpoint}")
-        options |= {"scheme": endpoint.scheme, "endpoint_override": endpoint.netloc}
-    return pafs.S3FileSystem(**options)
-
-
-def _keys(storage: Storage, bucket: str, prefix: str, delimiter: str = "") -> Iterator[tuple[str, Any]]:
-    """Objects below a prefix as (rest of the key, size), page by page. (pyarrow's listing arrives as a whole.)
-
-    With a delimiter a folder's objects are one entry, of size None.
-    """
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    below = f"{prefix}/" if prefix else ""
-    try:
-        for page in (
-            _client(storage).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=below, Delimiter=delimiter)
-        ):
-            found = [(item["Key"], item["Size"]) for item in page.get("Contents", []) if not item["Key"].endswith("/")]
-            if delimiter:  # the server has put the two kinds of this page apart
-                folders = [(item["Prefix"], None) for item in page.get("CommonPrefixes", [])]
-                found = sorted(found + folders, key=lambda entry: entry[0].encode())
-            for key, size in found:
-                yield key[len(below) :].removesuffix(delimiter or "/"), size
-    except (BotoCoreError, ClientError) as error:
-        raise OSError(str(error)) from error
-
-
-@lru_cache(maxsize=8)
-def _client(storage: Storage) -> Any:
-    import botocore.session
-    from botocore.config import Config
-
-    return botocore.session.get_session().create_client(
-        "s3",
-        region_name=storage.region or ("us-east-1" if storage.endpoint else None),
-        endpoint_url=storage.endpoint,
-        aws_access_key_id=storage.access_key,
-        aws_secret_access_key=storage.secret_key,
-        aws_session_token=storage.session_token,
-        config=Config(
-            retries={"mode": "standard", "total_max_attempts": storage.attempts},
-            connect_timeout=5,
-            s3={"addressing_style": "path"} if storage.endpoint else {},
-        ),
-    )
-
-
-def _create_on_s3(storage: Storage, path: str, data: bytes) -> None:
-    """pyarrow cannot send If-None-Match; s3fs does for mode="create"."""
-    from botocore.exceptions import BotoCoreError
-
-    try:
-        _s3fs(storage).pipe_file(path, data, mode="create")
-    except BotoCoreError as error:  # what s3fs does not make an OSError of: no connection, no credentials
-        raise OSError(str(error)) from error
-
-
-@lru_cache(maxsize=8)
-def _s3fs(storage: Storage) -> Any:
-    import s3fs
-
-    return s3fs.S3FileSystem(
-        key=storage.access_key,
-        secret=storage.secret_key,
-        token=storage.session_token,
-        endpoint_url=storage.endpoint,
-        config_kwargs={"retries": {"mode": "standard", "max_attempts": storage.attempts}},
-        client_kwargs={"region_name": storage.region or "us-east-1"} if storage.endpoint else {},
-    )
