@@ -23,7 +23,7 @@ check: .venv/installed ## lint, format and types
 	$(BIN)/mypy
 
 test: check ## check, then every test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(BENCHMARKS:%=bench-output/%.json) ## every benchmark, hours; one: make bench BENCHMARKS=report
 

@@ -99,6 +99,20 @@ def photo(index, path):
 
 
 @pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """Good images of two categories, `part` and `other`, nine each, in MVTec-AD's layout."""
+    root = tmp_path_factory.mktemp("dataset")
+    rng = np.random.default_rng(0)
+    for category in ("part", "other"):
+        good = root / category / "train" / "good"
+        good.mkdir(parents=True)
+        (root / category / "test").mkdir()
+        for number in range(9):
+            Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(good / f"{number:03}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
 def ray_session():
     """Ray on this machine with two CPUs, shared by every test that needs it."""
     import ray

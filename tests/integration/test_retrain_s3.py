@@ -1,17 +1,15 @@
 """`glad retrain` and scoring by registry, with dataset and registry on a real S3 server."""
 
-import contextlib
 import io
 import json
 import threading
-import time
 
 import numpy as np
-import psutil
 import pytest
 from conftest import make_bucket
 from PIL import Image
 from pyarrow.fs import FileSelector, FileType
+from test_faults_train import kill_a_training_worker
 from typer.testing import CliRunner
 
 from cluster.storage import Storage
@@ -41,17 +39,6 @@ def upload_dataset(storage):
     return torn
 
 
-def kill_one_worker():
-    while True:
-        for process in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.Error):  # ended in the meantime
-                if "RayTrainWorker" in " ".join(process.cmdline()):
-                    time.sleep(3)
-                    process.kill()
-                    return
-        time.sleep(0.05)
-
-
 def test_categories_side_by_side_into_a_registry(tiny_bundle, s3_server, ray_session, tmp_path, monkeypatch):
     for name, value in s3_server.items():
         monkeypatch.setenv(name, value)
@@ -63,7 +50,7 @@ def test_categories_side_by_side_into_a_registry(tiny_bundle, s3_server, ray_ses
         options = ["--base", str(tiny_bundle), "--out", home, "--steps", "4", "--batch-size", "2"]
         return CliRunner().invoke(app, ["retrain", DATASET, *options])
 
-    killer = threading.Thread(target=kill_one_worker, daemon=True)
+    killer = threading.Thread(target=kill_a_training_worker, args=(3,), daemon=True)
     killer.start()
     outcome = retrain()
     assert outcome.exit_code == 1, outcome.output

@@ -1,18 +1,10 @@
 """`glad train` as a user runs it: real Ray Train, a tiny bundle, real files."""
 
-import contextlib
 import hashlib
-import os
-import signal
-import subprocess
-import sys
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -30,21 +22,6 @@ from pipelines.train_finish import with_weights
 from pipelines.train_worker import make_loss
 from pipelines.training_data import GoodImage, read_pixels
 
-GLAD = [sys.executable, "-c", "from pipelines.cli import main; main()"]
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("dataset")
-    rng = np.random.default_rng(0)
-    for category in ("part", "other"):
-        good = root / category / "train" / "good"
-        good.mkdir(parents=True)
-        (root / category / "test").mkdir()
-        for number in range(9):
-            Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(good / f"{number:03}.png")
-    return root
-
 
 def command(dataset: Path, base: Path, out: Path | str, steps: int, *more: object, category: str = "part") -> list[str]:
     options = ["--base", base, "--out", out, "--steps", steps, "--batch-size", 2, "--learning-rate", 1e-4, *more]
@@ -59,18 +36,6 @@ def invoke(*arguments: object) -> str:
 
 def weights(folder: Path, part: str = "unet/diffusion_pytorch_model") -> dict:
     return load_file(folder / f"{part}.safetensors")
-
-
-def kill_a_training_worker() -> None:
-    """SIGKILL to the first Ray Train worker seen training."""
-    while True:
-        for process in psutil.Process().children(recursive=True):  # of this Ray, not of the dying driver's
-            with contextlib.suppress(psutil.Error):  # ended in the meantime
-                if "RayTrainWorker" in " ".join(process.cmdline()):
-                    time.sleep(8)  # by now it trains
-                    process.kill()
-                    return
-        time.sleep(0.05)
 
 
 def in_one_process(dataset: Path, base: Path, steps: int) -> tuple[dict, list[float]]:
@@ -96,48 +61,6 @@ def in_one_process(dataset: Path, base: Path, steps: int) -> tuple[dict, list[fl
 
     found = [step.loss for step in training.fine_tune(training.TrainState.start(loss, recipe), rows(), recipe)]
     return model.unet.state_dict(), found
-
-
-@pytest.mark.slow
-def test_a_run_that_loses_its_driver_and_a_worker_ends_bitwise_as_if_nothing_had_happened(
-    tmp_path, dataset, tiny_bundle, ray_session
-):
-    steps = 220
-    arguments = command(dataset, tiny_bundle, tmp_path / "killed", steps)
-    driver = subprocess.Popen([*GLAD, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    work = tmp_path / "killed.train"
-    while not list(work.glob("checkpoint_*")):
-        assert driver.poll() is None
-        time.sleep(0.05)
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    assert not (tmp_path / "killed").exists()
-    assert not (work / "metrics" / "part-00000201.parquet").exists()
-
-    killer = threading.Thread(target=kill_a_training_worker, daemon=True)
-    killer.start()
-    invoke(*arguments)
-    killer.join(1)
-    assert not killer.is_alive()
-    assert not work.exists()
-
-    manifest = bundle.verify(tmp_path / "killed")
-    assert manifest.category == "part"
-    assert manifest.settings["threshold"] > 0
-    assert manifest.settings["delta"] > 0
-    assert manifest.provenance["base"] == bundle.read_manifest(tiny_bundle).model_id
-    invoke(*command(dataset, tiny_bundle, tmp_path / "whole", steps))
-    expected, base = weights(tmp_path / "whole"), weights(tiny_bundle)
-    assert any((expected[name] != base[name]).any() for name in base)
-    for name, weight in weights(tmp_path / "killed").items():
-        assert (weight == expected[name]).all(), name
-
-    rows, whole = (pq.read_table(tmp_path / f"{name}.training.parquet").to_pylist() for name in ("killed", "whole"))
-    assert [row["step"] for row in rows] == list(range(1, steps + 1))
-    assert [row["loss"] for row in rows] == [row["loss"] for row in whole]
-    bands = {"loss_t0", "loss_t750", "loss_normal", "loss_abnormal", "images_per_second", "data_wait_share"}
-    assert bands <= set(rows[0])
-    assert list((tmp_path / "killed.tensorboard").glob("events.out*"))
 
 
 @pytest.mark.slow
