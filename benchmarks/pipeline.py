@@ -3,9 +3,8 @@
     python benchmarks/pipeline.py [--json]
 
 ray_overhead           seconds of `glad score` with one actor (from the first task to the last file, start of the actor
-                       included) over those of the bare engine on the same images, already decoded
-overhead_beyond_start  the same over those of the bare engine and start_seconds, which a process needs to be ready
-                       without Ray as well (imports, model): what is Ray's own
+                       included) over those of the bare engine on the same images, already decoded (ready, not started;
+                       mean of a run before the job and one after it, since machines drift)
 two_actors_over_one    images/s with two actors over one
 driver_rss_growth_mb   how much the driver grows over 50,000 images (list + decode + write, with a null model)
 rate_last_over_first   images/s over the last tenth of these images over the first tenth
@@ -14,8 +13,6 @@ rate_last_over_first   images/s over the last tenth of these images over the fir
 import json
 import os
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -74,16 +71,6 @@ def job(archive: Path, out: Path, actors: int) -> float:
     return json.loads((out / "run.json").read_text())["seconds"]
 
 
-def bare_start() -> float:
-    """Seconds of a fresh process until its engine is ready."""
-    words = (
-        f"from glad_core import bundle, engine; engine.Engine(bundle.load_bundle({str(SMALL_BUNDLE)!r}), {CPU_SLOTS})"
-    )
-    started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", words], check=True)
-    return time.perf_counter() - started
-
-
 def bare_engine(archive: Path) -> float:
     """Seconds of the engine alone, one thread, the images decoded beforehand."""
     model = load_bundle(SMALL_BUNDLE)
@@ -115,13 +102,12 @@ def main(
             Image.fromarray(board).save(archive / f"{index:05d}.png")
         session.connect()
         if images:
-            figures["start_seconds"] = bare_start()
-            figures["engine_seconds"] = bare_engine(archive)
+            before = bare_engine(archive)
             figures["one_actor_seconds"] = job(archive, folder / "one", 1)
+            after = bare_engine(archive)
+            figures["engine_seconds"] = (before + after) / 2
             figures["two_actors_seconds"] = job(archive, folder / "two", 2)
             figures["ray_overhead"] = figures["one_actor_seconds"] / figures["engine_seconds"]
-            without_ray = figures["start_seconds"] + figures["engine_seconds"]
-            figures["overhead_beyond_start"] = figures["one_actor_seconds"] / without_ray
             figures["two_actors_over_one"] = figures["one_actor_seconds"] / figures["two_actors_seconds"]
         if archive_images:
             figures |= long_archive(folder, archive_images)

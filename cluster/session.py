@@ -159,6 +159,7 @@ def configure_ray_data() -> None:
     # The second datasource's listing task wants a whole CPU and takes no options: on a machine whose CPUs the actors
     # share it never starts, and the job hangs.
     context.use_datasource_v2 = False
-    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")  # archives smaller than that
+    for limit in ("The minimum number of concurrent actors", "The maximum number of concurrent tasks"):
+        warnings.filterwarnings("ignore", message=limit)  # in archives smaller than that
     for name in ("ray.data", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)

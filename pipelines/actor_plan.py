@@ -23,7 +23,7 @@ ACTOR_MEMORY = 2**30  # and what torch and Ray take before any weights
 class ActorPlan:
     """``actors`` processes with ``num_cpus`` and ``num_gpus`` each, computing with ``threads`` threads.
 
-    Each has ``slots`` images in flight.
+    Each has ``slots`` images in flight. ``decoders`` tasks decode at a time, None for as many as there is room for.
 
     Where the plan ``grows`` they are the first ones: more come while images wait and the cluster has room.
     """
@@ -33,6 +33,7 @@ class ActorPlan:
     num_gpus: float
     threads: int
     slots: int
+    decoders: int | None
     grows: bool = False
 
     def describe(self) -> str:
@@ -72,7 +73,9 @@ def plan_actors(available: dict[str, float], request: ScoreRequest, weights: int
             )
     grows = request.address is not None and request.actors is None
     slots = request.batch_size or (GPU_SLOTS if num_gpus else CPU_SLOTS)
-    return ActorPlan(actors, num_cpus, num_gpus, max(1, round(num_cpus)), slots, grows)
+    # One for every core left. Each is a process, and what starts with the actors holds them up.
+    decoders = None if grows else max(actors, int(cpus - actors * num_cpus))
+    return ActorPlan(actors, num_cpus, num_gpus, max(1, round(num_cpus)), slots, decoders, grows)
 
 
 def _fitting(available: dict[str, float], num_cpus: float, num_gpus: float, weights: int) -> int:

@@ -6,10 +6,12 @@ Ray Data keeps several batches in an actor at a time, each waiting for its own i
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 import logging
 import os
 import queue
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import AsyncIterator
@@ -173,13 +175,21 @@ class GladActor:
         yield pa.Table.from_pylist(out + judged, schema=SCORED_SCHEMA)
 
     def _prepare(self) -> None:
-        set_up(self.settings.gpu, self.settings.threads)
-        if self.settings.memory is not None:
-            from pipelines.memory import read_memory
+        # Importing is most of an actor's start: torch, diffusers and timm are 4,000 modules. A third of it was looking
+        # for garbage, a tenth is transformers, which diffusers takes in where it finds it; prompts lie in the bundle.
+        gc.disable()
+        sys.modules.setdefault("transformers", None)  # type: ignore[arg-type]
+        try:
+            set_up(self.settings.gpu, self.settings.threads)
+            if self.settings.memory is not None:
+                from pipelines.memory import read_memory
 
-            self.memory = read_memory(self.settings.memory, self.settings.storage)
-        if "" in self.settings.models.bundles:
-            self._engine("")
+                self.memory = read_memory(self.settings.memory, self.settings.storage)
+            if "" in self.settings.models.bundles:
+                self._engine("")
+        finally:
+            gc.freeze()
+            gc.enable()
 
     def _engine(self, key: str) -> Any:
         """The engine of a bundle; an archive comes category by category, so a few of them kept are enough."""

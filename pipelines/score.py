@@ -226,7 +226,13 @@ def dataflow(
     # say it better, but its task wants a whole CPU that the actors have.)
     rows_per_block = max(room.slots, min(MAX_ROWS_PER_BLOCK, plan.images // 400))
     rows.context.target_max_block_size = rows_per_block * largest * largest * 3
-    decoded = rows.map_batches(list_and_decode, batch_size=1, batch_format="pyarrow", num_cpus=TASK_CPUS)
+    decoded = rows.map_batches(
+        list_and_decode,
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=TASK_CPUS,
+        compute=ray.data.TaskPoolStrategy(size=room.decoders),
+    )
     # No more actors than batches. A pool that grows does so while every actor has all the calls in flight that it may:
     # twice as many as run, so that images waiting for an actor count as a backlog.
     first = min(room.actors, -(-(plan.shards - len(done)) * plan.rows_per_shard // room.slots))
