@@ -7,7 +7,7 @@
 Every image is walked once and compared at every step; the strategies are then played on its scores. `guarded` has its
 bound from the bundle; on the golden models from the other images of a case, as there are no more. `gate` never compares
 an image whose latents have not departed from the input's further than nine in ten good images' do (the bundle's
-`early_look`), and searches the others as `guarded`.
+`early_look`), and searches the others as `guarded`. `from the end` is `guarded` without its guess of where to begin.
 """
 
 import json
@@ -30,7 +30,7 @@ from glad_core.admission import run
 from glad_core.bundle import Model, load_bundle
 from glad_core.detect import Request
 from glad_core.engine import Engine
-from glad_core.search import first_crossing, largest_fall, next_comparison
+from glad_core.search import first_crossing, guess_scores, largest_fall, next_comparison
 from pipelines.datasets import read_dataset
 from pipelines.decode import decode
 from pipelines.demo_data import DEFECTS
@@ -46,6 +46,7 @@ class Walked:
     curve: Curve
     delta: float
     fall: float
+    guessed: list[float] | None = None  # None where the bundle has no guess
     gated: bool | None = None  # None where the bundle has no gate
 
 
@@ -57,9 +58,11 @@ def walked(model: Model, requests: Sequence[Request]) -> list[Walked]:
     for request, verdict in run(Engine(walk, 8, search="scan"), requests):
         if isinstance(verdict, Exception):
             raise verdict
-        gated = None if s.early_look is None else verdict.departure <= s.early_look
+        gated = None if s.early_look is None else max(verdict.departures) <= s.early_look
+        guessed = None if s.score_guess is None else guess_scores(verdict.departures, s.score_guess)
         curve = [score for _, score in verdict.steps]
-        found[request.image_id] = Walked(curve, float(torch.tensor(s.delta).half()), s.score_fall or 0.0, gated)
+        delta = float(torch.tensor(s.delta).half())
+        found[request.image_id] = Walked(curve, delta, s.score_fall or 0.0, guessed, gated)
     return [found[request.image_id] for request in requests]
 
 
@@ -92,19 +95,22 @@ def bisection(size: int, delta: float) -> Callable[[dict[int, float]], int | Non
 def play_all(images: Sequence[Walked]) -> dict[str, dict[str, Any]]:
     """Agreement and comparisons of every strategy, by whether scan stops the image at δ."""
     table: dict[str, dict[str, Any]] = {}
-    for name in ("scan", "guarded", "bisection", "every second", "gate"):
+    for name in ("scan", "guarded", "from the end", "bisection", "every second", "gate"):
         outcomes = []
         for image in images:
-            curve, delta, fall, size = image.curve, image.delta, image.fall, len(image.curve)
+            curve, delta, fall, guess, size = image.curve, image.delta, image.fall, image.guessed, len(image.curve)
             if name == "gate" and image.gated is None:
                 continue
             wanted, _ = play(curve, lambda s, n=size, d=delta: next_comparison(s, n, d, None), delta)
             choose = {
                 "scan": lambda s, n=size, d=delta: next_comparison(s, n, d, None),
-                "guarded": lambda s, n=size, d=delta, f=fall: next_comparison(s, n, d, f),
+                "guarded": lambda s, n=size, d=delta, f=fall, g=guess: next_comparison(s, n, d, f, g),
+                "from the end": lambda s, n=size, d=delta, f=fall: next_comparison(s, n, d, f),
                 "bisection": bisection(size, delta),
                 "every second": every_second(size, delta),
-                "gate": lambda s, n=size, d=delta, f=fall, g=image.gated: None if g else next_comparison(s, n, d, f),
+                "gate": lambda s, n=size, d=delta, f=fall, g=guess, out=image.gated: (
+                    None if out else next_comparison(s, n, d, f, g)
+                ),
             }[name]
             found, comparisons = play(curve, choose, delta)
             outcomes.append((wanted is not None, found == wanted, comparisons))

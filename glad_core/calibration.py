@@ -21,7 +21,7 @@ from glad_core.counting import PixelCounts
 from glad_core.detect import Detection, Request, full_size_map
 from glad_core.engine import Engine
 from glad_core.images import to_tensor
-from glad_core.search import largest_fall
+from glad_core.search import fit_guess, largest_fall
 from glad_core.settings import Profile, Settings
 
 # The published settings walk 30 timesteps at a time (T = 750, S = 25) and stop searching at 350 / 750 of T.
@@ -50,7 +50,8 @@ def choose_steps(
     min_step, so that few good images trigger; then the T is taken that best separates good images from the same images
     with synthetic anomalies (image AUROC plus pixel AP on the synthetic masks). The largest fall of a score on the way
     becomes the bound of the guarded search (`search`), the departure that one good image in ten exceeds its cue to look
-    early. Profile `fast` has no steps, only T is chosen.
+    early; the guess of where to begin is fitted to the good images and the same with anomalies. Profile `fast` has no
+    steps, only T is chosen.
 
     Args:
         good: held-out good images, uint8 [R, R, 3] each, not seen in training.
@@ -63,36 +64,51 @@ def choose_steps(
     few, few_kinds = [good[index] for index in picked], [kinds[index] for index in picked]
     anomalous, masks = _synthetic(few, foreground_mode, seed)
 
-    def with_delta(start_step: int, images: Sequence[np.ndarray], kinds: Sequence[str]) -> Model:
+    def candidate(start_step: int) -> Settings:
         values = model.settings.model_dump() | {"profile": profile, "start_step": start_step}
-        values |= {"score_fall": None, "early_look": None}
+        values |= {"score_fall": None, "early_look": None, "score_guess": None}
         if profile == "fast":
-            return replace(model, settings=Settings(**values | {"inference_steps": 1, "min_step": 0, "delta": 0.0}))
+            return Settings(**values | {"inference_steps": 1, "min_step": 0, "delta": 0.0})
         values |= {
             "inference_steps": max(1, round(start_step / STRIDE)),
             "min_step": round(start_step * MIN_STEP_SHARE),
         }
-        # An unreachable δ makes every image walk, and compare, all the way down to min_step.
-        walk = Settings(**values | {"delta": 1e4, "saff": False})
-        walked = _judge(replace(model, settings=walk), images, kinds, batch_size, seed, on_image)
-        scores = np.array([[score for _, score in image.steps] for image in walked])
+        return Settings(**values)
+
+    def walk(settings: Settings, images: Sequence[np.ndarray], kinds: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Step scores and departures [N, S] of images that an unreachable δ makes go, compared, down to min_step."""
+        unstopped = settings.model_copy(update={"delta": 1e4, "saff": False})
+        judged = _judge(replace(model, settings=unstopped), images, kinds, batch_size, seed, on_image)
+        scores = np.array([[score for _, score in image.steps] for image in judged])
+        return scores, np.array([image.departures for image in judged])
+
+    def bounded(settings: Settings, scores_NS: np.ndarray, departures_NS: np.ndarray) -> Settings:
         bounds = {
-            "delta": float(np.quantile(scores.max(axis=1), 0.95)),
-            "score_fall": largest_fall(scores),
-            "early_look": float(np.quantile([image.departure for image in walked], 0.9)),
+            "delta": float(np.quantile(scores_NS.max(axis=1), 0.95)),
+            "score_fall": largest_fall(scores_NS),
+            "early_look": float(np.quantile(departures_NS.max(axis=1), 0.9)),
         }
-        return replace(model, settings=Settings(**values | bounds))
+        return settings.model_copy(update=bounds)
 
     best: tuple[float, int] | None = None
     for start_step in start_steps or (FAST_STEPS if profile == "fast" else START_STEPS):
-        candidate = with_delta(start_step, few, few_kinds)
-        goods = _judge(candidate, few, few_kinds, batch_size, seed, on_image)
-        bads = _judge(candidate, anomalous, few_kinds, batch_size, seed, on_image)
-        quality = _separation(candidate, goods, bads, masks)
+        settings = candidate(start_step)
+        if profile == "exact":
+            settings = bounded(settings, *walk(settings, few, few_kinds))
+        tried = replace(model, settings=settings)
+        goods = _judge(tried, few, few_kinds, batch_size, seed, on_image)
+        bads = _judge(tried, anomalous, few_kinds, batch_size, seed, on_image)
+        quality = _separation(tried, goods, bads, masks)
         if best is None or quality > best[0]:
             best = (quality, start_step)
     assert best is not None
-    return with_delta(best[1], good, kinds).settings
+    settings = candidate(best[1])
+    if profile == "fast":
+        return settings
+    of_good = walk(settings, good, kinds)
+    of_bad = walk(settings, _synthetic(good, foreground_mode, seed)[0], kinds)
+    guess = fit_guess(*(np.concatenate(both) for both in zip(of_good, of_bad, strict=True)))
+    return bounded(settings, *of_good).model_copy(update={"score_guess": guess})
 
 
 def calibrate(
@@ -191,7 +207,7 @@ def compare(
 def judged_images(good: int, profile: Profile = "exact") -> int:
     """How many images `calibrate` judges, for a progress bar."""
     few = min(good, SELECTION_IMAGES)
-    return 2 * few * len(FAST_STEPS) + good if profile == "fast" else 3 * few * len(START_STEPS) + 2 * good
+    return 2 * few * len(FAST_STEPS) + good if profile == "fast" else 3 * few * len(START_STEPS) + 3 * good
 
 
 def images_needed(target_fpr: float) -> int:

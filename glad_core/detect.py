@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ class Detection:
     ``anomaly_map`` is float16 [g, g] at token resolution, or [D, D] where the score needs terms that only exist at
     full size (`full_size_only`). ``steps`` holds every (timestep, step score) in the order they were compared.
     ``reconstruction`` is uint8 [R, R, 3]; ``seconds`` the image's share of the time of the batches it was in;
-    ``departure`` how far the latents came from the input's during the search, where the engine says so.
+    ``departures`` how far the latents were from the input's at every step of the search, where the engine says so.
     """
 
     image_id: str
@@ -49,7 +49,7 @@ class Detection:
     anomaly_map: np.ndarray
     reconstruction: np.ndarray
     seconds: float
-    departure: float | None = None
+    departures: list[float] = field(default_factory=list)
 
 
 def image_noise(image_id: str, seed: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -56,6 +56,9 @@ class Settings(BaseModel):
         ge=0,
         description="departure of the latents at which the guarded search looks before its end",
     )
+    score_guess: tuple[float, float, float, float] | None = Field(
+        None, description="how the guarded search guesses step scores from departures, to begin where δ was passed"
+    )
     threshold: float | None = Field(None, description="image score above which an image is called anomalous")
     thresholds: dict[str, float] = Field({}, description="of single categories, in a bundle for several")
 

@@ -30,6 +30,7 @@ def test_calibration_sets_the_steps_and_the_threshold_from_good_images(tiny_bund
     assert settings.min_step == round(settings.start_step * 350 / 750)
     assert settings.delta > 0
     assert settings.score_fall is not None
+    assert settings.score_guess is not None
     again = load_bundle(tiny_bundle, settings=settings)
     scores = [result.score for result in detect(again, [Request(str(i), image) for i, image in enumerate(good)])]
     assert settings.threshold == pytest.approx(max(scores), abs=1e-4)
