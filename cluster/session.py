@@ -56,6 +56,13 @@ def connect(address: str | None = None) -> None:
     configure_ray_data()
 
 
+def warm_up_ray_data() -> None:
+    """Let the actors start that Ray Data keeps for a session, so that the first dataset need not wait for them."""
+    import ray.data
+
+    list(ray.data.from_items([0]).iter_rows())
+
+
 def _answers(address: str | None) -> None:
     """Raise OSError if nothing listens at ``host:port``: Ray itself would go on trying for more than ten minutes."""
     host, _, port = (address or "").rpartition(":")

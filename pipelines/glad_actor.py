@@ -14,7 +14,8 @@ import queue
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -145,6 +146,18 @@ def set_up(gpu: bool, threads: int) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
+@contextmanager
+def _hidden(*names: str) -> Iterator[None]:
+    """Packages that are not found by what is imported inside; later they can be imported again."""
+    absent = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in absent:
+            del sys.modules[name]
+
+
 class GladActor:
     """Callable for ``map_batches``, several calls at a time."""
 
@@ -175,12 +188,13 @@ class GladActor:
         yield pa.Table.from_pylist(out + judged, schema=SCORED_SCHEMA)
 
     def _prepare(self) -> None:
-        # Importing is most of an actor's start: torch, diffusers and timm are 4,000 modules. A third of it was looking
-        # for garbage, a tenth is transformers, which diffusers takes in where it finds it; prompts lie in the bundle.
+        # Importing is most of an actor's start: torch, diffusers and timm are 4,000 modules, and looking for garbage
+        # among them takes a third of it.
         gc.disable()
-        sys.modules.setdefault("transformers", None)  # type: ignore[arg-type]
         try:
-            set_up(self.settings.gpu, self.settings.threads)
+            # diffusers takes these in where it finds them; an actor needs neither.
+            with _hidden("transformers", "scipy"):
+                set_up(self.settings.gpu, self.settings.threads)
             if self.settings.memory is not None:
                 from pipelines.memory import read_memory
 

@@ -34,7 +34,7 @@ from pipelines.shards import Plan, Written
 SHARDS_PER_TASK = 8  # decoded by one task, up to `PART_ROWS` images
 MAX_TASKS = 10_000  # that decode; in a huge archive each does several stretches
 MAX_ROWS_PER_BLOCK = 64
-WRITERS = 2  # tasks at a time
+WRITERS = 2  # tasks at a time, no more than decode
 COUNTED = ("scored", "anomalies", "errors")
 
 
@@ -117,6 +117,7 @@ def score(request: ScoreRequest, console: Console) -> Counts:
     plan = shards.read_plan(out, storage)
     try:
         session.connect(request.address)
+        session.warm_up_ray_data()
         sizes = [sum(entry.size for entry in manifest.files.values()) for manifest in models.manifests.values()]
         room = plan_actors(session.resources(), request, sum(sorted(sizes)[-KEPT_MODELS:]))
         if plan is None:
@@ -253,7 +254,7 @@ def dataflow(
         batch_format="pyarrow",
         # Decoding tasks hold their CPUs to their end, and a write that waited for them would hold up the commits.
         num_cpus=0,
-        compute=ray.data.TaskPoolStrategy(size=WRITERS),
+        compute=ray.data.TaskPoolStrategy(size=min(WRITERS, room.decoders or WRITERS)),
     )
     try:
         for row in written.iter_rows():
