@@ -6,8 +6,8 @@
 
 Every image is walked once and compared at every step; the strategies are then played on its scores. `guarded` has its
 bound from the bundle; on the golden models from the other images of a case, as there are no more. `gate` never compares
-an image whose latents have not departed from the input's further than nine in ten good images' do (the bundle's
-`early_look`), and searches the others as `guarded`. `from the end` is `guarded` without its guess of where to begin.
+an image whose score is not guessed to have passed δ, and searches the others as `guarded`. `from the end` is `guarded`
+without its guess of where to begin.
 """
 
 import json
@@ -30,7 +30,7 @@ from glad_core.admission import run
 from glad_core.bundle import Model, load_bundle
 from glad_core.detect import Request
 from glad_core.engine import Engine
-from glad_core.search import first_crossing, guess_scores, largest_fall, next_comparison
+from glad_core.search import expected_crossing, first_crossing, guess_scores, largest_fall, next_comparison
 from pipelines.datasets import read_dataset
 from pipelines.decode import decode
 from pipelines.demo_data import DEFECTS
@@ -41,13 +41,12 @@ Curve = list[float]
 
 @dataclass(frozen=True)
 class Walked:
-    """The step scores of one image down to min_step, none of them stopped by δ, and whether the gate lets it pass."""
+    """The step scores of one image down to min_step, none of them stopped by δ."""
 
     curve: Curve
     delta: float
     fall: float
     guessed: list[float] | None = None  # None where the bundle has no guess
-    gated: bool | None = None  # None where the bundle has no gate
 
 
 def walked(model: Model, requests: Sequence[Request]) -> list[Walked]:
@@ -58,11 +57,10 @@ def walked(model: Model, requests: Sequence[Request]) -> list[Walked]:
     for request, verdict in run(Engine(walk, 8, search="scan"), requests):
         if isinstance(verdict, Exception):
             raise verdict
-        gated = None if s.early_look is None else max(verdict.departures) <= s.early_look
         guessed = None if s.score_guess is None else guess_scores(verdict.departures, s.score_guess)
         curve = [score for _, score in verdict.steps]
         delta = float(torch.tensor(s.delta).half())
-        found[request.image_id] = Walked(curve, delta, s.score_fall or 0.0, guessed, gated)
+        found[request.image_id] = Walked(curve, delta, s.score_fall or 0.0, guessed)
     return [found[request.image_id] for request in requests]
 
 
@@ -99,7 +97,7 @@ def play_all(images: Sequence[Walked]) -> dict[str, dict[str, Any]]:
         outcomes = []
         for image in images:
             curve, delta, fall, guess, size = image.curve, image.delta, image.fall, image.guessed, len(image.curve)
-            if name == "gate" and image.gated is None:
+            if name == "gate" and guess is None:
                 continue
             wanted, _ = play(curve, lambda s, n=size, d=delta: next_comparison(s, n, d, None), delta)
             choose = {
@@ -108,8 +106,8 @@ def play_all(images: Sequence[Walked]) -> dict[str, dict[str, Any]]:
                 "from the end": lambda s, n=size, d=delta, f=fall: next_comparison(s, n, d, f),
                 "bisection": bisection(size, delta),
                 "every second": every_second(size, delta),
-                "gate": lambda s, n=size, d=delta, f=fall, g=guess, out=image.gated: (
-                    None if out else next_comparison(s, n, d, f, g)
+                "gate": lambda s, n=size, d=delta, f=fall, g=guess: (
+                    None if expected_crossing({}, g, d) is None else next_comparison(s, n, d, f, g)
                 ),
             }[name]
             found, comparisons = play(curve, choose, delta)

@@ -49,9 +49,8 @@ def choose_steps(
     For every candidate T: δ is the 95 % quantile, over good images, of the largest step score they reach before
     min_step, so that few good images trigger; then the T is taken that best separates good images from the same images
     with synthetic anomalies (image AUROC plus pixel AP on the synthetic masks). The largest fall of a score on the way
-    becomes the bound of the guarded search (`search`), the departure that one good image in ten exceeds its cue to look
-    early; the guess of where to begin is fitted to the good images and the same with anomalies. Profile `fast` has no
-    steps, only T is chosen.
+    becomes the bound of the guarded search (`search`); its guess of where δ was passed is fitted to the good images and
+    the same with anomalies. Profile `fast` has no steps, only T is chosen.
 
     Args:
         good: held-out good images, uint8 [R, R, 3] each, not seen in training.
@@ -66,7 +65,7 @@ def choose_steps(
 
     def candidate(start_step: int) -> Settings:
         values = model.settings.model_dump() | {"profile": profile, "start_step": start_step}
-        values |= {"score_fall": None, "early_look": None, "score_guess": None}
+        values |= {"score_fall": None, "score_guess": None}
         if profile == "fast":
             return Settings(**values | {"inference_steps": 1, "min_step": 0, "delta": 0.0})
         values |= {
@@ -82,19 +81,15 @@ def choose_steps(
         scores = np.array([[score for _, score in image.steps] for image in judged])
         return scores, np.array([image.departures for image in judged])
 
-    def bounded(settings: Settings, scores_NS: np.ndarray, departures_NS: np.ndarray) -> Settings:
-        bounds = {
-            "delta": float(np.quantile(scores_NS.max(axis=1), 0.95)),
-            "score_fall": largest_fall(scores_NS),
-            "early_look": float(np.quantile(departures_NS.max(axis=1), 0.9)),
-        }
-        return settings.model_copy(update=bounds)
+    def bounded(settings: Settings, scores_NS: np.ndarray) -> Settings:
+        delta = float(np.quantile(scores_NS.max(axis=1), 0.95))
+        return settings.model_copy(update={"delta": delta, "score_fall": largest_fall(scores_NS)})
 
     best: tuple[float, int] | None = None
     for start_step in start_steps or (FAST_STEPS if profile == "fast" else START_STEPS):
         settings = candidate(start_step)
         if profile == "exact":
-            settings = bounded(settings, *walk(settings, few, few_kinds))
+            settings = bounded(settings, walk(settings, few, few_kinds)[0])
         tried = replace(model, settings=settings)
         goods = _judge(tried, few, few_kinds, batch_size, seed, on_image)
         bads = _judge(tried, anomalous, few_kinds, batch_size, seed, on_image)
@@ -108,7 +103,7 @@ def choose_steps(
     of_good = walk(settings, good, kinds)
     of_bad = walk(settings, _synthetic(good, foreground_mode, seed)[0], kinds)
     guess = fit_guess(*(np.concatenate(both) for both in zip(of_good, of_bad, strict=True)))
-    return bounded(settings, *of_good).model_copy(update={"score_guess": guess})
+    return bounded(settings, of_good[0]).model_copy(update={"score_guess": guess})
 
 
 def calibrate(

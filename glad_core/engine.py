@@ -10,7 +10,7 @@ a fixed number of slots holds the images in flight, each at its own timestep; ev
 
 An image in search walks the chain on as if it had not stopped, and keeps x_t and ε̂ of every step that might be
 compared (small latents); once its stop step is known it goes back to it. The guarded search compares at the end of the
-walk, or as soon as the latents have departed from the input's as good images' seldom do. ε and the posterior noise come
+walk, or as soon as the latents' departure from the input's says that δ was passed. ε and the posterior noise come
 from the image's own generator, so who its neighbours are changes nothing but rounding.
 """
 
@@ -32,7 +32,7 @@ from glad_core import adaptive, schedule
 from glad_core.admission import Queue, Verdict
 from glad_core.bundle import Model
 from glad_core.detect import Detection, Request, conclude, prepare
-from glad_core.search import Search, first_crossing, guess_scores, next_comparison, search_of
+from glad_core.search import Search, expected_crossing, first_crossing, guess_scores, next_comparison, search_of
 
 CPU_CALL = 2  # images compared or judged in one call on a CPU, four decodes: more are no faster, and take memory
 T = TypeVar("T")
@@ -50,8 +50,7 @@ class _Comparison:
 class _Slot:
     """An image in flight; ``k`` is its place in the chain, ``kept`` x_t and ε̂ of the steps it may go back to.
 
-    ``departures`` are how far its latents were from the noised input's; ``looked`` whether that has made it compare
-    before the end of the walk.
+    ``departures`` are how far its latents were from the noised input's.
     """
 
     request: Request
@@ -61,7 +60,6 @@ class _Slot:
     prompt: Tensor
     x: Tensor
     searching: bool
-    looked: bool = False
     departures: list[float] = field(default_factory=list)
     k: int = 0
     kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -71,13 +69,17 @@ class _Slot:
     stop_reason: adaptive.StopReason = "none"
     seconds: float = 0.0
 
+    @property
+    def scores(self) -> dict[int, float]:
+        return {k: comparison.score for k, comparison in self.compared.items()}
+
 
 class Engine(Queue):
     """``slots`` images of one model in flight: `submit` requests, and `tick` as long as it is `busy`.
 
     Args:
-        model: the bundle; its networks are put into channels-last memory, and on a CPU their linear layers through
-            oneDNN.
+        model: the bundle; its networks are put into channels-last memory, and on a CPU with AVX-512 their linear
+            layers through oneDNN.
         slots: images per UNet call.
         seed: of the run; with the image id it fixes the noise.
         search: see `search_of`.
@@ -95,8 +97,7 @@ class Engine(Queue):
         s = model.settings
         self.seed = seed
         self.search = search_of(s, search)
-        hints = s.score_fall, s.early_look, s.score_guess
-        self.fall, self.look, self.guess = hints if self.search == "guarded" else (None, None, None)
+        self.fall, self.guess = (s.score_fall, s.score_guess) if self.search == "guarded" else (None, None)
 
         last = len(model.alphas) - 1
         self.fast = s.profile == "fast"
@@ -118,7 +119,7 @@ class Engine(Queue):
         self.compiled = compiled
         if compiled:
             self._compile()
-        elif model.device.type == "cpu":
+        elif model.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512":
             for network in (model.unet, model.vae, model.features, model.final_features):
                 use_onednn(network)
 
@@ -196,15 +197,12 @@ class Engine(Queue):
         for slot in self.live:
             if not slot.searching:
                 continue
-            early = not slot.looked and self.look is not None and slot.departures[-1] > self.look
-            if self.fall is None or slot.k == self.comparable or early:
-                slot.looked |= early
+            if self.fall is None or slot.k == self.comparable or self._passed(slot):
                 due.append(slot)
         while due:
             asked = []
             for slot in due:
-                scores = {k: comparison.score for k, comparison in slot.compared.items()}
-                guessed = None if self.guess is None else guess_scores(slot.departures, self.guess)
+                scores, guessed = slot.scores, self._guessed(slot)
                 k = next_comparison(scores, slot.k, self.delta, self.fall, guessed)
                 if k is not None:
                     asked.append((slot, k))
@@ -213,6 +211,14 @@ class Engine(Queue):
             # Guided by what it finds the search asks again; a scan has compared its one new step.
             self._compare(asked)
             due = [slot for slot, _ in asked]
+
+    def _guessed(self, slot: _Slot) -> list[float] | None:
+        return None if self.guess is None else guess_scores(slot.departures, self.guess)
+
+    def _passed(self, slot: _Slot) -> bool:
+        """Whether the guess has it that the score has passed δ."""
+        guessed = self._guessed(slot)
+        return guessed is not None and expected_crossing(slot.scores, guessed, self.delta) is not None
 
     def _compare(self, asked: list[tuple[_Slot, int]]) -> None:
         """Step scores of images at steps they have walked (Sec. 3.3)."""
@@ -309,7 +315,8 @@ class Engine(Queue):
 def use_onednn(network: nn.Module) -> None:
     """Let oneDNN compute a network's linear layers in float32 on a CPU, as it does convolutions, when no gradient is.
 
-    PyTorch gives them to MKL, which runs at half the speed on CPUs that are not Intel's. Weights stay where they are.
+    PyTorch gives them to MKL, which does without AVX-512 on CPUs that are not Intel's: half the speed. With AVX2 alone
+    MKL is as fast or a little faster. Weights stay where they are.
     """
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return

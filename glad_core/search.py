@@ -5,8 +5,8 @@ after the walk, from its end: a step score seldom falls along the chain. A step 
 as long as no score falls by more than ``fall`` on the way, for an earlier one above δ would have left s above δ - fall.
 ``fall`` is the largest fall seen on good images (`largest_fall`); whatever it does not rule out is compared.
 
-Which of these to compare first is a guess, and a bad one only costs comparisons: how fast the latents depart from the
-input's tells about where the score has passed δ (`guess_scores`).
+Which of these to compare first, and whether to before the end of the walk, is a guess, and a bad one only costs calls:
+how fast the latents depart from the input's tells about where the score has passed δ (`guess_scores`).
 """
 
 from __future__ import annotations
@@ -65,15 +65,20 @@ def next_comparison(
     if not unknown:
         return None
     if crossing is None:
-        # As guessed, or more by what the last score compared was more.
-        more = math.log(max(scores[max(scores)], TINY)) - guessed[max(scores)] if guessed and scores else 0.0
-        expected = next((k for k, score in enumerate(guessed or ()) if score + more > math.log(delta)), walked - 1)
+        passed = None if guessed is None else expected_crossing(scores, guessed, delta)
+        expected = walked - 1 if passed is None else passed
     else:
         # Scores grow by about the same factor a step: where did it pass δ? (Half of δ stands for the unseen start.)
         start = max(scores.get(ruled_out, delta / 2), delta / 1000)
-        passed = math.log(delta / start) / math.log(scores[crossing] / start)
-        expected = math.ceil(ruled_out + passed * (crossing - ruled_out))
+        share = math.log(delta / start) / math.log(scores[crossing] / start)
+        expected = math.ceil(ruled_out + share * (crossing - ruled_out))
     return min(unknown, key=lambda k: abs(k - expected))
+
+
+def expected_crossing(scores: Mapping[int, float], guessed: Sequence[float], delta: float) -> int | None:
+    """The first step whose score would exceed δ as guessed, or by as much more as the last one compared is more."""
+    more = math.log(max(scores[max(scores)], TINY)) - guessed[max(scores)] if scores else 0.0
+    return next((k for k, score in enumerate(guessed) if score + more > math.log(delta)), None)
 
 
 def first_crossing(scores: Mapping[int, float], delta: float) -> int | None:

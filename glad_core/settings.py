@@ -51,11 +51,6 @@ class Settings(BaseModel):
         ge=0,
         description="largest fall of the step score along the chain of a good image; None: compare every step",
     )
-    early_look: float | None = Field(
-        None,
-        ge=0,
-        description="departure of the latents at which the guarded search looks before its end",
-    )
     score_guess: tuple[float, float, float, float] | None = Field(
         None, description="how the guarded search guesses step scores from departures, to begin where δ was passed"
     )
