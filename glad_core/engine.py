@@ -34,7 +34,7 @@ from glad_core.bundle import Model
 from glad_core.detect import Detection, Request, conclude, prepare
 from glad_core.search import Search, expected_crossing, first_crossing, guess_scores, next_comparison, search_of
 
-CPU_CALL = 2  # images compared or judged in one call on a CPU, four decodes: more are no faster, and take memory
+CPU_PIXELS = 8 * 128**2  # of images compared or judged in one call on a CPU: more are no faster, and take memory
 T = TypeVar("T")
 
 
@@ -111,7 +111,8 @@ class Engine(Queue):
         # The released code compares in float16, δ included.
         self.delta = float(torch.tensor(s.delta, dtype=torch.float16 if s.variant == "official" else torch.float32))
 
-        self.call = min(slots, CPU_CALL) if model.device.type == "cpu" else slots
+        fitting = max(1, CPU_PIXELS // s.resolution**2)
+        self.call = min(slots, fitting) if model.device.type == "cpu" else slots
         self.live: list[_Slot] = []
         self.ticks = self.rows = 0  # while images waited, for `occupancy`
         for network in (model.unet, model.vae):
