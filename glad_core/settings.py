@@ -57,6 +57,12 @@ class Settings(BaseModel):
     threshold: float | None = Field(None, description="image score above which an image is called anomalous")
     thresholds: dict[str, float] = Field({}, description="of single categories, in a bundle for several")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_former(cls, values: Any) -> Any:
+        """Bundles of version 0.1.0 hold `early_look`, which `score_guess` has replaced."""
+        return {name: value for name, value in values.items() if name != "early_look"}
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.inference_steps > self.start_step:

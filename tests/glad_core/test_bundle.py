@@ -7,6 +7,7 @@ import torch
 
 from glad_core import bundle
 from glad_core.errors import GladError
+from glad_core.manifest import write_manifest
 from glad_core.settings import Settings
 
 
@@ -32,6 +33,13 @@ def test_new_settings_make_a_new_id_and_the_same_weights(copy: Path) -> None:
     assert after.files == before.files
     assert after.settings["threshold"] == 1.25
     assert after.provenance["calibrated"]
+
+
+def test_a_bundle_of_version_0_1_0_can_still_be_read(copy: Path) -> None:
+    before = bundle.read_manifest(copy)
+    write_manifest(copy, before.settings | {"early_look": 0.25}, before.category, before.provenance)
+    assert bundle.verify(copy).settings["early_look"] == 0.25
+    assert bundle.load_bundle(copy).settings == Settings(**before.settings)
 
 
 def flip_a_byte(path: Path) -> None:
