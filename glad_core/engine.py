@@ -34,7 +34,7 @@ from glad_core.bundle import Model
 from glad_core.detect import Detection, Request, conclude, prepare
 from glad_core.search import Search, expected_crossing, first_crossing, guess_scores, next_comparison, search_of
 
-CPU_PIXELS = 8 * 128**2  # of images compared or judged in one call on a CPU: more are no faster, and take memory
+CPU_PIXELS = 8 * 128**2  # of images compared or judged in one call on a CPU: fewer are slower, more take memory
 T = TypeVar("T")
 
 
