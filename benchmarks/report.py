@@ -50,7 +50,7 @@ def long_run(folder: Path, images: int) -> Path:
     scored = pads.dataset(seed / "results").to_table().to_pylist()
     (listed,) = pads.dataset(seed / "manifest").to_table().to_pylist()[:1]
     rng = np.random.default_rng(0)
-    write = results.write_results(storage, str(run), ROWS, "bench")
+    write = results.ResultsWriter(storage, str(run), ROWS, "bench")
     manifest = []
     for start in range(0, images, ROWS):
         rows = []

@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -77,15 +77,18 @@ WRITTEN_SCHEMA = pa.schema(
 )
 
 
-def write_results(storage: Storage, dest: str, rows_per_shard: int, attempt: str) -> Callable[[pa.Table], pa.Table]:
+class ResultsWriter:
     """A stage: `SCORED_SCHEMA` rows in, their files written, a row for each shard out.
 
-    A file is named after the attempt and the images in it, so a task that is retried replaces its own file instead of
+    A file is named after the attempt and the images in it, so a call that is retried replaces its own file instead of
     adding one, and no other run's.
     """
 
-    def stage(rows: pa.Table) -> pa.Table:
-        shard_of = pc.divide(rows["position"], rows_per_shard)
+    def __init__(self, storage: Storage, dest: str, rows_per_shard: int, attempt: str) -> None:
+        self.storage, self.dest, self.rows_per_shard, self.attempt = storage, dest, rows_per_shard, attempt
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        shard_of = pc.divide(rows["position"], self.rows_per_shard)
         written = []
         for shard in sorted(set(shard_of.to_pylist())):
             part = rows.filter(pc.equal(shard_of, shard))
@@ -94,16 +97,15 @@ def write_results(storage: Storage, dest: str, rows_per_shard: int, attempt: str
             errors = part.filter(failed).select(ERRORS_SCHEMA.names).cast(ERRORS_SCHEMA)
             tables = [(join(RESULTS, *folder_of(name)), rows) for name, rows in _by_category(results)]
             tables += [(ERRORS, errors)] if len(errors) else []
+            prefix = f"{shard:08d}-{self.attempt}"
             files = [
-                f"{folder}/{_write_part(storage, join(dest, folder), table, f'{shard:08d}-{attempt}')}"
+                f"{folder}/{_write_part(self.storage, join(self.dest, folder), table, prefix)}"
                 for folder, table in tables
             ]
             anomalies = pc.sum(results["is_anomalous"]).as_py() or 0
             counts = {"scored": len(results), "anomalies": anomalies, "errors": len(errors)}
             written.append({"shard": shard, "files": files} | counts)
         return pa.Table.from_pylist(written, schema=WRITTEN_SCHEMA)
-
-    return stage
 
 
 def folder_of(category: str | None) -> tuple[str, ...]:

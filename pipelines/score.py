@@ -34,7 +34,7 @@ from pipelines.shards import Plan, Written
 SHARDS_PER_TASK = 8  # decoded by one task, up to `PART_ROWS` images
 MAX_TASKS = 10_000  # that decode; in a huge archive each does several stretches
 MAX_ROWS_PER_BLOCK = 64
-WRITERS = 2  # tasks at a time, no more than decode
+WRITERS = 2  # no more than there are GLAD actors
 COUNTED = ("scored", "anomalies", "errors")
 
 
@@ -249,12 +249,14 @@ def dataflow(
         num_gpus=room.num_gpus,
     )
     written = judged.map_batches(
-        results.write_results(storage, out, plan.rows_per_shard, uuid4().hex[:8]),
+        results.ResultsWriter,
+        fn_constructor_args=(storage, out, plan.rows_per_shard, uuid4().hex[:8]),
         batch_size=plan.rows_per_shard,
         batch_format="pyarrow",
+        # Actors, because Ray ends the process of a task soon after it: one for every shard is seconds of a core each.
+        compute=ray.data.ActorPoolStrategy(size=WRITERS if room.grows else min(WRITERS, room.actors)),
         # Decoding tasks hold their CPUs to their end, and a write that waited for them would hold up the commits.
         num_cpus=0,
-        compute=ray.data.TaskPoolStrategy(size=min(WRITERS, room.decoders or WRITERS)),
     )
     try:
         for row in written.iter_rows():

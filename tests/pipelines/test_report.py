@@ -72,7 +72,7 @@ def made(tmp_path_factory, tiny_bundle) -> tuple[Path, Path, list[dict]]:
     failed = {"image_id": "e", "uri": "/archive/broken.png", "stage": "decode", "error_type": "damaged"}
     failed |= {"message": "not a picture", "position": len(rows)}
     run, storage = root / "run", Storage()
-    results.write_results(storage, str(run), 16, "t")(
+    results.ResultsWriter(storage, str(run), 16, "t")(
         pa.Table.from_pylist([*rows, failed], schema=results.SCORED_SCHEMA)
     )
     (run / "manifest").mkdir()

@@ -10,10 +10,10 @@ from pipelines.results import (
     ERRORS_SCHEMA,
     RESULTS_SCHEMA,
     SCORED_SCHEMA,
+    ResultsWriter,
     complete,
     folder_of,
     read_run,
-    write_results,
 )
 from pipelines.shards import sweep
 
@@ -44,7 +44,7 @@ def failed(image_id, position=0):
 
 def test_a_block_is_split_by_shard_into_results_and_errors_and_says_what_it_wrote(tmp_path):
     rows = [scored("a", position=2), failed("b", 3), scored("c", False, 4), scored("d", None, 5)]
-    stage = write_results(STORAGE, str(tmp_path), 4, "try1")
+    stage = ResultsWriter(STORAGE, str(tmp_path), 4, "try1")
     first, second = stage(pa.Table.from_pylist(rows, schema=SCORED_SCHEMA)).to_pylist()
     assert {name: first[name] for name in ("shard", "scored", "anomalies", "errors")} == {
         "shard": 0,
@@ -68,12 +68,12 @@ def test_a_block_is_split_by_shard_into_results_and_errors_and_says_what_it_wrot
 
 def test_a_retried_block_replaces_its_own_file_and_no_other_attempt_s(tmp_path):
     rows = pa.Table.from_pylist([scored("a"), scored("b", position=1)], schema=SCORED_SCHEMA)
-    stage = write_results(STORAGE, str(tmp_path), 8, "try1")
+    stage = ResultsWriter(STORAGE, str(tmp_path), 8, "try1")
     assert stage(rows).to_pylist() == stage(rows).to_pylist()
     assert stage(rows.slice(0, 0)).num_rows == 0
     assert len(list((tmp_path / "results").iterdir())) == 1
     assert not (tmp_path / "errors").exists()
-    write_results(STORAGE, str(tmp_path), 8, "try2")(rows)
+    ResultsWriter(STORAGE, str(tmp_path), 8, "try2")(rows)
     assert len(list((tmp_path / "results").iterdir())) == 2
 
 
@@ -82,7 +82,7 @@ ODD = ["bolt", "a=b", "../up", "_hidden", ".dot", "ü 日本", "x" * 300, "%", "
 
 def test_each_category_has_a_folder_of_its_own_that_every_reader_finds(tmp_path):
     rows = [scored(str(n), position=n) | {"category": name} for n, name in enumerate([*ODD, None])]
-    stage = write_results(STORAGE, str(tmp_path), 16, "try1")
+    stage = ResultsWriter(STORAGE, str(tmp_path), 16, "try1")
     (shard,) = stage(pa.Table.from_pylist(rows, schema=SCORED_SCHEMA)).to_pylist()
     assert shard["scored"] == len(rows)
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.parquet")} == set(shard["files"])
