@@ -253,7 +253,7 @@ def dataflow(
         fn_constructor_args=(storage, out, plan.rows_per_shard, uuid4().hex[:8]),
         batch_size=plan.rows_per_shard,
         batch_format="pyarrow",
-        # Actors, because Ray ends the process of a task soon after it: one for every shard is seconds of a core each.
+        # Actors, because Ray may end the process of a task soon after it, and each new one takes seconds of a core.
         compute=ray.data.ActorPoolStrategy(size=WRITERS if room.grows else min(WRITERS, room.actors)),
         # Decoding tasks hold their CPUs to their end, and a write that waited for them would hold up the commits.
         num_cpus=0,
