@@ -343,10 +343,13 @@ def keep_buffers() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        m_mmap_threshold, m_trim_threshold, m_arena_max = -3, -1, -8  # malloc.h
+        m_mmap_threshold, m_trim_threshold, m_arena_max, m_top_pad = -3, -1, -8, -2  # malloc.h
         mallopt(m_mmap_threshold, 2**30)
         mallopt(m_trim_threshold, 2**31 - 1)
-        mallopt(m_arena_max, 1)  # the arenas of further threads cannot hold so much
+        # A thread may have memory of its own, in pieces of 64 MB: there should be no more of those, and as one is given
+        # back only when this much is free below it, it never is.
+        mallopt(m_arena_max, 1)
+        mallopt(m_top_pad, 2**26)
 
 
 def _detection(slot: _Slot, score: float, anomaly_map: np.ndarray, rebuilt: np.ndarray) -> Detection:
