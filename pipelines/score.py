@@ -34,6 +34,7 @@ from pipelines.shards import Plan, Written
 SHARDS_PER_TASK = 8  # decoded by one task, up to `PART_ROWS` images
 MAX_TASKS = 10_000  # that decode; in a huge archive each does several stretches
 MAX_ROWS_PER_BLOCK = 64
+CALLS = 8  # at work in an actor at a time
 WRITERS = 2  # no more than there are GLAD actors
 COUNTED = ("scored", "anomalies", "errors")
 
@@ -213,8 +214,8 @@ def dataflow(
     def list_and_decode(stretch: pa.Table) -> Iterator[pa.Table]:
         for place in stretch.to_pylist():
             images = read_manifest(join(out, results.MANIFEST), plan.listed, place["first"], place["last"], storage)
-            for start in range(0, len(images), room.slots):
-                yield decode(images.slice(start, room.slots))
+            for start in range(0, len(images), share):
+                yield decode(images.slice(start, share))
 
     rows = ray.data.from_items(
         [{"first": first, "last": last} for first, last in stretches],
@@ -222,10 +223,18 @@ def dataflow(
     )
     # In the manifest's order, so that a shard's images come together and are written together.
     rows.context.execution_options.preserve_order = True
-    # A block leaves as soon as it is full: one batch of pixels in a small archive, so that actors start at once and
-    # results arrive steadily; some batches in a large one, since every block costs Ray a task. (`repartition` would
-    # say it better, but its task wants a whole CPU that the actors have.)
-    rows_per_block = max(room.slots, min(MAX_ROWS_PER_BLOCK, plan.images // 400))
+    # No more actors than batches. A pool that grows does so while every actor has all the calls in flight that it may:
+    # twice as many as run, so that images waiting for an actor count as a backlog.
+    left = (plan.shards - len(done)) * plan.rows_per_shard
+    first = min(room.actors, -(-left // room.slots))
+    actors: dict[str, Any] = {"min_size": 1, "initial_size": first} if room.grows else {"size": first}
+    in_flight = 2 * CALLS if room.grows else CALLS
+    # A block is a call, and leaves as soon as it is full: one batch of pixels, so that actors start at once and results
+    # arrive steadily, or less, so that the actor that is ready first does not take all of a small archive; some batches
+    # in a large one, since every block costs Ray a task. (`repartition` would say it better, but its task wants a whole
+    # CPU that the actors have.)
+    share = min(room.slots, -(-left // (first * in_flight)))
+    rows_per_block = max(share, min(MAX_ROWS_PER_BLOCK, plan.images // 400))
     rows.context.target_max_block_size = rows_per_block * largest * largest * 3
     decoded = rows.map_batches(
         list_and_decode,
@@ -234,16 +243,14 @@ def dataflow(
         num_cpus=TASK_CPUS,
         compute=ray.data.TaskPoolStrategy(size=room.decoders),
     )
-    # No more actors than batches. A pool that grows does so while every actor has all the calls in flight that it may:
-    # twice as many as run, so that images waiting for an actor count as a backlog.
-    first = min(room.actors, -(-(plan.shards - len(done)) * plan.rows_per_shard // room.slots))
-    actors: dict[str, Any] = {"min_size": 1, "initial_size": first} if room.grows else {"size": first}
     judged = decoded.map_batches(
         GladActor,
         fn_constructor_args=(actor,),
-        # Several batches in an actor at a time, so that its engine always has an image for a free slot.
-        compute=ray.data.ActorPoolStrategy(**actors, max_concurrent_calls_per_actor=4, max_tasks_in_flight_per_actor=8),
-        batch_size=room.slots,
+        # Several calls in an actor at a time, so that its engine always has an image for a free slot.
+        compute=ray.data.ActorPoolStrategy(
+            **actors, max_concurrent_calls_per_actor=CALLS, max_tasks_in_flight_per_actor=in_flight
+        ),
+        batch_size=share,
         batch_format="pyarrow",
         num_cpus=room.num_cpus,
         num_gpus=room.num_gpus,
