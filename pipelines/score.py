@@ -261,7 +261,7 @@ def dataflow(
         batch_size=plan.rows_per_shard,
         batch_format="pyarrow",
         # Actors, because Ray may end the process of a task soon after it, and each new one takes seconds of a core.
-        compute=ray.data.ActorPoolStrategy(size=WRITERS if room.grows else min(WRITERS, room.actors)),
+        compute=ray.data.ActorPoolStrategy(size=WRITERS if room.grows else min(WRITERS, first)),
         # Decoding tasks hold their CPUs to their end, and a write that waited for them would hold up the commits.
         num_cpus=0,
     )

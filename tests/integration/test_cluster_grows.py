@@ -19,7 +19,7 @@ from test_faults import content, start, wait_for_commits
 from cluster import session
 
 pytestmark = pytest.mark.slow
-IMAGES = 240  # enough that not all of them are with the first actor when it is stopped
+IMAGES = 180  # enough that not all of them are with the first actor when it is stopped
 ACTOR = "ray::MapWorker(MapBatches(GladActor"
 FAKE_HEAD = "f" * 51 + "00000"  # the name Ray's fake machines expect of theirs
 

@@ -64,7 +64,7 @@ def test_archive_and_bundle_and_results_on_s3(s3, s3_server, archive, tiny_bundl
             s3.write(f"s3://models/tiny/{path.relative_to(tiny_bundle)}", path.read_bytes())
 
     out = "s3://verdicts/run 1"
-    outcome = glad("score", archive, "--model", "s3://models/tiny", "--out", out, "--batch-size", 4)
+    outcome = glad("score", archive, "--model", "s3://models/tiny", "--out", out, "--batch-size", 4, "--actors", 1)
     assert outcome.exit_code == 0, outcome.output
     run = json.loads(s3.read(f"{out}/run.json"))
     assert run["counts"] | {"anomalies": 0} == {
@@ -94,7 +94,7 @@ def test_archive_and_bundle_and_results_on_s3(s3, s3_server, archive, tiny_bundl
 
 
 def test_a_glob_on_s3_to_a_local_folder(s3, archive, tiny_bundle, tmp_path):
-    outcome = glad("score", f"{archive}/line*/*.png", "--model", tiny_bundle, "--out", tmp_path / "out")
+    outcome = glad("score", f"{archive}/line*/*.png", "--model", tiny_bundle, "--out", tmp_path / "out", "--actors", 1)
     assert outcome.exit_code == 0, outcome.output
     assert pq.read_table(tmp_path / "out" / "results").num_rows == 7
 
