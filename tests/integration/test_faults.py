@@ -17,7 +17,7 @@ from cluster import session
 from pipelines.cli import app
 
 pytestmark = pytest.mark.slow
-IMAGES = 80
+IMAGES = 160
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +82,12 @@ def test_actor_and_driver_killed_then_the_same_command(tmp_path, archive, tiny_b
     try:
         wait_for_commits(out, 1, driver, log)
         assert kill_actor(driver)
-        wait_for_commits(out, 3, driver, log)
+        wait_for_commits(out, 6, driver, log)
         driver.kill()
         driver.wait()
         assert not (out / "run.json").exists()
         kept = {path.name: path.read_bytes() for path in (out / "commits").iterdir() if path.suffix == ".json"}
-        assert 3 <= len(kept) < IMAGES // 8, "too late: the job was over"
+        assert 6 <= len(kept) < IMAGES // 8, "too late: the job was over"
 
         driver = start(words, log)
         assert driver.wait(300) == 0, log.read_text()
