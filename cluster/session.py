@@ -147,7 +147,7 @@ def root_cause(error: BaseException, *kinds: type[Exception]) -> BaseException:
         # Ray's wrapper of a task's error also is an instance of that error's class: look inside it first.
         inner = getattr(seen, "cause", None) or seen.__cause__
         if isinstance(seen, kinds) and not hasattr(seen, "cause"):
-            return seen
+            return type(seen)(str(seen).partition("\n")[0])  # Ray Data adds lines on its own settings
         seen = inner
     return error
 

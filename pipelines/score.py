@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
 import pyarrow as pa
@@ -30,6 +32,9 @@ from pipelines.listing import PART_ROWS, TASK_CPUS, list_remotely, read_manifest
 from pipelines.model_source import SMALL, Models, find_models
 from pipelines.progress import Progress
 from pipelines.shards import Plan, Written
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
 
 SHARDS_PER_TASK = 8  # decoded by one task, up to `PART_ROWS` images
 MAX_TASKS = 10_000  # that decode; in a huge archive each does several stretches
@@ -159,8 +164,10 @@ def score(request: ScoreRequest, console: Console) -> Counts:
         console.print(f"going on after {scored + errors} images", highlight=False)
     clock = time.monotonic()
     waiting_for = partial(session.waiting_for, room.num_cpus, room.num_gpus)
-    with Progress(console, plan.images, scored + errors, waiting_for) as progress:
-        written = dataflow(storage, out, actor, room, plan, set(commits))
+    with (
+        Progress(console, plan.images, scored + errors, waiting_for) as progress,
+        closing(run_dataflow(storage, out, actor, room, plan, set(commits))) as written,
+    ):
         for piece, commit in shards.commit(written, plan, out, storage):
             scored, anomalies, errors = scored + piece.scored, anomalies + piece.anomalies, errors + piece.errors
             progress.update(scored + errors, anomalies, errors)
@@ -194,9 +201,32 @@ def score(request: ScoreRequest, console: Console) -> Counts:
     return counts
 
 
-def dataflow(
+def run_dataflow(
     storage: Storage, out: str, actor: ActorSettings, room: ActorPlan, plan: Plan, done: set[int]
-) -> Iterator[Written]:
+) -> Generator[Written]:
+    """What the job writes, piece by piece; closing it, or an exception, ends the actors.
+
+    Raises:
+        GladError, StorageError: in any of its processes.
+    """
+    if len(done) == plan.shards:
+        return
+    failure: BaseException | None = None
+    try:
+        # The dataset has no name here: who knows it knows its actors.
+        rows: Any = iter(dataflow(storage, out, actor, room, plan, done).iter_rows())
+        with closing(rows):
+            for row in rows:
+                yield Written(**row | {"files": tuple(row["files"])})
+    except Exception as error:
+        failure = session.root_cause(error, GladError, StorageError)
+    if failure is not None:
+        # Ray ends actors and frees their CPUs once nothing refers to them any more, and its exceptions do, in cycles.
+        gc.collect()
+        raise failure
+
+
+def dataflow(storage: Storage, out: str, actor: ActorSettings, room: ActorPlan, plan: Plan, done: set[int]) -> Dataset:
     """The job as one Ray Data chain: manifest -> fetch + decode -> GLAD -> results and errors.
 
     Shards ``done`` are left out before anything of them is fetched. Only a row for each shard written reaches the
@@ -204,8 +234,6 @@ def dataflow(
     """
     import ray.data
 
-    if len(done) == plan.shards:
-        return
     sides = {key: settings.resolution for key, settings in actor.models.settings().items()}
     largest = max(sides.values())
     stretches = plan.stretches(done, min(PART_ROWS, SHARDS_PER_TASK * plan.rows_per_shard))
@@ -255,7 +283,7 @@ def dataflow(
         num_cpus=room.num_cpus,
         num_gpus=room.num_gpus,
     )
-    written = judged.map_batches(
+    return judged.map_batches(
         results.ResultsWriter,
         fn_constructor_args=(storage, out, plan.rows_per_shard, uuid4().hex[:8]),
         batch_size=plan.rows_per_shard,
@@ -265,11 +293,6 @@ def dataflow(
         # Decoding tasks hold their CPUs to their end, and a write that waited for them would hold up the commits.
         num_cpus=0,
     )
-    try:
-        for row in written.iter_rows():
-            yield Written(**row | {"files": tuple(row["files"])})
-    except Exception as error:
-        raise session.root_cause(error, GladError, StorageError) from None
 
 
 def _remember(request: ScoreRequest, models: Models, storage: Storage, out: str, room: ActorPlan) -> str:

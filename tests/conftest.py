@@ -126,6 +126,18 @@ def ray_session():
     ray.shutdown()
 
 
+def all_cpus_free(seconds=30):
+    """Whether this session's CPUs are free by then: no actor is left, and the next job need not wait for one."""
+    import ray
+
+    deadline = time.monotonic() + seconds
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory):
     """A SeaweedFS S3 server on free local ports; its environment variables, as a user would set them."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from conftest import all_cpus_free
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -100,6 +101,7 @@ def test_broken_files_are_errors_and_the_job_goes_on(tmp_path, tiny_bundle, phot
     stopped = glad("score", archive, "--model", tiny_bundle, "--out", out, "--overwrite", "--max-errors", 2)
     assert stopped.exit_code == 1
     assert "--max-errors 2" in stopped.stderr
+    assert all_cpus_free()
     assert not (out / "run.json").exists()
 
 
