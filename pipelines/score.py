@@ -168,7 +168,7 @@ def score(request: ScoreRequest, console: Console) -> Counts:
     waiting_for = partial(session.waiting_for, room.num_cpus, room.num_gpus)
     with (
         Progress(console, plan.images, scored + errors, waiting_for) as progress,
-        closing(run_dataflow(storage, out, actor, room, plan, set(commits))) as written,
+        closing(run_dataflow(storage, out, actor, room, plan, set(commits), request.address is None)) as written,
     ):
         for piece, commit in shards.commit(written, plan, out, storage):
             scored, anomalies, errors = scored + piece.scored, anomalies + piece.anomalies, errors + piece.errors
@@ -204,7 +204,7 @@ def score(request: ScoreRequest, console: Console) -> Counts:
 
 
 def run_dataflow(
-    storage: Storage, out: str, actor: ActorSettings, room: ActorPlan, plan: Plan, done: set[int]
+    storage: Storage, out: str, actor: ActorSettings, room: ActorPlan, plan: Plan, done: set[int], alone: bool
 ) -> Generator[Written]:
     """What the job writes, piece by piece; closing it, or an exception, ends the actors.
 
@@ -216,7 +216,7 @@ def run_dataflow(
     failure: BaseException | None = None
     try:
         # The dataset has no name here: who knows it knows its actors.
-        rows: Any = iter(dataflow(storage, out, actor, room, plan, done).iter_rows())
+        rows: Any = iter(dataflow(storage, out, actor, room, plan, done, alone).iter_rows())
         with closing(rows):
             for row in rows:
                 yield Written(**row | {"files": tuple(row["files"])})
@@ -228,11 +228,13 @@ def run_dataflow(
         raise failure
 
 
-def dataflow(storage: Storage, out: str, actor: ActorSettings, room: ActorPlan, plan: Plan, done: set[int]) -> Dataset:
+def dataflow(
+    storage: Storage, out: str, actor: ActorSettings, room: ActorPlan, plan: Plan, done: set[int], alone: bool
+) -> Dataset:
     """The job as one Ray Data chain: manifest -> fetch + decode -> GLAD -> results and errors.
 
     Shards ``done`` are left out before anything of them is fetched. Only a row for each shard written reaches the
-    driver, so its memory hardly grows with the archive.
+    driver, so its memory hardly grows with the archive. The job has Ray ``alone`` where no address was given.
     """
     import ray.data
 
@@ -273,7 +275,7 @@ def dataflow(storage: Storage, out: str, actor: ActorSettings, room: ActorPlan, 
     # A pool grows while every actor has all the calls in flight that it may: twice as many as run, so that images
     # waiting for an actor count as a backlog.
     in_flight = 2 * calls if room.grows else calls
-    if room.decoders is not None:
+    if alone and room.decoders is not None:
         ahead = room.decoders * per_task * -(-len(stretches) // MAX_TASKS) + 2 * first * in_flight * rows_per_block
         rows.context.execution_options.resource_limits = ray.data.ExecutionResources(
             object_store_memory=_room(actor, plan, largest, ahead)
@@ -282,9 +284,9 @@ def dataflow(storage: Storage, out: str, actor: ActorSettings, room: ActorPlan, 
         list_and_decode,
         batch_size=1,
         batch_format="pyarrow",
-        # Where their number is planned they ask for none: of what actors leave Ray Data counts whole CPUs, and on two
-        # cores it would decode one at a time.
-        num_cpus=TASK_CPUS if room.grows else 0,
+        # On one machine their number is planned and they ask for none: of what actors leave Ray Data counts whole CPUs,
+        # and on two cores it would decode one at a time. In a cluster that would place them on a head without CPUs.
+        num_cpus=0 if alone else TASK_CPUS,
         compute=ray.data.TaskPoolStrategy(size=room.decoders),
     )
     judged = decoded.map_batches(
