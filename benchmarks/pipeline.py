@@ -33,7 +33,7 @@ from glad_core.admission import run
 from glad_core.bundle import load_bundle
 from glad_core.detect import Request
 from glad_core.engine import Engine, keep_buffers
-from pipelines import score
+from pipelines import dataflow, score
 from pipelines.actor_plan import CPU_SLOTS
 from pipelines.decode import decode
 from pipelines.demo_data import board_rng, make_board
@@ -133,11 +133,11 @@ def long_folder(folder: Path, images: int) -> Path:
 def long_archive(folder: Path, images: int) -> dict[str, float]:
     """An archive of hard links through the job with the null model."""
     archive = long_folder(folder, images)
-    real, score.GladActor, score.Progress = score.GladActor, NullActor, Watch  # type: ignore[misc, assignment]
+    real, dataflow.GladActor, score.Progress = dataflow.GladActor, NullActor, Watch  # type: ignore[misc, assignment]
     SEEN.clear()
     started, before = time.perf_counter(), psutil.Process().memory_info().rss / 1e6
     score.score(score.ScoreRequest(str(archive), str(folder / "null")), QUIET)
-    score.GladActor = real  # type: ignore[misc]
+    dataflow.GladActor = real  # type: ignore[misc]
     times = np.array([(moment, done) for moment, done, _ in SEEN])
 
     def rate(first: float, last: float) -> float:

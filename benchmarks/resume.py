@@ -22,7 +22,7 @@ import typer
 from pipeline import QUIET, NullActor, long_folder
 
 from cluster import session
-from pipelines import results, score
+from pipelines import dataflow, results, score
 
 
 class CutOff(BaseException):
@@ -51,7 +51,7 @@ def main(
     figures: dict[str, Any] = {"images": images}
     moments: dict[str, float] = {}
     listings = 0
-    list_remotely, dataflow = score.list_remotely, score.dataflow
+    list_remotely, run_dataflow = score.list_remotely, score.run_dataflow
 
     def timed_listing(*args: Any) -> Any:
         nonlocal listings
@@ -62,10 +62,10 @@ def main(
 
     def timed_dataflow(*args: Any) -> Any:
         moments["dataflow"] = time.perf_counter()
-        return dataflow(*args)
+        return run_dataflow(*args)
 
-    score.GladActor, score.Progress = NullActor, Moments  # type: ignore[misc, assignment]
-    score.list_remotely, score.dataflow = timed_listing, timed_dataflow
+    dataflow.GladActor, score.Progress = NullActor, Moments  # type: ignore[misc, assignment]
+    score.list_remotely, score.run_dataflow = timed_listing, timed_dataflow
     with tempfile.TemporaryDirectory() as name:
         archive, out = long_folder(Path(name), images), Path(name) / "out"
         request = score.ScoreRequest(str(archive), str(out))
