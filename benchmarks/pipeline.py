@@ -29,10 +29,11 @@ from PIL import Image
 from rich.console import Console
 
 from cluster import session
+from glad_core.acceleration import keep_buffers
 from glad_core.admission import run
 from glad_core.bundle import load_bundle
 from glad_core.detect import Request
-from glad_core.engine import Engine, keep_buffers
+from glad_core.engine import Engine
 from pipelines import dataflow, score
 from pipelines.actor_plan import CPU_SLOTS
 from pipelines.decode import decode

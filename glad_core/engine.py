@@ -16,19 +16,16 @@ from the image's own generator, so who its neighbours are changes nothing but ro
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from glad_core import adaptive, schedule
+from glad_core.acceleration import fold_upsampling, use_onednn
 from glad_core.admission import Queue, Verdict
 from glad_core.bundle import Model
 from glad_core.detect import Detection, Request, conclude, prepare
@@ -78,8 +75,8 @@ class Engine(Queue):
     """``slots`` images of one model in flight: `submit` requests, and `tick` as long as it is `busy`.
 
     Args:
-        model: the bundle; its networks are put into channels-last memory, and on a CPU with AVX-512 their linear
-            layers through oneDNN.
+        model: the bundle, weights final; its networks are put into channels-last memory and accelerated, see
+            `glad_core.acceleration`.
         slots: images per UNet call.
         seed: of the run; with the image id it fixes the noise.
         search: see `search_of`.
@@ -117,6 +114,7 @@ class Engine(Queue):
         self.ticks = self.rows = 0  # while images waited, for `occupancy`
         for network in (model.unet, model.vae):
             network.to(memory_format=torch.channels_last)
+            fold_upsampling(network)
         self.compiled = compiled
         if compiled:
             self._compile()
@@ -311,45 +309,6 @@ class Engine(Queue):
         if self.comparable:
             adaptive.compare(model, z, z)
         conclude(model, images, z, z)
-
-
-def use_onednn(network: nn.Module) -> None:
-    """Let oneDNN compute a network's linear layers in float32 on a CPU, as it does convolutions, when no gradient is.
-
-    PyTorch gives them to MKL, which does without AVX-512 on CPUs that are not Intel's: half the speed. With AVX2 alone
-    MKL is as fast or a little faster. Weights stay where they are.
-    """
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        return
-    for layer in network.modules():
-        if type(layer) is nn.Linear:
-            layer.forward = partial(_onednn_linear, layer)  # type: ignore[method-assign]
-
-
-def _onednn_linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    in_float32 = x.dtype == layer.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if torch.is_grad_enabled() or not in_float32:
-        return F.linear(x, layer.weight, layer.bias)
-    # The operator that `torch.compile` makes of such a layer; it has no public name.
-    return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
-
-
-def keep_buffers() -> None:
-    """Let the C library keep the memory of large tensors between calls: for a process whose CPU runs the networks.
-
-    glibc gives every buffer above 32 MB back to the system and takes it again, page by page, at the next call: some 4 %
-    of a small model's time. Holds for the whole process and threads started from then on, which then stays as large as
-    it was at its largest. Without glibc nothing happens.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        m_mmap_threshold, m_trim_threshold, m_arena_max, m_top_pad = -3, -1, -8, -2  # malloc.h
-        mallopt(m_mmap_threshold, 2**30)
-        mallopt(m_trim_threshold, 2**31 - 1)
-        # A thread may have memory of its own, in pieces of 64 MB: there should be no more of those, and as one is given
-        # back only when this much is free below it, it never is.
-        mallopt(m_arena_max, 1)
-        mallopt(m_top_pad, 2**26)
 
 
 def _detection(slot: _Slot, score: float, anomaly_map: np.ndarray, rebuilt: np.ndarray) -> Detection:

@@ -136,7 +136,7 @@ def set_up(gpu: bool, threads: int) -> None:
     """PyTorch in a process that runs engines, in ``threads`` threads on a CPU."""
     import torch
 
-    from glad_core.engine import keep_buffers
+    from glad_core.acceleration import keep_buffers
 
     torch.set_num_threads(threads)
     if not gpu:

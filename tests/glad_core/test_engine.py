@@ -13,7 +13,7 @@ from glad_core import adaptive
 from glad_core.admission import run
 from glad_core.bundle import Model, load_bundle
 from glad_core.detect import Detection, Request, detect
-from glad_core.engine import Engine, use_onednn
+from glad_core.engine import Engine
 from glad_core.errors import GladError
 from glad_core.search import largest_fall
 
@@ -128,20 +128,6 @@ def test_the_guarded_search_compares_less_and_finds_the_same(model, requests, re
         counted[search, "comparisons"] = sum(len(verdict.steps) for verdict in found.values())
     assert counted["scan"] == counted["guarded"]
     assert counted["guarded", "comparisons"] < counted["scan", "comparisons"]
-
-
-def test_linear_layers_through_onednn_say_the_same_and_can_still_be_trained():
-    torch.manual_seed(0)
-    layer, x = torch.nn.Linear(24, 40), torch.randn(3, 7, 24)
-    expected = layer(x).detach()
-    use_onednn(layer)
-    with torch.inference_mode():
-        for rows, theirs in ((x, expected), (x[:, ::2], expected[:, ::2]), (x[0, 0], expected[0, 0])):
-            torch.testing.assert_close(layer(rows), theirs, atol=1e-5, rtol=1e-5)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert layer(x).dtype == torch.bfloat16
-    layer(x).sum().backward()
-    assert layer.weight.grad is not None
 
 
 def test_slots_are_full_while_images_wait(model, requests):

@@ -1,0 +1,83 @@
+"""The same networks for less: what a layer computes stays, how it is computed changes.
+
+The layers' `forward` is replaced, weights stay where they are. Where gradients are wanted the layer computes as before.
+"""
+
+import ctypes
+import sys
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+
+
+def fold_upsampling(network: nn.Module) -> None:
+    """Turn every doubling of size with a 3 x 3 convolution after it into one convolution.
+
+    Nearest-neighbour upsampling repeats each pixel, so the nine products of an output pixel meet four different input
+    pixels; weights that meet the same one can be added first. What comes of it is a transposed convolution with a
+    4 x 4 kernel and stride 2: 4/9 of the multiply-accumulates, the same result but for rounding, at the border as well.
+    The kernel is computed here, once: call it again if weights change.
+    """
+    for layer in network.modules():
+        if not isinstance(layer, Upsample2D) or layer.norm is not None or not layer.interpolate:
+            continue
+        conv = getattr(layer, "conv", None)
+        if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and conv.padding == (1, 1):
+            layer.forward = partial(_upsample, layer, _folded(conv.weight))
+
+
+@torch.no_grad()
+def _folded(weight_OI33: Tensor) -> Tensor:
+    """Kernel of the transposed convolution, [I, O, 4, 4]: the sum of the 3 x 3 kernel at the four places of a pixel."""
+    # A transposed convolution has its kernel the other way round. Summed in float32, as the products would be.
+    kernel = weight_OI33.float().flip(2, 3).transpose(0, 1)
+    placed = [F.pad(kernel, (right, 1 - right, down, 1 - down)) for right in (0, 1) for down in (0, 1)]
+    return torch.stack(placed).sum(0).to(weight_OI33.dtype, memory_format=torch.channels_last)
+
+
+def _upsample(layer: Upsample2D, kernel: Tensor, x: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
+    if torch.is_grad_enabled() or output_size is not None:  # a size may be asked for that is not the double
+        return Upsample2D.forward(layer, x, output_size)
+    return F.conv_transpose2d(x, kernel, layer.conv.bias, stride=2, padding=1)
+
+
+def use_onednn(network: nn.Module) -> None:
+    """Let oneDNN compute a network's linear layers in float32 on a CPU, as it does convolutions, when no gradient is.
+
+    PyTorch gives them to MKL, which does without AVX-512 on CPUs that are not Intel's: half the speed. With AVX2 alone
+    MKL is as fast or a little faster. Weights stay where they are.
+    """
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return
+    for layer in network.modules():
+        if type(layer) is nn.Linear:
+            layer.forward = partial(_onednn_linear, layer)  # type: ignore[method-assign]
+
+
+def _onednn_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    in_float32 = x.dtype == layer.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if torch.is_grad_enabled() or not in_float32:
+        return F.linear(x, layer.weight, layer.bias)
+    # The operator that `torch.compile` makes of such a layer; it has no public name.
+    return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
+
+
+def keep_buffers() -> None:
+    """Let the C library keep the memory of large tensors between calls: for a process whose CPU runs the networks.
+
+    glibc gives every buffer above 32 MB back to the system and takes it again, page by page, at the next call: some 4 %
+    of a small model's time. Holds for the whole process and threads started from then on, which then stays as large as
+    it was at its largest. Without glibc nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        m_mmap_threshold, m_trim_threshold, m_arena_max, m_top_pad = -3, -1, -8, -2  # malloc.h
+        mallopt(m_mmap_threshold, 2**30)
+        mallopt(m_trim_threshold, 2**31 - 1)
+        # A thread may have memory of its own, in pieces of 64 MB: there should be no more of those, and as one is given
+        # back only when this much is free below it, it never is.
+        mallopt(m_arena_max, 1)
+        mallopt(m_top_pad, 2**26)
