@@ -9,20 +9,20 @@ scan       the engine, every step compared
 guarded    the engine, comparisons after the walk where the bound leaves doubt
 fast       the engine, one UNet call instead of steps
 
-Calls are counted and timed where the networks are called; FLOPs are torch's count for one row of each call. All of it
-on the demo's 60 test boards (20 good, 40 with defects) in random order, and, for the FLOPs of an archive, on 99 good
-boards and one with a defect.
+All but the first take turns, a step of the one that lags most at a time, and so do the bare network calls that the
+engine is held to: a machine's speed drifts by a tenth within a minute. Calls are counted and timed where the networks
+are called; FLOPs are torch's count for one row of each call. All of it on the demo's 60 test boards (20 good, 40 with
+defects) in random order, and, for the FLOPs of an archive, on 99 good boards and one with a defect.
 """
 
 import copy
 import json
 import random
-import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,7 +38,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from glad_core import adaptive, features, schedule
 from glad_core.acceleration import keep_buffers
-from glad_core.admission import run
 from glad_core.bundle import Model, load_bundle
 from glad_core.detect import Request, conclude, prepare
 from glad_core.engine import Engine
@@ -51,13 +50,14 @@ from pipelines.demo_data import board_rng, make_board
 from pipelines.model_source import SMALL_BUNDLE
 
 BATCHES = (1, 2, 4, 8, 16)  # tried for the best bare model calls
+Found = dict[str, tuple[int | None, float]]  # stop step and score by image
 PARTS = {"unet": "UNet", "encode": "VAE", "decode": "VAE", "steps": "DINO", "final": "DINO"}
 
 
-def published_loop(model: Model, requests: Sequence[Request], batch: int) -> dict[str, tuple[int | None, float]]:
-    """Stop step and score of every image, by the released code's loop."""
+def published_loop(model: Model, requests: Sequence[Request], batch: int, found: Found) -> Iterator[float]:
+    """Stop step and score of every image, by the released code's loop; yields the share done after every step."""
     s, alphas = model.settings, model.alphas
-    found = {}
+    steps = schedule.timesteps(s.start_step, s.inference_steps)
     for start in range(0, len(requests), batch):
         part = requests[start : start + batch]
         inputs = prepare(model, part, seed=0)
@@ -67,7 +67,7 @@ def published_loop(model: Model, requests: Sequence[Request], batch: int) -> dic
         x = schedule.add_noise(alphas, z, inputs.eps, torch.full((len(part),), first))
         running = torch.full((len(part),), s.delta > 0)
         stop_step: list[int | None] = [None] * len(part)
-        for step in schedule.timesteps(s.start_step, s.inference_steps):
+        for done, step in enumerate(steps):
             t = torch.full((len(part),), step)
             eps_hat = adaptive.predict_noise(model, x, t, inputs.prompts)
             x0 = schedule.predict_x0(alphas, x, eps_hat, t)
@@ -83,20 +83,22 @@ def published_loop(model: Model, requests: Sequence[Request], batch: int) -> dic
                     stop_step[row] = step
                 running &= ~stops
             x = schedule.ddim_step(alphas, x0, eps_hat, t - stride)
+            yield (start + len(part) * done / len(steps)) / len(requests)
         verdicts = conclude(model, inputs.images, z, x)
         found |= {request.image_id: (stop_step[row], verdicts[row][0]) for row, request in enumerate(part)}
-    return found
 
 
-def engine_run(model: Model, requests: Sequence[Request], slots: int, **options: Any) -> tuple[Engine, dict[str, Any]]:
-    """The same by the engine."""
-    engine = Engine(model, slots, **options)
-    found = {}
-    for request, verdict in run(engine, requests):
-        if isinstance(verdict, Exception):
-            raise verdict
-        found[request.image_id] = (verdict.stop_step, verdict.score)
-    return engine, found
+def engine_run(engine: Engine, requests: Sequence[Request], found: Found) -> Iterator[float]:
+    """The same by the engine; yields the share done after every tick."""
+    for request in requests:
+        engine.submit(request)
+    while engine.busy:
+        for request, verdict in engine.tick():
+            if isinstance(verdict, Exception):
+                raise verdict
+            found[request.image_id] = (verdict.stop_step, verdict.score)
+        walked = sum(slot.k / len(engine.ts) for slot in engine.live)
+        yield (len(found) + walked) / len(requests)
 
 
 def network_calls(model: Model) -> dict[str, tuple[Callable[[int], Any], Any, str]]:
@@ -124,18 +126,25 @@ def network_calls(model: Model) -> dict[str, tuple[Callable[[int], Any], Any, st
     }
 
 
+@dataclass
+class Spent:
+    """Seconds in all, and rows and seconds of every network call."""
+
+    total: float = 0.0
+    rows: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+
 @contextmanager
-def measured(model: Model) -> Iterator[tuple[Counter[str], dict[str, float]]]:
-    """Rows and seconds of every network call made inside."""
-    rows: Counter[str] = Counter()
-    seconds: dict[str, float] = defaultdict(float)
+def measured(model: Model, spent: Spent) -> Iterator[None]:
+    """Put down what is spent inside."""
 
     def watched(name: Callable[..., str], call: Callable[..., Any], first: int) -> Callable[..., Any]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
             result = call(*args, **kwargs)
-            seconds[name(*args)] += time.perf_counter() - started
-            rows[name(*args)] += len(args[first])
+            spent.seconds[name(*args)] += time.perf_counter() - started
+            spent.rows[name(*args)] += len(args[first])
             return result
 
         return wrapper
@@ -146,12 +155,30 @@ def measured(model: Model) -> Iterator[tuple[Counter[str], dict[str, float]]]:
     model.vae.encode = watched(lambda *args: "encode", model.vae.encode, 0)
     model.vae.decode = watched(lambda *args: "decode", model.vae.decode, 0)
     features.patch_tokens = watched(lambda *args: "final" if list(args[2]) == blocks else "steps", tokens, 1)
+    started = time.perf_counter()
     try:
-        yield rows, seconds
+        yield
     finally:
+        spent.total += time.perf_counter() - started
         features.patch_tokens = tokens
         for network, method in ((model.unet, "forward"), (model.vae, "encode"), (model.vae, "decode")):
             delattr(network, method)  # the class's own again
+
+
+def take_turns(methods: Mapping[str, tuple[Model, Iterator[float]]]) -> dict[str, Spent]:
+    """All methods to their end, always a step of the one that has done the smallest share."""
+    spent = {name: Spent() for name in methods}
+    share = dict.fromkeys(methods, 0.0)
+    while share:
+        name = min(share, key=lambda name: share[name])
+        model, steps = methods[name]
+        with measured(model, spent[name]):
+            step = next(steps, None)
+        if step is None:
+            del share[name]
+        else:
+            share[name] = step
+    return spent
 
 
 def flops_per_row(model: Model) -> dict[str, int]:
@@ -176,16 +203,21 @@ def seconds_per_row(call: Callable[[int], Any], batch: int, repeats: int) -> flo
 def best_batches(model: Model, largest: int) -> dict[str, int]:
     """The batch size, up to ``largest``, at which a row of every network call takes least time."""
     sizes = [batch for batch in BATCHES if batch <= largest]
-    return {
-        name: min(sizes, key=lambda batch, call=call: seconds_per_row(call, batch, 5))
-        for name, call in network_calls(model).items()
-    }
+    best = {}
+    for name, call in network_calls(model).items():
+        # Sizes in turn, thrice: a machine that is slow for a moment should not decide.
+        rounds = [[seconds_per_row(call, batch, 5) for batch in sizes] for _ in range(3)]
+        best[name] = min(zip(map(min, *rounds), sizes, strict=True))[1]
+    return best
 
 
-def bare_seconds(model: Model, batches: Mapping[str, int]) -> dict[str, float]:
-    """Time of one row of every network call made over and over with nothing in between."""
-    calls = network_calls(model)
-    return {name: seconds_per_row(calls[name], batch, 10) for name, batch in batches.items()}
+def bare_calls(model: Model, batches: Mapping[str, int]) -> Iterator[float]:
+    """Every network call at its best batch size, over and over with nothing in between; yields the share done."""
+    rounds = 40
+    for done in range(rounds):
+        for name, batch in batches.items():
+            network_calls(model)[name](batch)
+        yield done / rounds
 
 
 def stable_diffusion(resolution: int) -> Model:
@@ -247,76 +279,72 @@ def main(
     order = random.sample(range(len(requests)), images)
     requests, labels = [requests[index] for index in order], labels[order]
 
-    flops = flops_per_row(plain)
-    engine_flops: dict[str, int] = {}  # its networks compute the same for less
+    found: dict[str, Found] = defaultdict(dict)
+
+    def method(name: str, requests: Sequence[Request], found: Found) -> tuple[Model, Iterator[float]]:
+        if name in engines:
+            return engines[name].model, engine_run(engines[name], requests, found)
+        return plain, published_loop(plain, requests, batch, found)
+
+    engines: dict[str, Engine] = {}
+    take_turns({"warm-up": method("untuned", requests[:2], {})})
+    spent = take_turns({"untuned": method("untuned", requests, found["untuned"])})
+    keep_buffers()  # from here on
+    engines = {
+        "scan": Engine(model, slots, search="scan"),
+        "guarded": Engine(model, slots, search="guarded"),
+        "fast": Engine(replace(model, settings=s.model_copy(update=fast)), slots),
+    }
+    for name in engines:
+        take_turns({"warm-up": method(name, requests[:2], {})})
+    best = best_batches(model, slots)
+    spent |= take_turns(
+        {name: method(name, requests, found[name]) for name in ("baseline", *engines)}
+        | {"bare": (model, bare_calls(model, best))}
+    )
+    bare = spent.pop("bare")
+    flops = {id(used): flops_per_row(used) for used in (plain, model)}  # the engine's networks do the same for less
+
     figures: dict[str, Any] = {"images": images, "model": bundle.name if size == "small" else f"sd {resolution}"}
     results: dict[str, dict[str, Any]] = {}
-    best: dict[str, int] = {}  # batch sizes of bare calls
-    for name in ("untuned", "baseline", "scan", "guarded", "fast"):
-        published = name in ("untuned", "baseline")
-        used = plain if published else model
-        if name == "fast":
-            used = replace(model, settings=s.model_copy(update=fast))
-        engine = None
-        options = {"search": name} if name in ("scan", "guarded") else {}
-        bare: list[dict[str, float]] = []
-        if name == "baseline":
-            keep_buffers()  # from here on
-        if published:
-            published_loop(used, requests[:2], batch)  # warm up
-        else:
-            engine_run(used, requests[:2], slots, **options)  # sets the memory layout as well
-            engine_flops = engine_flops or flops_per_row(model)
-            best = best or best_batches(model, slots)
-            bare.append(bare_seconds(model, best))
-        with measured(used) as (rows, seconds):
-            started = time.perf_counter()
-            if published:
-                found: dict[str, Any] = published_loop(used, requests, batch)
-            else:
-                engine, found = engine_run(used, requests, slots, **options)
-            total = time.perf_counter() - started
-        if engine:
-            bare.append(bare_seconds(model, best))  # machines drift: timed on both sides of what is held to it
-        spent = flops if published else engine_flops
+    for name, used in spent.items():
+        flops_of = flops[id(model if name in engines else plain)]
+        bare_seconds = sum(used.rows[call] * bare.seconds[call] / bare.rows[call] for call in PARTS)
         results[name] = {
-            "images_per_s": images / total,
-            "calls_per_image": {call: rows[call] / images for call in PARTS},
-            "gflop_per_image": sum(rows[call] * spent[call] for call in PARTS) / images / 1e9,
+            "images_per_s": images / used.total,
+            "calls_per_image": {call: used.rows[call] / images for call in PARTS},
+            "gflop_per_image": sum(used.rows[call] * flops_of[call] for call in PARTS) / images / 1e9,
             "share": {
-                part: sum(seconds[call] for call in PARTS if PARTS[call] == part) / total
+                part: sum(used.seconds[call] for call in PARTS if PARTS[call] == part) / used.total
                 for part in ("UNet", "VAE", "DINO")
             },
-            "occupancy": engine.occupancy if engine else None,
-            "over_models": total / statistics.mean(sum(rows[call] * of[call] for call in PARTS) for of in bare)
-            if engine
-            else None,
-            "found": found,
-            "i_auroc": image_metrics(np.array([found[r.image_id][1] for r in requests]), labels)["AUROC"],
+            "over_models": used.total / bare_seconds if name in engines else None,
+            "i_auroc": image_metrics(np.array([found[name][r.image_id][1] for r in requests]), labels)["AUROC"],
         }
 
     baseline = results["baseline"]
-    stops = {image: stop for image, (stop, _) in baseline["found"].items()}
+    stops = {image: stop for image, (stop, _) in found["baseline"].items()}
     triggered = [image for image, stop in stops.items() if stop is not None and stop >= s.min_step]
-    guarded = {image: stop for image, (stop, _) in results["guarded"]["found"].items()}
+    guarded = {image: stop for image, (stop, _) in found["guarded"].items()}
     figures["speedup_scan"] = results["scan"]["images_per_s"] / baseline["images_per_s"]
     figures["speedup_exact"] = results["guarded"]["images_per_s"] / baseline["images_per_s"]
     figures["speedup_fast"] = results["fast"]["images_per_s"] / baseline["images_per_s"]
-    figures["scan_agreement"] = np.mean([results["scan"]["found"][i][0] == stop for i, stop in stops.items()]).item()
+    figures["scan_agreement"] = np.mean([found["scan"][i][0] == stop for i, stop in stops.items()]).item()
     figures["stop_step_agreement"] = np.mean([guarded[image] == stop for image, stop in stops.items()]).item()
     figures["stop_step_agreement_triggered"] = (
         np.mean([guarded[image] == stops[image] for image in triggered]).item() if triggered else None
     )
     figures["triggered"] = len(triggered)
-    figures["slot_occupancy"] = min(results[name]["occupancy"] for name in ("scan", "guarded"))
+    figures["slot_occupancy"] = min(engines[name].occupancy for name in ("scan", "guarded"))
     figures["engine_over_models"] = max(results[name]["over_models"] for name in ("scan", "guarded"))
     figures["flops_ratio_mixed"] = results["guarded"]["gflop_per_image"] / baseline["gflop_per_image"]
-    flops_of = {"baseline": flops, "guarded": engine_flops}
-    figures["flops_ratio_exact"] = archive_ratio(
-        plain, model, batch, slots, flops_of, 100 if size == "small" else batch
+    archive = boards(s.resolution, ["scratch"] + [None] * (99 if size == "small" else batch - 1))
+    spent = take_turns({name: method(name, archive, {}) for name in ("baseline", "guarded")})
+    figures["flops_ratio_exact"] = sum(spent["guarded"].rows[call] * flops[id(model)][call] for call in PARTS) / sum(
+        spent["baseline"].rows[call] * flops[id(plain)][call] for call in PARTS
     )
     for name, result in results.items():
-        figures |= {f"{name}_{key}": value for key, value in result.items() if key not in ("found", "occupancy")}
+        figures |= {f"{name}_{key}": value for key, value in result.items()}
 
     table = Table("", "images/s", "ratio", "UNet", "decodes", "DINO", "GFLOP", "UNet/VAE/DINO time", "I-AUROC")
     for name, result in results.items():
@@ -339,22 +367,6 @@ def main(
         for name, value in figures.items():
             if isinstance(value, int | float):
                 print(f"{name:32} {value:.4g}")
-
-
-def archive_ratio(
-    plain: Model, model: Model, batch: int, slots: int, flops: Mapping[str, Mapping[str, int]], images: int
-) -> float:
-    """FLOPs of the guarded engine over the baseline's on an archive where all but one image are good."""
-    archive = boards(model.settings.resolution, ["scratch"] + [None] * (images - 1))
-    spent = []
-    for name, used in (("baseline", plain), ("guarded", model)):
-        with measured(used) as (rows, _):
-            if name == "baseline":
-                published_loop(used, archive, batch)
-            else:
-                engine_run(used, archive, slots, search="guarded")
-        spent.append(sum(rows[call] * flops[name][call] for call in PARTS))
-    return spent[1] / spent[0]
 
 
 if __name__ == "__main__":
