@@ -136,6 +136,7 @@ def set_up(gpu: bool, threads: int) -> None:
     """PyTorch in a process that runs engines, in ``threads`` threads on a CPU."""
     import torch
 
+    import glad_core.engine  # noqa: F401  (all that engines import)
     from glad_core.acceleration import keep_buffers
 
     torch.set_num_threads(threads)
