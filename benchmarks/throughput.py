@@ -101,8 +101,8 @@ def engine_run(engine: Engine, requests: Sequence[Request], found: Found) -> Ite
         yield (len(found) + walked) / len(requests)
 
 
-def network_calls(model: Model) -> dict[str, tuple[Callable[[int], Any], Any, str]]:
-    """The calls every method is made of: a call with so many rows; and where it is made, for `measured`."""
+def network_calls(model: Model) -> dict[str, Callable[[int], Any]]:
+    """The calls every method is made of, each with so many rows."""
     s, vae = model.settings, model.vae
     side = s.resolution // model.vae_factor
 
@@ -212,11 +212,11 @@ def best_batches(model: Model, largest: int) -> dict[str, int]:
 
 
 def bare_calls(model: Model, batches: Mapping[str, int]) -> Iterator[float]:
-    """Every network call at its best batch size, over and over with nothing in between; yields the share done."""
-    rounds = 40
+    """Every network call at its best batch size with nothing else around it; yields the share done after a round."""
+    calls, rounds = network_calls(model), 40
     for done in range(rounds):
         for name, batch in batches.items():
-            network_calls(model)[name](batch)
+            calls[name](batch)
         yield done / rounds
 
 
