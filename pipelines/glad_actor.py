@@ -193,8 +193,8 @@ class GladActor:
         # among them takes a third of it.
         gc.disable()
         try:
-            # diffusers takes these in where it finds them; an actor needs neither.
-            with _hidden("transformers", "scipy"):
+            # diffusers takes these in where it finds them; an actor needs none. peft imports transformers in its turn.
+            with _hidden("transformers", "peft", "scipy"):
                 set_up(self.settings.gpu, self.settings.threads)
             if self.settings.memory is not None:
                 from pipelines.memory import read_memory

@@ -1,5 +1,8 @@
 import asyncio
 import io
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -120,3 +123,31 @@ def test_a_bundle_that_cannot_be_loaded_is_told_at_the_first_call(tmp_path):
     actor = GladActor(settings(tmp_path / "none"))
     with pytest.raises(GladError, match="no such model bundle"):
         call(actor, rows("a"))
+
+
+STARTED = """
+import sys
+from cluster.storage import Storage
+from pipelines.glad_actor import ActorSettings, GladActor
+from pipelines.model_source import Models
+
+models = Models({"": sys.argv[1]}, {}, ())
+actor = GladActor(
+    ActorSettings(models, Storage(), seed=0, maps="token", reconstructions=False, gpu=False, threads=1)
+)
+assert actor.failure is None, actor.failure
+print([name for name in ("transformers", "peft", "scipy") if name in sys.modules])
+"""
+
+
+def test_starts_without_what_it_does_not_need_also_beside_a_package_that_needs_it(tiny_bundle, tmp_path):
+    # As peft: diffusers imports it where it finds it, and it imports transformers.
+    for module in ("__init__.py", "tuners/__init__.py", "tuners/tuners_utils.py", "utils/__init__.py"):
+        (tmp_path / "peft" / module).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "peft" / module).write_text("import transformers\nclass BaseTunerLayer: pass\n")
+    (tmp_path / "peft-0.17.0.dist-info").mkdir()
+    (tmp_path / "peft-0.17.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.17.0\n")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    command = [sys.executable, "-c", STARTED, str(tiny_bundle)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
