@@ -35,7 +35,9 @@ def _folded(weight_OI33: Tensor) -> Tensor:
     # A transposed convolution has its kernel the other way round. Summed in float32, as the products would be.
     kernel = weight_OI33.float().flip(2, 3).transpose(0, 1)
     placed = [F.pad(kernel, (right, 1 - right, down, 1 - down)) for right in (0, 1) for down in (0, 1)]
-    return torch.stack(placed).sum(0).to(weight_OI33.dtype, memory_format=torch.channels_last)
+    folded = torch.stack(placed).sum(0).to(weight_OI33.dtype)
+    last = weight_OI33.is_contiguous(memory_format=torch.channels_last)
+    return folded.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def _upsample(layer: Upsample2D, kernel: Tensor, x: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:

@@ -75,8 +75,8 @@ class Engine(Queue):
     """``slots`` images of one model in flight: `submit` requests, and `tick` as long as it is `busy`.
 
     Args:
-        model: the bundle, weights final; its networks are put into channels-last memory and accelerated, see
-            `glad_core.acceleration`.
+        model: the bundle, weights final; its networks are accelerated, see `glad_core.acceleration`, and on a CPU put
+            into channels-last memory.
         slots: images per UNet call.
         seed: of the run; with the image id it fixes the noise.
         search: see `search_of`.
@@ -113,7 +113,9 @@ class Engine(Queue):
         self.live: list[_Slot] = []
         self.ticks = self.rows = 0  # while images waited, for `occupancy`
         for network in (model.unet, model.vae):
-            network.to(memory_format=torch.channels_last)
+            # cuDNN is a tenth faster without (H200, Stable Diffusion's sizes, bf16 and float32; docs/speed.md).
+            if model.device.type == "cpu":
+                network.to(memory_format=torch.channels_last)
             fold_upsampling(network)
         self.compiled = compiled
         if compiled:
