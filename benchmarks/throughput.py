@@ -1,6 +1,6 @@
 """How fast: the engine against the published loop, on the same images and weights, in one run.
 
-    python benchmarks/throughput.py [--json] [--bundle BUNDLE] [--size sd --resolution 64]
+    python benchmarks/throughput.py [--json] [--bundle BUNDLE] [--size sd --resolution 64] [--device cuda]
 
 untuned    the baseline before the C library is told to keep buffers
 baseline   the released code's loop written plainly: a fixed batch, all of it compared at every step until the last
@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -45,8 +45,9 @@ from glad_core.features import create_vit
 from glad_core.images import resize
 from glad_core.metrics import image_metrics
 from glad_core.settings import Settings
-from pipelines.actor_plan import CPU_SLOTS
-from pipelines.demo_data import board_rng, make_board
+from pipelines.actor_plan import CPU_SLOTS, GPU_SLOTS
+from pipelines.demo_data import SIZE, board_rng, make_board
+from pipelines.glad_actor import set_up
 from pipelines.model_source import SMALL_BUNDLE
 
 BATCHES = (1, 2, 4, 8, 16)  # tried for the best bare model calls
@@ -64,18 +65,18 @@ def published_loop(model: Model, requests: Sequence[Request], batch: int, found:
         z = adaptive.encode(model, inputs.images, inputs.posterior_noise)
         stride = s.start_step // s.inference_steps
         first = min(s.start_step if s.noise_index == "T" else s.start_step - 1, len(alphas) - 1)
-        x = schedule.add_noise(alphas, z, inputs.eps, torch.full((len(part),), first))
-        running = torch.full((len(part),), s.delta > 0)
+        x = schedule.add_noise(alphas, z, inputs.eps, torch.full((len(part),), first, device=model.device))
+        running = torch.full((len(part),), s.delta > 0, device=model.device)
         stop_step: list[int | None] = [None] * len(part)
         for done, step in enumerate(steps):
-            t = torch.full((len(part),), step)
+            t = torch.full((len(part),), step, device=model.device)
             eps_hat = adaptive.predict_noise(model, x, t, inputs.prompts)
             x0 = schedule.predict_x0(alphas, x, eps_hat, t)
             if running.any():
                 x_a = schedule.add_noise(alphas, z, inputs.eps, t)
                 x0_true = schedule.predict_x0(alphas, x_a, eps_hat, t)
                 maps, scores = adaptive.compare(model, x0_true, x0)
-                differs = scores > torch.tensor(s.delta, dtype=scores.dtype)
+                differs = scores > torch.tensor(s.delta, dtype=scores.dtype, device=model.device)
                 stops = running & (differs | (step < s.min_step))
                 fused = torch.where(differs.view(-1, 1, 1, 1), adaptive.fuse(maps, x0, x0_true), x0_true)
                 x0 = torch.where(stops.view(-1, 1, 1, 1), fused, x0)
@@ -107,23 +108,24 @@ def network_calls(model: Model) -> dict[str, Callable[[int], Any]]:
     side = s.resolution // model.vae_factor
 
     def latents(rows: int) -> torch.Tensor:
-        return torch.randn(rows, vae.config.latent_channels, side, side)
+        return torch.randn(rows, vae.config.latent_channels, side, side, device=model.device)
 
     def images(rows: int, size: int) -> torch.Tensor:
-        return torch.rand(rows, 3, size, size)
+        return torch.rand(rows, 3, size, size, device=model.device)
 
     def unet(rows: int) -> Any:
-        prompts = model.prompt_cond.expand(rows, -1, -1)
-        return model.unet(latents(rows), torch.full((rows,), 100), encoder_hidden_states=prompts)
+        t = torch.full((rows,), 100, device=model.device)
+        return model.unet(latents(rows), t, encoder_hidden_states=model.prompt_cond.expand(rows, -1, -1))
 
     blocks = features.used_blocks(model.features)
-    return {
+    calls = {
         "unet": unet,
         "encode": lambda rows: vae.encode(images(rows, s.resolution)),
         "decode": lambda rows: vae.decode(latents(rows)),
         "steps": lambda rows: features.patch_tokens(model.features, images(rows, s.resolution), blocks[-1:]),
         "final": lambda rows: features.patch_tokens(model.final_features, images(rows, s.feature_resolution), blocks),
     }
+    return {name: model.precision()(call) for name, call in calls.items()}
 
 
 @dataclass
@@ -135,15 +137,22 @@ class Spent:
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
+def clock(model: Model) -> float:
+    """Now, in seconds, when the device has done what it was told."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 @contextmanager
 def measured(model: Model, spent: Spent) -> Iterator[None]:
     """Put down what is spent inside."""
 
     def watched(name: Callable[..., str], call: Callable[..., Any], first: int) -> Callable[..., Any]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
+            started = clock(model)
             result = call(*args, **kwargs)
-            spent.seconds[name(*args)] += time.perf_counter() - started
+            spent.seconds[name(*args)] += clock(model) - started
             spent.rows[name(*args)] += len(args[first])
             return result
 
@@ -155,11 +164,11 @@ def measured(model: Model, spent: Spent) -> Iterator[None]:
     model.vae.encode = watched(lambda *args: "encode", model.vae.encode, 0)
     model.vae.decode = watched(lambda *args: "decode", model.vae.decode, 0)
     features.patch_tokens = watched(lambda *args: "final" if list(args[2]) == blocks else "steps", tokens, 1)
-    started = time.perf_counter()
+    started = clock(model)
     try:
         yield
     finally:
-        spent.total += time.perf_counter() - started
+        spent.total += clock(model) - started
         features.patch_tokens = tokens
         for network, method in ((model.unet, "forward"), (model.vae, "encode"), (model.vae, "decode")):
             delattr(network, method)  # the class's own again
@@ -191,13 +200,13 @@ def flops_per_row(model: Model) -> dict[str, int]:
     return counted
 
 
-def seconds_per_row(call: Callable[[int], Any], batch: int, repeats: int) -> float:
+def seconds_per_row(model: Model, call: Callable[[int], Any], batch: int, repeats: int) -> float:
     """Mean time of one row of a network call; the mean, since what is held to it is a sum over many calls as well."""
     call(batch)
-    started = time.perf_counter()
+    started = clock(model)
     for _ in range(repeats):
         call(batch)
-    return (time.perf_counter() - started) / (batch * repeats)
+    return (clock(model) - started) / (batch * repeats)
 
 
 def best_batches(model: Model, largest: int) -> dict[str, int]:
@@ -206,7 +215,7 @@ def best_batches(model: Model, largest: int) -> dict[str, int]:
     best = {}
     for name, call in network_calls(model).items():
         # Sizes in turn, thrice: a machine that is slow for a moment should not decide.
-        rounds = [[seconds_per_row(call, batch, 5) for batch in sizes] for _ in range(3)]
+        rounds = [[seconds_per_row(model, call, batch, 5) for batch in sizes] for _ in range(3)]
         best[name] = min(zip(map(min, *rounds), sizes, strict=True))[1]
     return best
 
@@ -220,7 +229,7 @@ def bare_calls(model: Model, batches: Mapping[str, int]) -> Iterator[float]:
         yield done / rounds
 
 
-def stable_diffusion(resolution: int) -> Model:
+def stable_diffusion(resolution: int, device: torch.device, autocast: torch.dtype | None) -> Model:
     """Networks of Stable Diffusion v1-4 and DINO ViT-B/8 in size, random weights; scores mean nothing, times do."""
     torch.manual_seed(0)
     blocks = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
@@ -231,20 +240,22 @@ def stable_diffusion(resolution: int) -> Model:
         layers_per_block=2,
         sample_size=512,
     )
-    vit = create_vit("vit_base_patch8_224.dino")
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    vit = create_vit("vit_base_patch8_224.dino").to(device)
     return Model(
-        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768).eval().requires_grad_(False),
-        vae=vae.eval().requires_grad_(False),
+        unet=unet.to(device).eval().requires_grad_(False),
+        vae=vae.to(device).eval().requires_grad_(False),
         features=vit,
         final_features=vit,
-        prompt_cond=torch.randn(1, 77, 768),
-        prompt_uncond=torch.randn(1, 77, 768),
-        alphas=schedule.alphas_cumprod(),
+        prompt_cond=torch.randn(1, 77, 768, device=device),
+        prompt_uncond=torch.randn(1, 77, 768, device=device),
+        alphas=schedule.alphas_cumprod().to(device),
         settings=Settings(resolution=resolution, feature_resolution=resolution, delta=1e3, score_fall=0.0),
         category="",
         model_id="",
-        device=torch.device("cpu"),
+        device=device,
         dtype=torch.float32,
+        autocast=autocast,
     )
 
 
@@ -264,18 +275,26 @@ def main(
     resolution: Annotated[int, typer.Option(help="of --size sd")] = 64,
     images: Annotated[int, typer.Option(help="test boards, at most 60")] = 60,
     batch: Annotated[int, typer.Option(help="of the baseline")] = 8,
-    slots: Annotated[int, typer.Option(help="of the engine")] = CPU_SLOTS,
+    slots: Annotated[int, typer.Option(help="of the engine; 16 on a CPU and 8 on a GPU by default")] = 0,
     fast_step: Annotated[int, typer.Option(help="T of the fast profile")] = 150,
     threads: Annotated[int, typer.Option(help="torch threads")] = 1,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="where the networks run")] = "cpu",
+    precision: Annotated[Literal["off", "bf16", "fp16"], typer.Option(help="of the network calls, everywhere")] = "off",
 ) -> None:
     """Measure and print."""
-    torch.set_num_threads(threads)
+    set_up(gpu=True, threads=threads)  # keeps no buffers yet
     random.seed(0)
-    plain = load_bundle(bundle) if size == "small" else stable_diffusion(resolution)
+    autocast = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    if size == "small":
+        plain = load_bundle(bundle, device, autocast=autocast)
+    else:
+        plain = stable_diffusion(resolution, torch.device(device), autocast)
+    slots = slots or (CPU_SLOTS if device == "cpu" else GPU_SLOTS)
     model = copy.deepcopy(plain)  # the engine changes its networks' memory layout, the baseline keeps what was loaded
     s = model.settings
     fast = {"profile": "fast", "start_step": fast_step, "inference_steps": 1, "delta": 0.0, "score_fall": None}
-    requests, labels, _ = test_set(s.resolution)
+    requests, labels, _ = test_set(min(s.resolution, SIZE))
+    requests = [replace(request, image=resize(request.image, s.resolution)) for request in requests]
     order = random.sample(range(len(requests)), images)
     requests, labels = [requests[index] for index in order], labels[order]
 
@@ -306,6 +325,7 @@ def main(
     flops = {id(used): flops_per_row(used) for used in (plain, model)}  # the engine's networks do the same for less
 
     figures: dict[str, Any] = {"images": images, "model": bundle.name if size == "small" else f"sd {resolution}"}
+    figures |= {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "precision": precision}
     results: dict[str, dict[str, Any]] = {}
     for name, used in spent.items():
         flops_of = flops[id(model if name in engines else plain)]
