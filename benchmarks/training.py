@@ -34,7 +34,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from rich.console import Console
 
 from glad_core import samples
-from glad_core.samples import Recipe
+from glad_core.recipe import Recipe
 from pipelines.demo_data import make_board
 
 GLAD = [sys.executable, "-c", "from pipelines.cli import main; main()"]

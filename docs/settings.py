@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from glad_core.samples import Recipe
+from glad_core.recipe import Recipe
 from glad_core.settings import Settings
 
 PAGE = Path(__file__).with_name("settings.md")

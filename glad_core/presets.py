@@ -44,7 +44,7 @@ def preset(dataset: str, category: str, *, multi_class: bool = False) -> dict[st
 
 
 def training_preset(dataset: str, category: str, *, multi_class: bool = False) -> dict[str, Any]:
-    """Published `training.Recipe` fields of one category (the optimiser was an 8-bit AdamW).
+    """Published `Recipe` fields of one category (the optimiser was an 8-bit AdamW).
 
     Args:
         multi_class: those of the one model for all categories; ``category`` then chooses the foreground only.

@@ -22,7 +22,8 @@ from glad_core.bundle import Model
 from glad_core.errors import GladError
 from glad_core.losses import Report, Rows
 from glad_core.muon import muon_and_adamw
-from glad_core.samples import Recipe, derived_seed
+from glad_core.recipe import Recipe
+from glad_core.samples import derived_seed
 
 
 @dataclass

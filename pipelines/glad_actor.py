@@ -6,16 +6,13 @@ Ray Data keeps several batches in an actor at a time, each waiting for its own i
 from __future__ import annotations
 
 import asyncio
-import gc
 import io
 import logging
 import os
 import queue
-import sys
 import threading
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +21,7 @@ import pyarrow as pa
 from PIL import Image
 
 from cluster.storage import Storage
+from pipelines.imports import quick_imports
 from pipelines.model_source import Models, local_bundle
 from pipelines.results import SCORED_SCHEMA
 
@@ -147,18 +145,6 @@ def set_up(gpu: bool, threads: int) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-@contextmanager
-def _hidden(*names: str) -> Iterator[None]:
-    """Packages that are not found by what is imported inside; later they can be imported again."""
-    absent = [name for name in names if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        for name in absent:
-            del sys.modules[name]
-
-
 class GladActor:
     """Callable for ``map_batches``, several calls at a time."""
 
@@ -189,22 +175,15 @@ class GladActor:
         yield pa.Table.from_pylist(out + judged, schema=SCORED_SCHEMA)
 
     def _prepare(self) -> None:
-        # Importing is most of an actor's start: torch, diffusers and timm are 4,000 modules, and looking for garbage
-        # among them takes a third of it.
-        gc.disable()
-        try:
-            # diffusers takes these in where it finds them; an actor needs none. peft imports transformers in its turn.
-            with _hidden("transformers", "peft", "scipy"):
-                set_up(self.settings.gpu, self.settings.threads)
-            if self.settings.memory is not None:
-                from pipelines.memory import read_memory
+        # diffusers takes these in where it finds them; an actor needs none. peft imports transformers in its turn.
+        with quick_imports("transformers", "peft", "scipy"):
+            set_up(self.settings.gpu, self.settings.threads)
+        if self.settings.memory is not None:
+            from pipelines.memory import read_memory
 
-                self.memory = read_memory(self.settings.memory, self.settings.storage)
-            if "" in self.settings.models.bundles:
-                self._engine("")
-        finally:
-            gc.freeze()
-            gc.enable()
+            self.memory = read_memory(self.settings.memory, self.settings.storage)
+        if "" in self.settings.models.bundles:
+            self._engine("")
 
     def _engine(self, key: str) -> Any:
         """The engine of a bundle; an archive comes category by category, so a few of them kept are enough."""

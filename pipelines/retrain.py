@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,14 +17,15 @@ from rich.table import Table
 
 from cluster import session
 from cluster.storage import Storage, join
-from glad_core import bundle, calibration
 from pipelines import registry, train, training_data
 from pipelines.follow import follow
 from pipelines.model_source import local_bundle
 from pipelines.train import TrainRequest
-from pipelines.train_finish import clear_work
-from pipelines.train_job import Outcome, TrainJob
+from pipelines.train_job import Outcome, TrainJob, clear_work
 from pipelines.training_data import Survey
+
+if TYPE_CHECKING:
+    from glad_core.calibration import Comparison
 
 WORK = ".work"  # in the registry: runs under way; a leading dot, so it is no category
 
@@ -111,10 +112,13 @@ def publish_and_promote(
     return Outcome(words, version)
 
 
-def _gate(made: Path, before: str, job: TrainJob, seen: Survey, margin: float) -> calibration.Comparison:
+def _gate(made: Path, before: str, job: TrainJob, seen: Survey, margin: float) -> Comparison:
     """New against current on the same held-out good images and synthetic anomalies."""
-    new, old = (bundle.load_bundle(place, job.device) for place in (made, local_bundle(before, job.storage)))
+    from glad_core.bundle import load_bundle
+    from glad_core.calibration import compare
+
+    new, old = (load_bundle(place, job.device) for place in (made, local_bundle(before, job.storage)))
     good_new, good_old = (
         training_data.read_pixels(seen.held_out, model.settings.resolution, job.storage) for model in (new, old)
     )
-    return calibration.compare(new, old, good_new, good_old, job.recipe.foreground_mode, margin)
+    return compare(new, old, good_new, good_old, job.recipe.foreground_mode, margin)

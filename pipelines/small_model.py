@@ -27,7 +27,7 @@ from glad_core import bundle, samples, schedule, training
 from glad_core.calibration import calibrate
 from glad_core.images import to_tensor
 from glad_core.losses import AtpLoss
-from glad_core.samples import Recipe
+from glad_core.recipe import Recipe
 from glad_core.settings import Settings
 from pipelines.small_codec import train_codec
 from pipelines.small_features import train_features

@@ -15,20 +15,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from cluster import session
 from cluster.storage import Storage, StorageError, is_s3, join, local_path
-from glad_core import bundle, samples, training
 from glad_core.errors import GladError
+from glad_core.manifest import MANIFEST, read_manifest
+from glad_core.recipe import Part, Recipe
 from glad_core.settings import parse
 from pipelines import training_data
 from pipelines.follow import follow, tell
+from pipelines.imports import quick_imports
 from pipelines.model_source import SMALL, local_bundle
-from pipelines.train_finish import Deliver, clear_work, finish
-from pipelines.train_job import FATAL, IDENTITY, Outcome, TrainJob
-from pipelines.train_worker import train_worker
+from pipelines.train_job import FATAL, IDENTITY, Deliver, Outcome, TrainJob, clear_work
 from pipelines.training_data import DATA_CPUS, GoodImage, Survey
 
 LEAST_CPUS = 0.25  # of a worker
@@ -49,7 +48,7 @@ class TrainRequest:
     base: str
     out: str
     recipe: dict[str, Any]
-    part: samples.Part = "unet"
+    part: Part = "unet"
     textures: str | None = None
     device: str | None = None
     workers: int = 1
@@ -88,19 +87,19 @@ def train(request: TrainRequest, console: Console) -> str:
 
 def deliver_bundle(made: Path, job: TrainJob, seen: Survey, *, storage: Storage, out: str) -> Outcome:
     """The bundle to ``out``, its metrics beside it; checkpoints go."""
-    if not storage.publish(made, out, bundle.MANIFEST):
+    if not storage.publish(made, out, MANIFEST):
         raise GladError(f"{out} already exists: choose another --out or remove it")
     clear_work(storage, job.work, out)
-    return Outcome("trained", bundle.read_manifest(made).model_id)
+    return Outcome("trained", read_manifest(made).model_id)
 
 
 def plan_job(request: TrainRequest, categories: list[str], storage: Storage, *, name: str, work: str) -> TrainJob:
     """The run as far as it is known before looking at the images; checks the base and the recipe."""
     base = local_bundle(request.base, storage)
-    manifest = bundle.read_manifest(base)
+    manifest = read_manifest(base)
     recommended = manifest.provenance.get("recipe", {}) if request.part == "unet" else PART_RECIPES[request.part]
     asked = {name: value for name, value in request.recipe.items() if value is not None}
-    recipe = parse(samples.Recipe, recommended | asked, f"training recipe of {request.base} with the options given")
+    recipe = parse(Recipe, recommended | asked, f"training recipe of {request.base} with the options given")
     if recipe.batch_size % request.workers:
         raise GladError(
             f"--batch-size {recipe.batch_size} cannot be shared by {request.workers} workers: "
@@ -109,7 +108,9 @@ def plan_job(request: TrainRequest, categories: list[str], storage: Storage, *, 
     if request.textures is not None:
         training_data.load_textures(request.textures, 8, storage, limit=1)
     if recipe.optimizer == "adamw8bit":
-        training.adamw_8bit()
+        from glad_core.training import adamw_8bit
+
+        adamw_8bit()
     base_uri = request.base if is_s3(request.base) or request.base == SMALL else str(base)
     return TrainJob(
         name=name,
@@ -173,6 +174,8 @@ def cpu_share(nodes: list[float], workers: int) -> float:
 
 
 def _check_device(device: str) -> None:
+    import torch
+
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -202,7 +205,7 @@ def run_training(
     session.configure_ray_data()
     say = partial(tell, events, job.name, "survey")
     say()
-    manifest = bundle.read_manifest(local_bundle(job.base, job.storage))
+    manifest = read_manifest(local_bundle(job.base, job.storage))
     seen = training_data.survey(found, manifest.settings["resolution"], job.storage)
     for uri, reason in seen.skipped:
         say(warning=f"{uri}: {reason}; skipped")
@@ -216,7 +219,7 @@ def run_training(
         job = prepared
     _check_identity(job, seen)
     checkpoint = _fit(job, events)
-    finishing = ray.remote(num_cpus=job.cpus, num_gpus=job.gpus)(finish)
+    finishing = ray.remote(num_cpus=job.cpus, num_gpus=job.gpus)(_finish)
     return ray.get(finishing.remote(job, seen, checkpoint, deliver, events))
 
 
@@ -243,7 +246,7 @@ def _fit(job: TrainJob, events: Any) -> Any:
     filesystem, path = job.storage.resolve(job.work)
     folder, _, name = path.rpartition("/")
     trainer = TorchTrainer(
-        train_worker,
+        _work,
         train_loop_config={"job": job, "events": events},
         scaling_config=ray_train.ScalingConfig(
             num_workers=job.workers,
@@ -269,6 +272,22 @@ def _fit(job: TrainJob, events: Any) -> Any:
     if result.checkpoint is None:
         raise GladError(f"{job.name}: training left no checkpoint in {job.work}; give the same command again")
     return result.checkpoint
+
+
+# Functions of this light module: Ray's controller and the waiting task take them in as well, and would import for
+# seconds what only the worker needs.
+
+
+def _work(config: dict[str, Any]) -> None:
+    with quick_imports("transformers", "peft"):
+        from pipelines.train_worker import train_worker
+    train_worker(config)
+
+
+def _finish(*arguments: Any) -> Outcome:
+    with quick_imports("transformers", "peft"):
+        from pipelines.train_finish import finish
+    return finish(*arguments)
 
 
 def _fatal(job: TrainJob) -> str | None:

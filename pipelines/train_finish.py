@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file
 
-from cluster.storage import Storage, join, local_path
 from glad_core import bundle
 from glad_core.calibration import calibrate, judged_images
 from pipelines import training_data
 from pipelines.follow import tell
 from pipelines.model_source import local_bundle
-from pipelines.train_job import FINAL, METRICS, TENSORBOARD, Outcome, TrainJob
+from pipelines.train_job import FINAL, Deliver, Outcome, TrainJob
 from pipelines.training_data import Survey
-
-Deliver = Callable[[Path, TrainJob, Survey], Outcome]  # brings a finished bundle's folder where it belongs
 
 
 def finish(job: TrainJob, seen: Survey, checkpoint: Any, deliver: Deliver, events: Any) -> Outcome:
@@ -92,15 +87,3 @@ def with_weights(model: bundle.Model, job: TrainJob, weights: dict[str, torch.Te
 
 def _below(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-
-
-def clear_work(storage: Storage, work: str, beside: str) -> None:
-    """Keep a finished run's metrics, ``beside`` the bundle; its checkpoints are of no more use."""
-    filesystem, path = storage.resolve(join(work, METRICS))
-    filesystem_out, path_out = storage.resolve(f"{beside}.training.parquet")
-    table = pq.read_table(path, filesystem=filesystem)
-    pq.write_table(table.sort_by("step"), path_out, filesystem=filesystem_out)
-    kept = join(work, TENSORBOARD)
-    if storage.kind(kept) == "folder":
-        Path(local_path(kept)).rename(local_path(f"{beside}.tensorboard"))
-    storage.delete_folder(work)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from cluster.storage import Storage
-from glad_core import bundle, samples
+import pyarrow.parquet as pq
+
+from cluster.storage import Storage, join, local_path
+from glad_core.manifest import read_manifest
+from glad_core.recipe import Part, Recipe
 from pipelines.model_source import local_bundle
 from pipelines.training_data import GoodImage, Survey
 
@@ -27,8 +32,8 @@ class TrainJob:
 
     name: str
     base: str
-    part: samples.Part
-    recipe: samples.Recipe
+    part: Part
+    recipe: Recipe
     categories: list[str]
     images: list[GoodImage]
     textures: str | None
@@ -47,7 +52,7 @@ class TrainJob:
     def identity(self, seen: Survey) -> dict[str, Any]:
         """All that the resulting bundle depends on."""
         return {
-            "base": bundle.read_manifest(local_bundle(self.base, self.storage)).model_id,
+            "base": read_manifest(local_bundle(self.base, self.storage)).model_id,
             "part": self.part,
             "categories": self.categories,
             "dataset": seen.fingerprint,
@@ -66,3 +71,18 @@ class Outcome(NamedTuple):
 
     words: str
     model_id: str
+
+
+Deliver = Callable[[Path, TrainJob, Survey], Outcome]  # brings a finished bundle's folder where it belongs
+
+
+def clear_work(storage: Storage, work: str, beside: str) -> None:
+    """Keep a finished run's metrics, ``beside`` the bundle; its checkpoints are of no more use."""
+    filesystem, path = storage.resolve(join(work, METRICS))
+    filesystem_out, path_out = storage.resolve(f"{beside}.training.parquet")
+    table = pq.read_table(path, filesystem=filesystem)
+    pq.write_table(table.sort_by("step"), path_out, filesystem=filesystem_out)
+    kept = join(work, TENSORBOARD)
+    if storage.kind(kept) == "folder":
+        Path(local_path(kept)).rename(local_path(f"{beside}.tensorboard"))
+    storage.delete_folder(work)

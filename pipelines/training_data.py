@@ -11,17 +11,19 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from cluster.session import configure_ray_data
 from cluster.storage import Storage, is_s3, join, local_path
-from glad_core import samples
 from glad_core.errors import GladError, did_you_mean
+from glad_core.recipe import Part, Recipe
 from pipelines.decode import FETCH_THREADS, IMAGE_SUFFIXES, ImageError, Picture, decode, fetch
 from pipelines.feedback import require_marks
+
+if TYPE_CHECKING:
+    import torch  # not for all: finding and surveying images starts seconds sooner without
 
 DATA_CPUS = 0.5  # of one decoding and synthesising task
 SURVEY_BATCH = 32
@@ -199,8 +201,8 @@ def read_pixels(images: Sequence[GoodImage], resolution: int, storage: Storage) 
 
 def batches(
     images: list[GoodImage],
-    recipe: samples.Recipe,
-    part: samples.Part,
+    recipe: Recipe,
+    part: Part,
     resolution: int,
     storage: Storage,
     textures: str | None,
@@ -211,6 +213,7 @@ def batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """This worker's share of every step from ``first_step`` on, as `samples.make_rows` makes it, in order."""
     import ray.data
+    import torch
 
     configure_ray_data()
     share = recipe.batch_size // world
@@ -223,6 +226,10 @@ def batches(
         return
 
     def make(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        import torch  # again: Ray Data's own actor takes this function in and need not import what the tasks do
+
+        from glad_core import samples
+
         torch.set_num_threads(1)
         chosen = [samples.sample_at(recipe, int(position), len(images)) for position in batch["position"]]
         pixels = [_read(storage, images[sample.index].uri, resolution).pixels for sample in chosen]
@@ -255,6 +262,8 @@ def load_textures(folder: str, resolution: int, storage: Storage, limit: int = M
     Raises:
         GladError: no image there.
     """
+    import torch
+
     pool: list[np.ndarray] = []
     for path, size in storage.walk(folder):
         if len(pool) == limit:

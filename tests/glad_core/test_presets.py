@@ -6,8 +6,8 @@ import pytest
 
 from glad_core import presets
 from glad_core.errors import GladError
+from glad_core.recipe import Recipe
 from glad_core.settings import Settings
-from glad_core.training import Recipe
 
 PUBLISHED = Path(os.environ.get("GLAD_SHARED", Path(__file__).parents[2] / "../shared")) / "published_settings.json"
 CATEGORIES = [

@@ -8,7 +8,7 @@ import torch
 from glad_core import features, losses, samples, training
 from glad_core.bundle import Model, load_bundle
 from glad_core.errors import GladError
-from glad_core.samples import Recipe
+from glad_core.recipe import Recipe
 from glad_core.training import TrainState
 
 RECIPE = Recipe(steps=6, batch_size=4, learning_rate=1e-3, lr_schedule="cosine", ema_decay=0.9)

@@ -34,7 +34,7 @@ def weights(folder):
 
 
 def kill_a_training_worker(after):
-    """SIGKILL to the first Ray Train worker seen, so many seconds later: by then it trains."""
+    """SIGKILL to the first Ray Train worker seen, so many seconds later: by then it has its work."""
     while True:
         for process in psutil.Process().children(recursive=True):  # of this Ray, not of the dying driver's
             with suppress(psutil.Error):  # ended in the meantime
@@ -60,7 +60,7 @@ def test_a_run_that_loses_its_driver_and_a_worker_ends_bitwise_as_if_nothing_had
     assert not (tmp_path / "killed").exists()
     assert not (work / "metrics" / "part-00000201.parquet").exists()
 
-    killer = threading.Thread(target=kill_a_training_worker, args=(8,), daemon=True)
+    killer = threading.Thread(target=kill_a_training_worker, args=(5,), daemon=True)
     killer.start()
     train(*arguments)
     killer.join(1)

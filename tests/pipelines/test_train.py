@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from cluster.storage import Storage
 from glad_core import bundle, samples, training
 from glad_core.losses import AtpLoss, to_pixels
-from glad_core.samples import Recipe
+from glad_core.recipe import Recipe
 from pipelines.cli import app
 from pipelines.train import TrainRequest, cpu_share, plan_job
 from pipelines.train_finish import with_weights

@@ -1,0 +1,46 @@
+"""What a part of a bundle is trained with: one frozen, documented, validated table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    import torch
+
+Part = Literal["unet", "dino", "vae"]
+
+
+class Recipe(BaseModel):
+    """How a part is trained; the defaults are the released code's for the UNet (its 8-bit optimiser aside)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int = Field(2000, ge=1, description="optimiser steps")
+    batch_size: int = Field(32, ge=1, description="images of one optimiser step, over all workers")
+    micro_batch: int | None = Field(None, ge=1, description="images of one pass; gradients accumulate to batch_size")
+    learning_rate: float = Field(5e-6, gt=0, description="of AdamW, or of Muon (what it leaves to AdamW has a tenth)")
+    lr_schedule: Literal["constant", "cosine"] = Field("constant", description="cosine: 5 % warm-up, then to zero")
+    weight_decay: float = Field(1e-2, ge=0, description="of AdamW; with Muon there is none")
+    max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are cut to this norm")
+    blend: bool = Field(
+        True, description="mix x^a with x by t / 1000 before the loss (released code), else Eq. 10 as is"
+    )
+    anomaly_probability: float = Field(0.5, ge=0, le=1, description="share of images that get a synthetic anomaly")
+    foreground_mode: Literal[1, 2, 3] = Field(3, description="anomalies on 1 darker, 2 brighter object, 3 anywhere")
+    max_timestep: int = Field(1000, ge=1, le=1000, description="timesteps are drawn below this")
+    keep: float = Field(0.01, ge=0, description="λ of the DINO adaptation: pull towards the features as they were")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="keep an exponential moving average of the weights")
+    autocast: Literal["off", "bf16", "fp16"] = Field("off", description="precision of the networks' matrix products")
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, a third more time")
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = Field(
+        "adamw", description="adamw8bit needs bitsandbytes and a GPU; muon is for networks trained from nothing"
+    )
+    seed: int = Field(0, ge=0, description="of the order, the anomalies, timesteps and noise")
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        import torch  # not above: what only plans a training starts seconds sooner without
+
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[self.autocast]
