@@ -22,7 +22,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import typer
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from rich.console import Console
@@ -31,7 +30,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from glad_core import adaptive, schedule, scoring
@@ -51,7 +49,7 @@ CARDS = {
     "A100": (19.5, 312),
     "H100 SXM": (67, 989),
 }
-SHARES = (0.46, 0.22)  # what an H200 (67 and 989 as well) made of it: the calls in docs/full-size.md
+SHARES = (0.46, 0.25)  # what an H200 (67 and 989 as well) made of it: the calls in docs/full-size.md
 # A good image at T = 750, S = 25: comparisons of the guarded search (measured, docs/speed.md), and down to min_step.
 COMPARISONS = {"guarded": 1.3, "every step": 14}
 
@@ -82,20 +80,11 @@ def full_size_model(vit: VisionTransformer, resolution: int, autocast: torch.dty
     )
 
 
-class AsOnCuda(TorchFunctionMode):
-    """Under autocast CUDA computes norms in float32 and returns them so; a CPU leaves them in the lower precision."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.is_autocast_enabled("cpu") and func in (F.group_norm, F.layer_norm):
-            args = (args[0].float(), *args[1:])
-        return func(*args, **(kwargs or {}))
-
-
 def peak(model: Model, call: Callable[[], Any]) -> float:
     """Bytes alive at most during a call, the networks' weights left out."""
     tracker = MemTracker()
     tracker.track_external(model.unet, model.vae, model.features)
-    with tracker, AsOnCuda():
+    with tracker:
         call()
     snapshot = tracker.get_tracker_snapshot("peak")[model.device]
     return sum(size for kind, size in snapshot.items() if getattr(kind, "value", kind) not in ("Total", "Parameter"))

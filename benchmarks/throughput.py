@@ -232,23 +232,24 @@ def bare_calls(model: Model, batches: Mapping[str, int]) -> Iterator[float]:
 def stable_diffusion(resolution: int, device: torch.device, autocast: torch.dtype | None) -> Model:
     """Networks of Stable Diffusion v1-4 and DINO ViT-B/8 in size, random weights; scores mean nothing, times do."""
     torch.manual_seed(0)
-    blocks = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=blocks[0],
-        up_block_types=blocks[1],
-        layers_per_block=2,
-        sample_size=512,
-    )
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-    vit = create_vit("vit_base_patch8_224.dino").to(device)
+    with device:
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+            sample_size=512,
+        )
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+        vit = create_vit("vit_base_patch8_224.dino")
+        prompts = torch.randn(2, 1, 77, 768)
     return Model(
-        unet=unet.to(device).eval().requires_grad_(False),
-        vae=vae.to(device).eval().requires_grad_(False),
+        unet=unet.eval().requires_grad_(False),
+        vae=vae.eval().requires_grad_(False),
         features=vit,
         final_features=vit,
-        prompt_cond=torch.randn(1, 77, 768, device=device),
-        prompt_uncond=torch.randn(1, 77, 768, device=device),
+        prompt_cond=prompts[0],
+        prompt_uncond=prompts[1],
         alphas=schedule.alphas_cumprod().to(device),
         settings=Settings(resolution=resolution, feature_resolution=resolution, delta=1e3, score_fall=0.0),
         category="",

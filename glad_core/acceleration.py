@@ -46,6 +46,25 @@ def _upsample(layer: Upsample2D, kernel: Tensor, x: Tensor, output_size: tuple[i
     return F.conv_transpose2d(x, kernel, layer.conv.bias, stride=2, padding=1)
 
 
+def keep_norms_low(network: nn.Module) -> None:
+    """Let norms give back the precision of what they get, under CUDA's autocast as under a CPU's.
+
+    CUDA's autocast makes float32 of it, which the next convolution turns back: twice the memory and its traffic. Sums
+    and statistics are in float32 either way.
+    """
+    for layer in network.modules():
+        if isinstance(layer, nn.GroupNorm | nn.LayerNorm) and layer.weight is not None and layer.bias is not None:
+            layer.forward = partial(_norm, layer)  # type: ignore[method-assign]
+
+
+def _norm(layer: nn.GroupNorm | nn.LayerNorm, x: Tensor) -> Tensor:
+    weight, bias = layer.weight.to(x.dtype), layer.bias.to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        if isinstance(layer, nn.GroupNorm):
+            return F.group_norm(x, layer.num_groups, weight, bias, layer.eps)
+        return F.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
+
+
 def use_onednn(network: nn.Module) -> None:
     """Let oneDNN compute a network's linear layers in float32 on a CPU, as it does convolutions, when no gradient is.
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from glad_core import adaptive, schedule
-from glad_core.acceleration import fold_upsampling, use_onednn
+from glad_core.acceleration import fold_upsampling, keep_norms_low, use_onednn
 from glad_core.admission import Queue, Verdict
 from glad_core.bundle import Model
 from glad_core.detect import Detection, Request, conclude, prepare
@@ -117,6 +117,8 @@ class Engine(Queue):
             if model.device.type == "cpu":
                 network.to(memory_format=torch.channels_last)
             fold_upsampling(network)
+            if model.autocast is not None:
+                keep_norms_low(network)
         self.compiled = compiled
         if compiled:
             self._compile()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ def write_manifest(path: Path, settings: dict[str, Any], category: str, provenan
         category=category,
         settings=settings,
         provenance=provenance,
-        versions={name: version(name) for name in ("glad-ray", "torch", "diffusers", "timm")},
+        versions=versions("glad-ray", "torch", "diffusers", "timm"),
         files=files,
     )
     written = path / f".{MANIFEST}.new"
@@ -144,3 +144,14 @@ def _sha256(path: Path) -> str:
 
 def _is_diffusers(path: Path) -> bool:
     return (path / "model_index.json").is_file()
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of installed packages; "unknown" of one that runs without having been installed, from a folder of source."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found

@@ -9,7 +9,6 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from typing import Any, Literal
 
 from rich.console import Console
@@ -19,6 +18,7 @@ from rich.table import Table
 from cluster import session
 from cluster.storage import Storage, StorageError, is_s3, join, local_path
 from glad_core.errors import GladError
+from glad_core.manifest import versions
 from glad_core.search import Search, search_of
 from pipelines import results, shards, sources
 from pipelines.actor_plan import ActorPlan, plan_actors
@@ -250,7 +250,7 @@ def _run_record(
         | {"precision": request.precision, "compiled": request.compiled},
         "actors": asdict(room),
         "counts": asdict(counts),
-        "versions": {name: version(name) for name in ("glad-ray", "ray", "torch", "diffusers", "timm", "pyarrow")},
+        "versions": versions("glad-ray", "ray", "torch", "diffusers", "timm", "pyarrow"),
         "host": os.uname().nodename,
         "started": started.isoformat(timespec="seconds"),
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -5,7 +5,7 @@ import torch
 from diffusers.models.upsampling import Upsample2D
 from torch.utils.flop_counter import FlopCounterMode
 
-from glad_core.acceleration import fold_upsampling, use_onednn
+from glad_core.acceleration import fold_upsampling, keep_norms_low, use_onednn
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -47,6 +47,24 @@ def test_folded_upsampling_can_still_be_trained_and_follows_weights_when_folded_
     fold_upsampling(layer)
     with torch.inference_mode():
         torch.testing.assert_close(layer(x), Upsample2D.forward(layer, x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [torch.nn.GroupNorm(2, 6), torch.nn.LayerNorm((6, 5, 7))])
+def test_norms_say_the_same_in_the_precision_they_are_given(layer):
+    torch.manual_seed(0)
+    x = torch.randn(3, 6, 5, 7)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    expected = layer(x).detach()
+    keep_norms_low(layer)
+    torch.testing.assert_close(layer(x), expected, atol=0, rtol=0)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            found = layer(x.to(dtype))
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.float(), expected, atol=0.1, rtol=0.02)
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
 
 
 def test_linear_layers_through_onednn_say_the_same_and_can_still_be_trained():

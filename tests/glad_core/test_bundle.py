@@ -3,11 +3,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 
 from glad_core import bundle
 from glad_core.errors import GladError
-from glad_core.manifest import write_manifest
+from glad_core.manifest import versions, write_manifest
 from glad_core.settings import Settings
 
 
@@ -98,3 +99,8 @@ def test_an_existing_folder_is_not_overwritten(copy: Path) -> None:
             provenance={},
         )
     assert bundle.verify(copy)
+
+
+def test_a_package_that_was_not_installed_has_no_version():
+    found = versions("safetensors", "glad-that-nobody-installed")
+    assert found == {"safetensors": safetensors.__version__, "glad-that-nobody-installed": "unknown"}

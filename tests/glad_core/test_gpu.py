@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from glad_core.acceleration import keep_norms_low
 from glad_core.admission import run
 from glad_core.bundle import load_bundle
 from glad_core.detect import Detection, Request, detect
@@ -67,6 +68,17 @@ def test_lower_precision_is_near(model, requests, references, autocast):
     for request, found in run(Engine(near, 4, search="scan"), requests):
         assert found.score == pytest.approx(expected[request].score, rel=0.1)
         assert np.isfinite(found.anomaly_map).all()
+
+
+def test_norms_keep_the_precision_of_autocast():
+    norm = torch.nn.GroupNorm(2, 6).cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        x = torch.randn(3, 6, 5, 7, device="cuda", dtype=torch.bfloat16)
+        in_float32 = norm(x)
+        keep_norms_low(norm)
+        found = norm(x)
+    assert (in_float32.dtype, found.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(found.float(), in_float32, atol=0.02, rtol=0.01)
 
 
 def test_compiled_networks_give_the_same_and_never_compile_in_flight(requests, references):
