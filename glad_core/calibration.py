@@ -18,9 +18,10 @@ from glad_core import metrics, synthesis
 from glad_core.admission import run
 from glad_core.bundle import Model
 from glad_core.counting import PixelCounts
-from glad_core.detect import Detection, Request, full_size_map
+from glad_core.detect import Detection, Request
 from glad_core.engine import Engine
 from glad_core.images import to_tensor
+from glad_core.scoring import full_size_map
 from glad_core.search import fit_guess, largest_fall
 from glad_core.settings import Profile, Settings
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from glad_core import adaptive, features, scoring
 from glad_core.bundle import Model
 from glad_core.errors import GladError
-from glad_core.settings import Settings
 from glad_core.synthesis import object_mask
 
 
@@ -65,11 +64,6 @@ def image_noise(image_id: str, seed: int, shape: tuple[int, ...]) -> tuple[Tenso
 def full_size_only(model: Model) -> bool:
     """Whether the map has pixel-resolution terms (v, foreground) and so cannot be kept at token resolution."""
     return model.settings.pixel_weight_v > 0 or model.settings.foreground_mode != 3
-
-
-def full_size_map(maps_Bgg: Tensor, settings: Settings) -> Tensor:
-    """A token-resolution map as the score sees it: resized to D and smoothed, [B, D, D]. Linear, so exact."""
-    return scoring.smooth(scoring.resize_map(maps_Bgg, settings.feature_resolution), settings.blur_sigma)
 
 
 def final_token_map(model: Model, test_B3RR: Tensor, reconstruction_B3RR: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +153,7 @@ def conclude(
             maps = maps * scoring.resize_map(mask, s.feature_resolution)
         kept = maps
     else:
-        maps, kept = full_size_map(token_maps, s), token_maps
+        maps, kept = scoring.full_size_map(token_maps, s), token_maps
     scores = scoring.image_score(maps, s.image_score_top_k).tolist()
     pixels = ((rebuilt.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return list(zip(scores, kept.to(torch.float16).cpu().numpy(), pixels, strict=True))

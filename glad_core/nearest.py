@@ -18,7 +18,7 @@ from torch import Tensor
 from glad_core import features, scoring
 from glad_core.admission import Queue, Verdict
 from glad_core.bundle import Model
-from glad_core.detect import Detection, Request, full_size_map
+from glad_core.detect import Detection, Request
 from glad_core.images import to_tensor
 
 CANDIDATES = 50_000  # patches the memory is chosen from
@@ -95,7 +95,9 @@ def detect_nearest(model: Model, memory_MD: Tensor, requests: Sequence[Request])
     nearest = torch.stack([(1 - image @ memory.T).amin(dim=1) for image in patches])
     grid = round(nearest.shape[1] ** 0.5)
     token_maps = nearest.unflatten(1, (grid, grid))
-    scores = scoring.image_score(full_size_map(token_maps, model.settings), model.settings.image_score_top_k).tolist()
+    scores = scoring.image_score(
+        scoring.full_size_map(token_maps, model.settings), model.settings.image_score_top_k
+    ).tolist()
     kept = token_maps.to(torch.float16).cpu().numpy()
     seconds = (time.perf_counter() - started) / len(requests)
     for row, request in enumerate(requests):

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
+from glad_core.settings import Settings
+
 Match = Literal["anywhere", "window", "sum"]
 
 
@@ -106,6 +108,11 @@ def smooth(maps_BHW: Tensor, sigma: float) -> Tensor:
         return maps_BHW
     taps = 2 * int(4 * sigma + 0.5) + 1
     return TF.gaussian_blur(maps_BHW[:, None], [taps, taps], [sigma, sigma])[:, 0]
+
+
+def full_size_map(maps_Bgg: Tensor, settings: Settings) -> Tensor:
+    """A token-resolution map as the score sees it: resized to D and smoothed, [B, D, D]. Linear, so exact."""
+    return smooth(resize_map(maps_Bgg, settings.feature_resolution), settings.blur_sigma)
 
 
 def image_score(maps_BHW: Tensor, top_k: int) -> Tensor:

@@ -256,7 +256,8 @@ class GladActor:
     def _map(self, model: Any, anomaly_map: np.ndarray) -> np.ndarray:
         import torch
 
-        from glad_core.detect import full_size_map, full_size_only
+        from glad_core.detect import full_size_only
+        from glad_core.scoring import full_size_map
 
         if self.settings.maps == "token" or full_size_only(model):
             return anomaly_map

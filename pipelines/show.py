@@ -11,13 +11,11 @@ import matplotlib
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
-import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
 
 from cluster.storage import Storage, clear_errors, is_s3, join, local_path
-from glad_core.detect import full_size_map
 from glad_core.errors import GladError
 from glad_core.settings import Settings
 from pipelines import results
@@ -102,6 +100,10 @@ def full_map(row: dict[str, Any], settings: Settings) -> np.ndarray:
     anomaly_map = np.asarray(row["anomaly_map"], np.float32).reshape(shape)
     if shape == (settings.feature_resolution, settings.feature_resolution):
         return anomaly_map
+    import torch  # not above: seconds that a list of results need not wait
+
+    from glad_core.scoring import full_size_map
+
     return full_size_map(torch.from_numpy(anomaly_map)[None], settings)[0].numpy()
 
 
