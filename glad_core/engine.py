@@ -116,9 +116,9 @@ class Engine(Queue):
             # cuDNN is a tenth faster without (H200, Stable Diffusion's sizes, bf16 and float32; docs/speed.md).
             if model.device.type == "cpu":
                 network.to(memory_format=torch.channels_last)
-            fold_upsampling(network)
-            if model.autocast is not None:
+            elif model.autocast is not None:
                 keep_norms_low(network)
+            fold_upsampling(network)
         self.compiled = compiled
         if compiled:
             self._compile()
