@@ -28,15 +28,16 @@ BATCH = 8
 
 
 def test_set(resolution: int) -> tuple[list[Request], np.ndarray, np.ndarray]:
-    """The 60 test boards of `glad demo-data`, their labels, and masks at the model's resolution."""
+    """The 60 test boards of `glad demo-data`, their labels, and masks of the model's side, or their own if smaller."""
     requests, labels, masks = [], [], []
     for split in ("good", *DEFECTS):
         for index in range(20 if split == "good" else 10):
             image, mask = make_board(board_rng(0, split, index), None if split == "good" else split)
             requests.append(Request(f"{split}/{index}", resize(image, resolution)))
             labels.append(int(split != "good"))
-            step = image.shape[0] // resolution
-            masks.append(mask.reshape(resolution, step, resolution, step).any(axis=(1, 3)))
+            side = min(resolution, image.shape[0])
+            step = image.shape[0] // side
+            masks.append(mask.reshape(side, step, side, step).any(axis=(1, 3)))
     return requests, np.array(labels), np.stack(masks)
 
 

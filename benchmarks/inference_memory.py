@@ -5,7 +5,7 @@
 
 The engine's own calls (encode, UNet, comparison, final comparison) run on fake tensors, which have shapes and no data;
 PyTorch's MemTracker adds up what is alive. The largest call is the peak: between calls an image in flight keeps some
-megabytes of latents. Workspaces of the convolution library and the CUDA context (together about 1 GB) are not counted.
+megabytes of latents. Workspaces of the convolution library and the CUDA context (about 1 GB each) are not counted.
 
 Times are estimates: the multiply-accumulates of the calls, as PyTorch counts them, at that share of a card's peak which
 an H200 reached.
@@ -17,22 +17,20 @@ import json
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from rich.console import Console
 from rich.table import Table
-from timm.models.vision_transformer import VisionTransformer
+from throughput import stable_diffusion
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from glad_core import adaptive, schedule, scoring
+from glad_core import adaptive, scoring
 from glad_core.bundle import Model
 from glad_core.detect import Request, final_token_map
 from glad_core.engine import Engine
@@ -52,32 +50,6 @@ CARDS = {
 SHARES = (0.46, 0.25)  # what an H200 (67 and 989 as well) made of it: the calls in docs/full-size.md
 # A good image at T = 750, S = 25: comparisons of the guarded search (measured, docs/speed.md), and down to min_step.
 COMPARISONS = {"guarded": 1.3, "every step": 14}
-
-
-def full_size_model(vit: VisionTransformer, resolution: int, autocast: torch.dtype | None) -> Model:
-    """The networks of the paper with no weights in them; to be called under FakeTensorMode."""
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        sample_size=512,
-    )
-    return Model(
-        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768).eval(),
-        vae=vae.eval(),
-        features=vit,
-        final_features=vit,
-        prompt_cond=torch.randn(1, 77, 768),
-        prompt_uncond=torch.randn(1, 77, 768),
-        alphas=schedule.alphas_cumprod(),
-        settings=Settings(resolution=resolution, feature_resolution=resolution),
-        category="",
-        model_id="",
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        autocast=autocast,
-    )
 
 
 def peak(model: Model, call: Callable[[], Any]) -> float:
@@ -119,9 +91,9 @@ def macs(call: Callable[[], Any]) -> float:
 def measured(resolution: int) -> tuple[float, float]:
     """Bytes by which this process grows for one image in the engine, and the seconds the image takes."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    model = full_size_model(create_vit("vit_base_patch8_224.dino"), resolution, None)
     # One step of one image, compared and concluded: more steps would take longer, not more memory.
-    model = replace(model, settings=model.settings.model_copy(update={"inference_steps": 1, "min_step": 1000}))
+    settings = Settings(resolution=resolution, feature_resolution=resolution, inference_steps=1, min_step=1000)
+    model = stable_diffusion(create_vit("vit_base_patch8_224.dino"), settings, torch.device("cpu"), None)
     engine = Engine(model, slots=1)
     engine.submit(Request("image", np.zeros((resolution, resolution, 3), np.uint8)))
     started = time.perf_counter()
@@ -151,7 +123,8 @@ def main(
     rows, work = [], {}
     for name, dtype in (("off", None), ("bf16", torch.bfloat16)):
         with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
-            model = full_size_model(vit, resolution, dtype)
+            settings = Settings(resolution=resolution, feature_resolution=resolution)
+            model = stable_diffusion(vit, settings, torch.device("cpu"), dtype)
             networks = (model.unet, model.vae, model.features)
             weights = 4 * sum(parameter.numel() for network in networks for parameter in network.parameters())
             work = {call: macs(run) for call, run in calls(model, 1).items()}

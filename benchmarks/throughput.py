@@ -33,12 +33,13 @@ from demo_figures import test_set
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from rich.console import Console
 from rich.table import Table
+from timm.models.vision_transformer import VisionTransformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from glad_core import adaptive, features, schedule
 from glad_core.acceleration import keep_buffers
-from glad_core.bundle import Model, load_bundle
+from glad_core.bundle import AUTOCAST, Model, load_bundle
 from glad_core.detect import Request, conclude, prepare
 from glad_core.engine import Engine
 from glad_core.features import create_vit
@@ -46,7 +47,7 @@ from glad_core.images import resize
 from glad_core.metrics import image_metrics
 from glad_core.settings import Settings
 from pipelines.actor_plan import CPU_SLOTS, GPU_SLOTS
-from pipelines.demo_data import SIZE, board_rng, make_board
+from pipelines.demo_data import board_rng, make_board
 from pipelines.glad_actor import set_up
 from pipelines.model_source import SMALL_BUNDLE
 
@@ -229,8 +230,10 @@ def bare_calls(model: Model, batches: Mapping[str, int]) -> Iterator[float]:
         yield done / rounds
 
 
-def stable_diffusion(resolution: int, device: torch.device, autocast: torch.dtype | None) -> Model:
-    """Networks of Stable Diffusion v1-4 and DINO ViT-B/8 in size, random weights; scores mean nothing, times do."""
+def stable_diffusion(
+    vit: VisionTransformer, settings: Settings, device: torch.device, autocast: torch.dtype | None
+) -> Model:
+    """Networks of Stable Diffusion v1-4 in size, random weights; scores mean nothing, times and memory do."""
     torch.manual_seed(0)
     with device:
         vae = AutoencoderKL(
@@ -241,17 +244,16 @@ def stable_diffusion(resolution: int, device: torch.device, autocast: torch.dtyp
             sample_size=512,
         )
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-        vit = create_vit("vit_base_patch8_224.dino")
         prompts = torch.randn(2, 1, 77, 768)
     return Model(
-        unet=unet.eval().requires_grad_(False),
-        vae=vae.eval().requires_grad_(False),
+        unet=unet.eval(),
+        vae=vae.eval(),
         features=vit,
         final_features=vit,
         prompt_cond=prompts[0],
         prompt_uncond=prompts[1],
         alphas=schedule.alphas_cumprod().to(device),
-        settings=Settings(resolution=resolution, feature_resolution=resolution, delta=1e3, score_fall=0.0),
+        settings=settings,
         category="",
         model_id="",
         device=device,
@@ -276,26 +278,28 @@ def main(
     resolution: Annotated[int, typer.Option(help="of --size sd")] = 64,
     images: Annotated[int, typer.Option(help="test boards, at most 60")] = 60,
     batch: Annotated[int, typer.Option(help="of the baseline")] = 8,
-    slots: Annotated[int, typer.Option(help="of the engine; 16 on a CPU and 8 on a GPU by default")] = 0,
+    slots: Annotated[int | None, typer.Option(help="of the engine; 16 on a CPU and 8 on a GPU by default")] = None,
     fast_step: Annotated[int, typer.Option(help="T of the fast profile")] = 150,
     threads: Annotated[int, typer.Option(help="torch threads")] = 1,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="where the networks run")] = "cpu",
     precision: Annotated[Literal["off", "bf16", "fp16"], typer.Option(help="of the network calls, everywhere")] = "off",
 ) -> None:
     """Measure and print."""
-    set_up(gpu=True, threads=threads)  # keeps no buffers yet
+    set_up(gpu=True, threads=threads)  # as a GPU's actor also on a CPU: buffers are kept only after `untuned`
     random.seed(0)
-    autocast = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     if size == "small":
-        plain = load_bundle(bundle, device, autocast=autocast)
+        plain = load_bundle(bundle, device, autocast=AUTOCAST[precision])
     else:
-        plain = stable_diffusion(resolution, torch.device(device), autocast)
+        vit = create_vit("vit_base_patch8_224.dino").to(device)
+        settings = Settings(resolution=resolution, feature_resolution=resolution, delta=1e3, score_fall=0.0)
+        plain = stable_diffusion(vit, settings, torch.device(device), AUTOCAST[precision])
+        for network in (plain.unet, plain.vae):
+            network.requires_grad_(False)  # as a bundle's
     slots = slots or (CPU_SLOTS if device == "cpu" else GPU_SLOTS)
     model = copy.deepcopy(plain)  # the engine changes its networks' memory layout, the baseline keeps what was loaded
     s = model.settings
     fast = {"profile": "fast", "start_step": fast_step, "inference_steps": 1, "delta": 0.0, "score_fall": None}
-    requests, labels, _ = test_set(min(s.resolution, SIZE))
-    requests = [replace(request, image=resize(request.image, s.resolution)) for request in requests]
+    requests, labels, _ = test_set(s.resolution)
     order = random.sample(range(len(requests)), images)
     requests, labels = [requests[index] for index in order], labels[order]
 

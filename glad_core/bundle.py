@@ -33,6 +33,8 @@ from glad_core.manifest import update_settings as update_settings
 from glad_core.manifest import verify, write_manifest
 from glad_core.settings import Settings
 
+AUTOCAST = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # by the names users give
+
 
 @dataclass(frozen=True)
 class Model:

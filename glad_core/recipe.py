@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-
-if TYPE_CHECKING:
-    import torch
 
 Part = Literal["unet", "dino", "vae"]
 
@@ -38,9 +35,3 @@ class Recipe(BaseModel):
         "adamw", description="adamw8bit needs bitsandbytes and a GPU; muon is for networks trained from nothing"
     )
     seed: int = Field(0, ge=0, description="of the order, the anomalies, timesteps and noise")
-
-    @property
-    def autocast_dtype(self) -> torch.dtype | None:
-        import torch  # not above: what only plans a training starts seconds sooner without
-
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[self.autocast]

@@ -187,9 +187,7 @@ class GladActor:
 
     def _engine(self, key: str) -> Any:
         """The engine of a bundle; an archive comes category by category, so a few of them kept are enough."""
-        import torch
-
-        from glad_core.bundle import load_bundle
+        from glad_core.bundle import AUTOCAST, load_bundle
         from glad_core.engine import Engine
         from glad_core.nearest import NearestEngine
 
@@ -200,8 +198,7 @@ class GladActor:
                 del self.engines[idle]
             path = local_bundle(settings.models.bundles[key], settings.storage)
             device = "cuda" if settings.gpu else "cpu"
-            autocast = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
-            model = load_bundle(path, device=device, autocast=autocast)
+            model = load_bundle(path, device=device, autocast=AUTOCAST[settings.precision])
             if self.memory is not None:
                 self.engines[key] = NearestEngine(model, self.memory.patches, settings.slots)
             else:

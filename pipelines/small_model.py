@@ -130,7 +130,7 @@ def unet_stage(work: Path) -> None:
             torch.zeros(len(boards), dtype=torch.long),
             blend=UNET_RECIPE.blend,
             max_timestep=UNET_RECIPE.max_timestep,
-            autocast=UNET_RECIPE.autocast_dtype,
+            autocast=bundle.AUTOCAST[UNET_RECIPE.autocast],
         )
         state = training.TrainState.start(loss, UNET_RECIPE)
         for step in training.fine_tune(state, rows(), UNET_RECIPE):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cluster.storage import is_s3, join
 from glad_core import losses, training
-from glad_core.bundle import Model, load_bundle
+from glad_core.bundle import AUTOCAST, Model, load_bundle
 from glad_core.detect import Request, detect
 from glad_core.errors import GladError
 from pipelines import training_data
@@ -113,7 +113,7 @@ def _train(job: TrainJob, events: Any) -> None:
 
 def make_loss(job: TrainJob, model: Model, rank: int = 0, world: int = 1) -> Any:
     """The loss module of the part that is trained, with what is computed once for every good image."""
-    recipe, dtype = job.recipe, job.recipe.autocast_dtype
+    recipe, dtype = job.recipe, AUTOCAST[job.recipe.autocast]
     if job.part == "vae":
         return losses.CodecLoss(model.vae, model.final_features, dtype)
     if job.part == "dino":

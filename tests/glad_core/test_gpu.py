@@ -61,7 +61,7 @@ def test_same_answers_as_a_cpu(model, requests, references):
 
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
-def test_lower_precision_is_near(model, requests, references, autocast):
+def test_lower_precision_is_near(model, requests, autocast):
     near = replace(model, autocast=autocast, settings=model.settings.model_copy(update={"delta": 0.0}))
     full = replace(near, autocast=None)
     expected = dict(run(Engine(full, 4, search="scan"), requests))
@@ -92,7 +92,7 @@ def test_compiled_networks_give_the_same_and_never_compile_in_flight(requests, r
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
 
 
-def test_too_many_slots_for_the_memory_become_fewer_and_nothing_is_lost(model, requests, references):
+def test_too_many_slots_for_the_memory_become_fewer_and_nothing_is_lost(model, requests):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     list(run(Engine(model, 1), requests[:1]))
