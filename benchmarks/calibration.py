@@ -21,15 +21,15 @@ from scipy.stats import binom
 from throughput import boards
 
 from cluster.storage import Storage
-from glad_core.admission import run
-from glad_core.bundle import Model, load_bundle
+from glad_core.bundle.model import Model, load_bundle
 from glad_core.calibration import SELECTION_IMAGES, START_STEPS, choose_steps, conformal_quantile
-from glad_core.detect import Request
-from glad_core.engine import Engine
-from glad_core.metrics import image_metrics
-from pipelines.datasets import read_dataset
-from pipelines.decode import decode
-from pipelines.model_source import SMALL_BUNDLE
+from glad_core.engine.base import run
+from glad_core.engine.engine import Engine
+from glad_core.image_metrics import image_metrics
+from glad_core.judge import Request
+from pipelines.archive.decode import decode
+from pipelines.evaluate.datasets import read_dataset
+from pipelines.models.find import SMALL_BUNDLE
 
 FACTORS = (0.0, 1.0, 1e4)  # of the automatic δ; 0 compares nothing, 1e4 never triggers
 

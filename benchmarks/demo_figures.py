@@ -15,14 +15,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from glad_core import metrics
-from glad_core.bundle import load_bundle, read_manifest
+from glad_core.bundle.glad_json import read_manifest
+from glad_core.bundle.model import load_bundle
+from glad_core.bundle.settings import Settings
 from glad_core.calibration import map_at_full_size
-from glad_core.detect import Request, detect
+from glad_core.image_metrics import image_metrics, pixel_metrics
 from glad_core.images import resize
-from glad_core.settings import Settings
-from pipelines.demo_data import DEFECTS, board_rng, make_board
-from pipelines.model_source import SMALL_BUNDLE
+from glad_core.judge import Request, detect
+from pipelines.demo.boards import DEFECTS, board_rng, make_board
+from pipelines.models.find import SMALL_BUNDLE
 
 BATCH = 8
 
@@ -58,8 +59,8 @@ def main(
         scores = np.array([result.score for result in ordered])
         maps = np.stack([map_at_full_size(model, result).numpy() for result in ordered])
         figures[name] = {
-            "i_auroc": round(metrics.image_metrics(scores, labels)["AUROC"], 4),
-            "p_auroc": round(metrics.pixel_metrics(maps, masks)["P-AUROC"], 4),
+            "i_auroc": round(image_metrics(scores, labels)["AUROC"], 4),
+            "p_auroc": round(pixel_metrics(maps, masks)["P-AUROC"], 4),
             "seconds_per_image": round(float(np.mean([result.seconds for result in ordered])), 3),
         }
     if as_json:

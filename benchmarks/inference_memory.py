@@ -31,11 +31,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from glad_core import adaptive, scoring
-from glad_core.bundle import Model
-from glad_core.detect import Request, final_token_map
-from glad_core.engine import Engine
+from glad_core.bundle.model import Model
+from glad_core.bundle.settings import Settings
+from glad_core.engine.engine import Engine
 from glad_core.features import create_vit
-from glad_core.settings import Settings
+from glad_core.judge import Request, final_token_map
 
 GB = 1e9
 SLOTS = (1, 2, 4, 8, 16)

@@ -21,7 +21,7 @@ from conftest import find_weed, make_bucket, serve_s3
 
 from cluster import session
 from cluster.storage import Storage
-from pipelines.score import list_remotely
+from pipelines.score.job import list_remotely
 
 WRITERS = 8
 

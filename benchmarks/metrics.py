@@ -24,8 +24,8 @@ import numpy as np
 import typer
 from scipy import ndimage
 
-from glad_core.counting import PixelCounts, merged
-from glad_core.metrics import image_metrics
+from glad_core.image_metrics import image_metrics
+from glad_core.pixel_metrics import PixelCounts, merged
 
 IMAGES, GOOD_SHARE, SIDE = 1725, 467 / 1725, 512  # MVTec-AD's test set
 PUBLISHED_IMAGES = 100

@@ -29,17 +29,18 @@ from PIL import Image
 from rich.console import Console
 
 from cluster import session
-from glad_core.acceleration import keep_buffers
-from glad_core.admission import run
-from glad_core.bundle import load_bundle
-from glad_core.detect import Request
-from glad_core.engine import Engine
-from pipelines import dataflow, score
-from pipelines.actor_plan import CPU_SLOTS
-from pipelines.decode import decode
-from pipelines.demo_data import board_rng, make_board
-from pipelines.model_source import SMALL_BUNDLE
-from pipelines.results import SCORED_SCHEMA
+from glad_core.bundle.model import load_bundle
+from glad_core.engine.base import run
+from glad_core.engine.engine import Engine
+from glad_core.engine.networks import keep_buffers
+from glad_core.judge import Request
+from pipelines.archive.decode import decode
+from pipelines.demo.boards import board_rng, make_board
+from pipelines.models.find import SMALL_BUNDLE
+from pipelines.runs.schema import SCORED_SCHEMA
+from pipelines.score import dataflow
+from pipelines.score import job as score_job
+from pipelines.score.actor_plan import CPU_SLOTS
 
 DISTINCT = 100  # pictures in the long archive; the rest are hard links to them
 QUIET = Console(quiet=True)
@@ -58,7 +59,7 @@ class NullActor:
         yield pa.Table.from_pylist([self.row | row for row in kept], schema=SCORED_SCHEMA)
 
 
-class Watch(score.Progress):
+class Watch(score_job.Progress):
     """The job's progress, kept in `SEEN`."""
 
     def update(self, done: int, anomalies: int, errors: int) -> None:
@@ -67,8 +68,8 @@ class Watch(score.Progress):
 
 def job(archive: Path, out: Path, actors: int) -> float:
     """Seconds of a scoring job."""
-    request = score.ScoreRequest(str(archive), str(out), actors=actors)
-    counts = score.score(request, QUIET)
+    request = score_job.ScoreRequest(str(archive), str(out), actors=actors)
+    counts = score_job.score(request, QUIET)
     assert counts.errors == 0
     return json.loads((out / "run.json").read_text())["seconds"]
 
@@ -134,10 +135,10 @@ def long_folder(folder: Path, images: int) -> Path:
 def long_archive(folder: Path, images: int) -> dict[str, float]:
     """An archive of hard links through the job with the null model."""
     archive = long_folder(folder, images)
-    real, dataflow.GladActor, score.Progress = dataflow.GladActor, NullActor, Watch  # type: ignore[misc, assignment]
+    real, dataflow.GladActor, score_job.Progress = dataflow.GladActor, NullActor, Watch  # type: ignore[misc, assignment]
     SEEN.clear()
     started, before = time.perf_counter(), psutil.Process().memory_info().rss / 1e6
-    score.score(score.ScoreRequest(str(archive), str(folder / "null")), QUIET)
+    score_job.score(score_job.ScoreRequest(str(archive), str(folder / "null")), QUIET)
     dataflow.GladActor = real  # type: ignore[misc]
     times = np.array([(moment, done) for moment, done, _ in SEEN])
 

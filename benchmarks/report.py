@@ -29,8 +29,9 @@ from PIL import Image
 from rich.console import Console
 
 from cluster.storage import Storage
-from pipelines import results, score
-from pipelines.demo_data import board_rng, make_board
+from pipelines.demo.boards import board_rng, make_board
+from pipelines.runs.schema import SCORED_SCHEMA, ResultsWriter, complete, read_run
+from pipelines.score import job
 
 DISTINCT = 40
 ROWS = 256  # of a shard
@@ -46,11 +47,11 @@ def long_run(folder: Path, images: int) -> Path:
         board, _ = make_board(board_rng(5, kind or "good", index), kind)
         Image.fromarray(board).save(archive / f"{index:06d}.png")
     seed, run, storage = folder / "seed", folder / "run", Storage()
-    score.score(score.ScoreRequest(str(archive), str(seed), reconstructions=True), Console(quiet=True))
+    job.score(job.ScoreRequest(str(archive), str(seed), reconstructions=True), Console(quiet=True))
     scored = pads.dataset(seed / "results").to_table().to_pylist()
     (listed,) = pads.dataset(seed / "manifest").to_table().to_pylist()[:1]
     rng = np.random.default_rng(0)
-    write = results.ResultsWriter(storage, str(run), ROWS, "bench")
+    write = ResultsWriter(storage, str(run), ROWS, "bench")
     manifest = []
     for start in range(0, images, ROWS):
         rows = []
@@ -68,11 +69,11 @@ def long_run(folder: Path, images: int) -> Path:
                 | {"is_anomalous": moved > row["threshold"], "stage": None, "error_type": None, "message": None}
             )
             manifest.append(listed | {"image_id": f"{position:032x}", "uri": str(place), "size": place.stat().st_size})
-        write(pa.Table.from_pylist(rows, schema=results.SCORED_SCHEMA))
+        write(pa.Table.from_pylist(rows, schema=SCORED_SCHEMA))
     (run / "manifest").mkdir()
     pq.write_table(pa.Table.from_pylist(manifest), run / "manifest" / "part-000000.parquet")
-    record = results.read_run(str(seed), storage)
-    results.complete(str(run), storage, record | {"counts": record["counts"] | {"images": images, "scored": images}})
+    record = read_run(str(seed), storage)
+    complete(str(run), storage, record | {"counts": record["counts"] | {"images": images, "scored": images}})
     return run
 
 

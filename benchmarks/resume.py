@@ -22,14 +22,15 @@ import typer
 from pipeline import QUIET, NullActor, long_folder
 
 from cluster import session
-from pipelines import dataflow, results, score
+from pipelines.runs.schema import COMPLETE
+from pipelines.score import dataflow, job
 
 
 class CutOff(BaseException):
     """The end of the first driver; nothing in the product catches it."""
 
 
-class Moments(score.Progress):
+class Moments(job.Progress):
     """When the job first said how far it is, and, in the first run, the cut."""
 
     cut: int | None = None
@@ -51,7 +52,7 @@ def main(
     figures: dict[str, Any] = {"images": images}
     moments: dict[str, float] = {}
     listings = 0
-    list_remotely, run_dataflow = score.list_remotely, score.run_dataflow
+    list_remotely, run_dataflow = job.list_remotely, job.run_dataflow
 
     def timed_listing(*args: Any) -> Any:
         nonlocal listings
@@ -64,28 +65,28 @@ def main(
         moments["dataflow"] = time.perf_counter()
         return run_dataflow(*args)
 
-    dataflow.GladActor, score.Progress = NullActor, Moments  # type: ignore[misc, assignment]
-    score.list_remotely, score.run_dataflow = timed_listing, timed_dataflow
+    dataflow.GladActor, job.Progress = NullActor, Moments  # type: ignore[misc, assignment]
+    job.list_remotely, job.run_dataflow = timed_listing, timed_dataflow
     with tempfile.TemporaryDirectory() as name:
         archive, out = long_folder(Path(name), images), Path(name) / "out"
-        request = score.ScoreRequest(str(archive), str(out))
+        request = job.ScoreRequest(str(archive), str(out))
         session.connect()
         Moments.cut = round(share * images)
         try:
-            score.score(request, QUIET)
+            job.score(request, QUIET)
             raise AssertionError("the first run was not cut off")
         except CutOff:
             figures["listing_seconds"] = moments["listing"]
             figures["committed_shards"] = len(list((out / "commits").iterdir()))
         Moments.cut = Moments.first = None
         started = time.perf_counter()
-        counts = score.score(request, QUIET)
+        counts = job.score(request, QUIET)
         assert Moments.first is not None
         figures["resume_seconds"] = moments["dataflow"] - started
         figures["first_images_seconds"] = Moments.first - started
         figures["listed_again"] = listings > 1
         figures["resume_over_listing"] = figures["resume_seconds"] / figures["listing_seconds"]
-        run = json.loads((out / results.COMPLETE).read_text())
+        run = json.loads((out / COMPLETE).read_text())
         assert counts.scored == images == run["counts"]["scored"]
     print(json.dumps(figures) if as_json else "\n".join(f"{name:24} {value}" for name, value in figures.items()))
 

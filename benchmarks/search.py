@@ -26,15 +26,15 @@ from throughput import boards
 
 from cluster.storage import Storage
 from glad_core import adaptive
-from glad_core.admission import run
-from glad_core.bundle import Model, load_bundle
-from glad_core.detect import Request
-from glad_core.engine import Engine
-from glad_core.search import expected_crossing, first_crossing, guess_scores, largest_fall, next_comparison
-from pipelines.datasets import read_dataset
-from pipelines.decode import decode
-from pipelines.demo_data import DEFECTS
-from pipelines.model_source import SMALL_BUNDLE
+from glad_core.bundle.model import Model, load_bundle
+from glad_core.engine.base import run
+from glad_core.engine.engine import Engine
+from glad_core.engine.search import expected_crossing, first_crossing, guess_scores, largest_fall, next_comparison
+from glad_core.judge import Request
+from pipelines.archive.decode import decode
+from pipelines.demo.boards import DEFECTS
+from pipelines.evaluate.datasets import read_dataset
+from pipelines.models.find import SMALL_BUNDLE
 
 Curve = list[float]
 

@@ -38,18 +38,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from glad_core import adaptive, features, schedule
-from glad_core.acceleration import keep_buffers
-from glad_core.bundle import AUTOCAST, Model, load_bundle
-from glad_core.detect import Request, conclude, prepare
-from glad_core.engine import Engine
+from glad_core.bundle.model import AUTOCAST, Model, load_bundle
+from glad_core.bundle.settings import Settings
+from glad_core.engine.engine import Engine
+from glad_core.engine.networks import keep_buffers
 from glad_core.features import create_vit
+from glad_core.image_metrics import image_metrics
 from glad_core.images import resize
-from glad_core.metrics import image_metrics
-from glad_core.settings import Settings
-from pipelines.actor_plan import CPU_SLOTS, GPU_SLOTS
-from pipelines.demo_data import board_rng, make_board
-from pipelines.glad_actor import set_up
-from pipelines.model_source import SMALL_BUNDLE
+from glad_core.judge import Request, conclude, prepare
+from pipelines.demo.boards import board_rng, make_board
+from pipelines.models.find import SMALL_BUNDLE
+from pipelines.score.actor import set_up
+from pipelines.score.actor_plan import CPU_SLOTS, GPU_SLOTS
 
 BATCHES = (1, 2, 4, 8, 16)  # tried for the best bare model calls
 Found = dict[str, tuple[int | None, float]]  # stop step and score by image

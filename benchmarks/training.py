@@ -2,7 +2,7 @@
 
     python benchmarks/training.py [--json]
 
-- ``synthesis_speedup``: `glad_core.samples.make_rows` against the straightforward dataset item: list the texture
+- ``synthesis_speedup``: `samples.make_rows` against the straightforward dataset item: list the texture
   folder, open a texture with PIL, augment it with PIL, draw Perlin noise with NumPy, blend. Same images, same textures,
   one thread, half of the images anomalous.
 - ``data_wait_share``: share of a training step spent waiting for data, small model on demo boards, all CPUs.
@@ -33,11 +33,11 @@ import typer
 from PIL import Image, ImageEnhance, ImageOps
 from rich.console import Console
 
-from glad_core import samples
-from glad_core.recipe import Recipe
-from pipelines.demo_data import make_board
+from glad_core.training import samples
+from glad_core.training.recipe import Recipe
+from pipelines.demo.boards import make_board
 
-GLAD = [sys.executable, "-c", "from pipelines.cli import main; main()"]
+GLAD = [sys.executable, "-c", "from pipelines.cli.main import main; main()"]
 SIDE, TEXTURES, IMAGES = 512, 5640, 64  # as many textures as DTD has
 TRAIN_STEPS = 120
 CATEGORY_STEPS = 40

@@ -11,8 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from glad_core.recipe import Recipe
-from glad_core.settings import Settings
+from glad_core.bundle.settings import Settings
+from glad_core.training.recipe import Recipe
 
 PAGE = Path(__file__).with_name("settings.md")
 
@@ -73,7 +73,7 @@ RECIPE = """\
 
 Options of `glad train` win over the `recipe` in the provenance of its `--base`, that over these defaults. `--precision`
 is `autocast`, `--ema` is `ema_decay`, `--no-anomalies` sets `anomaly_probability` to 0. `--part dino` and `--part vae`
-start from recipes of their own (`PART_RECIPES` in `pipelines/train.py`).
+start from recipes of their own (`PART_RECIPES` in `pipelines/train/job.py`).
 
 """
 
@@ -84,7 +84,8 @@ def page() -> str:
 
 def commands() -> str:
     """What typer writes of every command, a level deeper and without what each of them repeats."""
-    typer = [sys.executable, "-m", "typer", "pipelines.cli", "utils", "docs", "--name", "glad", "--title", "Commands"]
+    typer = [sys.executable, "-m", "typer", "pipelines.cli.main", "utils", "docs", "--name", "glad"]
+    typer += ["--title", "Commands"]
     root = PAGE.parents[1]
     text = subprocess.run(typer, cwd=root, check=True, capture_output=True, text=True, encoding="utf-8").stdout
     text = html.unescape(text).replace("\r\n", "\n")

@@ -18,7 +18,7 @@ from torch import Tensor
 from glad_core import features, schedule, scoring
 
 if TYPE_CHECKING:
-    from glad_core.bundle import Model
+    from glad_core.bundle.model import Model
 
 StopReason = Literal["difference", "min_step", "none"]
 

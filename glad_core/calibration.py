@@ -14,16 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glad_core import metrics, synthesis
-from glad_core.admission import run
-from glad_core.bundle import Model
-from glad_core.counting import PixelCounts
-from glad_core.detect import Detection, Request
-from glad_core.engine import Engine
+from glad_core import synthesis
+from glad_core.bundle.model import Model
+from glad_core.bundle.settings import Profile, Settings
+from glad_core.engine.base import run
+from glad_core.engine.engine import Engine
+from glad_core.engine.search import fit_guess, largest_fall
+from glad_core.image_metrics import auroc_of_resamples, image_metrics
 from glad_core.images import to_tensor
+from glad_core.judge import Detection, Request
+from glad_core.pixel_metrics import PixelCounts
 from glad_core.scoring import full_size_map
-from glad_core.search import fit_guess, largest_fall
-from glad_core.settings import Profile, Settings
 
 # The published settings walk 30 timesteps at a time (T = 750, S = 25) and stop searching at 350 / 750 of T.
 STRIDE = 30
@@ -194,9 +195,9 @@ def compare(
     size = len(good_new)
     rng = np.random.default_rng(seed)
     drawn = [half * size + rng.integers(0, size, (resamples, size)) for half in (0, 1)]
-    new_resampled, old_resampled = (metrics.auroc_of_resamples(of, *drawn) for of in scores)
+    new_resampled, old_resampled = (auroc_of_resamples(of, *drawn) for of in scores)
     everything = np.arange(2 * size).reshape(2, 1, size)
-    auroc_new, auroc_old = (float(metrics.auroc_of_resamples(of, *everything)[0]) for of in scores)
+    auroc_new, auroc_old = (float(auroc_of_resamples(of, *everything)[0]) for of in scores)
     return Comparison(auroc_new, auroc_old, float(np.quantile(new_resampled - old_resampled, 0.025)), margin)
 
 
@@ -256,11 +257,11 @@ def _separation(model: Model, goods: list[Detection], bads: list[Detection], mas
         torch.from_numpy(masks)[:, None].float(), size=maps.shape[-2:], mode="nearest"
     )[:, 0].numpy()
     if not truth.any():
-        return metrics.image_metrics(scores, labels)["AUROC"]
+        return image_metrics(scores, labels)["AUROC"]
     pixels = PixelCounts()
     for anomaly_map, mask in zip(maps.numpy(), truth, strict=True):
         pixels.add(anomaly_map, mask)
-    return metrics.image_metrics(scores, labels)["AUROC"] + pixels.metrics()["P-AP"]
+    return image_metrics(scores, labels)["AUROC"] + pixels.metrics()["P-AP"]
 
 
 def map_at_full_size(model: Model, image: Detection) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from glad_core.settings import Settings
+from glad_core.bundle.settings import Settings
 
 Match = Literal["anywhere", "window", "sum"]
 

@@ -28,9 +28,9 @@ def tiny_bundle(tmp_path_factory):
 def make_tiny_bundle(path):
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    from glad_core.bundle import save_bundle
+    from glad_core.bundle.model import save_bundle
+    from glad_core.bundle.settings import Settings
     from glad_core.features import create_vit
-    from glad_core.settings import Settings
 
     torch.manual_seed(0)
     blocks = (16, 32)

@@ -19,9 +19,12 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.torch import load_file
 
-from glad_core import adaptive, detect, features, losses, metrics, schedule, scoring
-from glad_core.bundle import Model
-from glad_core.settings import Settings
+from glad_core import adaptive, features, schedule, scoring
+from glad_core.bundle.model import Model
+from glad_core.bundle.settings import Settings
+from glad_core.image_metrics import image_metrics, pixel_metrics
+from glad_core.judge import final_token_map
+from glad_core.training import losses
 
 FOLDER = Path(os.environ.get("GLAD_GOLDEN") or Path(__file__).parents[1] / ".." / "shared" / "golden")
 
@@ -228,7 +231,7 @@ def final_maps(case: Case, model: Model, recon: torch.Tensor, size: int) -> None
         maps, preblur, distances = [], [], []
         for rows in torch.arange(len(images)).split(size):
             with torch.inference_mode():
-                tokens, distance = detect.final_token_map(scored, images[rows], recon[rows])
+                tokens, distance = final_token_map(scored, images[rows], recon[rows])
             distances.append(distance)
             full = scoring.resize_map(tokens, resolution)
             full = scoring.add_pixel_distance(full, distance, options["v"], scope="batch")
@@ -250,8 +253,8 @@ def final_maps(case: Case, model: Model, recon: torch.Tensor, size: int) -> None
 
 
 def metric_values(scores: np.ndarray, labels: np.ndarray, maps: np.ndarray, masks: np.ndarray) -> dict[str, float]:
-    image = {f"I-{key}": value for key, value in metrics.image_metrics(scores, labels).items()}
-    return image | metrics.pixel_metrics(maps, masks)
+    image = {f"I-{key}": value for key, value in image_metrics(scores, labels).items()}
+    return image | pixel_metrics(maps, masks)
 
 
 @pytest.mark.parametrize("name", cases("dino_*"))

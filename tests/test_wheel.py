@@ -14,14 +14,14 @@ ROOMS = ("glad_core", "pipelines", "cluster")
 OPENED = """
 import sys
 from pathlib import Path
-from cluster import launcher
-from glad_core import presets
-from pipelines import report
-from pipelines.cli import app
-rooms = [Path(module.__file__).parents[1] for module in (launcher, presets, report)]
+import cluster
+from glad_core.bundle import presets
+from pipelines.report import page
+from pipelines.cli.main import app
+rooms = [Path(sys.modules[name].__file__).parents[1] for name in ("cluster", "glad_core", "pipelines")]
 assert rooms == [Path(sys.argv[1])] * 3, rooms
 assert presets.preset("MVTec-AD", "screw")
-assert (report.TEMPLATES / "report.html.j2").is_file()
+assert (page.TEMPLATES / "report.html.j2").is_file()
 app(["bundle", "inspect", "small"])
 """
 
@@ -43,7 +43,7 @@ def test_a_wheel_holds_every_file_and_runs_without_the_source(tmp_path):
         scripts = next(packed.read(name) for name in packed.namelist() if name.endswith("entry_points.txt"))
         packed.extractall(home)
     assert held == wanted
-    assert b"glad = pipelines.cli:main" in scripts
+    assert b"glad = pipelines.cli.main:main" in scripts
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from pipelines.glad_actor import Watched
+from pipelines.score.actor import Watched
 
 DASHBOARD = Path(__file__).parents[2] / "cluster" / "grafana" / "glad.json"
 

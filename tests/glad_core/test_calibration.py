@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from glad_core import calibration
-from glad_core.bundle import load_bundle
-from glad_core.detect import Request, detect
+from glad_core.bundle.model import load_bundle
+from glad_core.judge import Request, detect
 
 
 def test_conformal_quantile_keeps_its_promise() -> None:

@@ -3,7 +3,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from glad_core import schedule
-from glad_core.bundle import stable_diffusion_schedule
+from glad_core.bundle.model import stable_diffusion_schedule
 
 ALPHAS = schedule.alphas_cumprod()
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from pipelines.cli import app
+from pipelines.cli.main import app
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 RNG = np.random.default_rng(11)

@@ -14,7 +14,7 @@ from conftest import photo
 from typer.testing import CliRunner
 
 from cluster import session
-from pipelines.cli import app
+from pipelines.cli.main import app
 
 pytestmark = pytest.mark.slow
 IMAGES = 160
@@ -38,7 +38,7 @@ def command(archive, bundle, out):
 
 def start(words, log):
     environment = os.environ | session.QUIET | {"OMP_NUM_THREADS": "1"}
-    glad = "from pipelines.cli import main; main()"
+    glad = "from pipelines.cli.main import main; main()"
     with log.open("ab") as output:
         return subprocess.Popen([sys.executable, "-c", glad, *words], stdout=output, stderr=output, env=environment)
 

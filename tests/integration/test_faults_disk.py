@@ -8,7 +8,7 @@ import pytest
 from conftest import all_cpus_free, photo
 from typer.testing import CliRunner
 
-from pipelines.cli import app
+from pipelines.cli.main import app
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 IMAGES = 80

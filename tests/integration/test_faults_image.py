@@ -44,7 +44,7 @@ def test_images_that_kill_the_decoder(tmp_path, tiny_bundle):
     environment["PYTHONPATH"] = os.pathsep.join(places)
 
     words = ["score", tmp_path / "photos", "--model", tiny_bundle, "--out", tmp_path / "out", "--actors", "1"]
-    glad = [sys.executable, "-c", "from pipelines.cli import main; main()", *map(str, words)]
+    glad = [sys.executable, "-c", "from pipelines.cli.main import main; main()", *map(str, words)]
     done = subprocess.run(glad, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stdout + done.stderr
 

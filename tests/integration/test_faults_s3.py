@@ -15,9 +15,9 @@ from conftest import find_weed, free_ports, make_bucket, photo, s3_environment, 
 from typer.testing import CliRunner
 
 from cluster.storage import Storage, StorageError
-from pipelines.cli import app
-from pipelines.decode import fetch
-from pipelines.shards import read_commits
+from pipelines.archive.decode import fetch
+from pipelines.cli.main import app
+from pipelines.runs.commits import read_commits
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 AWAY = 20  # seconds

@@ -11,8 +11,8 @@ from conftest import make_bucket
 from typer.testing import CliRunner
 
 from cluster.storage import Storage
-from pipelines.cli import app
-from pipelines.results import ERRORS_SCHEMA, RESULTS_SCHEMA
+from pipelines.cli.main import app
+from pipelines.runs.schema import ERRORS_SCHEMA, RESULTS_SCHEMA
 
 pytestmark = pytest.mark.slow
 

@@ -13,8 +13,8 @@ from test_faults_train import kill_a_training_worker
 from typer.testing import CliRunner
 
 from cluster.storage import Storage
-from pipelines import registry
-from pipelines.cli import app
+from pipelines.cli.main import app
+from pipelines.models import registry
 
 pytestmark = pytest.mark.slow
 

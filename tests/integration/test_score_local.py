@@ -12,7 +12,7 @@ from conftest import all_cpus_free
 from PIL import Image
 from typer.testing import CliRunner
 
-from pipelines.cli import app
+from pipelines.cli.main import app
 
 TILES = Path(os.environ.get("GLAD_REAL_IMAGES", Path(__file__).parents[3] / "shared/data/magnetic_tile"))
 

@@ -10,9 +10,9 @@ from conftest import make_bucket
 from typer.testing import CliRunner
 
 from cluster.storage import Storage
-from pipelines import listing
-from pipelines.cli import app
-from pipelines.sources import list_source
+from pipelines.archive import listing
+from pipelines.archive.sources import list_source
+from pipelines.cli.main import app
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 

@@ -15,7 +15,7 @@ import pytest
 from conftest import photo
 from typer.testing import CliRunner
 
-from pipelines.cli import app
+from pipelines.cli.main import app
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent

@@ -1,0 +1,157 @@
+"""``glad.json``: what a bundle is, read, checked and written without loading a tensor (or PyTorch)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from glad_core.bundle.settings import Settings
+from glad_core.errors import GladError
+
+SCHEMA_VERSION = 1
+MANIFEST = "glad.json"
+REQUIRED = (
+    "unet/config.json",
+    "vae/config.json",
+    "scheduler/scheduler_config.json",
+    "features/config.json",
+    "features/model.safetensors",
+    "prompt.safetensors",
+)
+
+
+class FileEntry(BaseModel):
+    """Size in bytes and sha256 of one file."""
+
+    size: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """``glad.json``: what a bundle is, readable without loading a tensor.
+
+    ``model_id`` is a hash of the settings, the category and all file hashes: two bundles that judge alike share it.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int
+    model_id: str
+    category: str
+    settings: dict[str, Any]
+    provenance: dict[str, Any]
+    versions: dict[str, str]
+    files: dict[str, FileEntry]
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Read and check ``glad.json`` and the presence and size of every file, without loading tensors.
+
+    Raises:
+        GladError: not a bundle, of another schema version, or incomplete; one line each.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise GladError(f"{path}: no such model bundle folder; make one with `glad bundle create` or `glad train`")
+    if not (path / MANIFEST).is_file():
+        hint = " (a diffusers folder: turn it into a bundle with `glad bundle create`)" if _is_diffusers(path) else ""
+        raise GladError(f"{path}: not a GLAD bundle, it has no {MANIFEST}{hint}")
+    try:
+        manifest = Manifest.model_validate_json((path / MANIFEST).read_text())
+    except (ValidationError, UnicodeDecodeError) as error:
+        place = ".".join(map(str, error.errors()[0]["loc"])) if isinstance(error, ValidationError) else ""
+        wrong = f" ('{place}' is not as it should be)" if place else ""
+        raise GladError(
+            f"{path / MANIFEST}: damaged or of another program{wrong}; restore the bundle from its source"
+        ) from error
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise GladError(
+            f"{path}: bundle schema version {manifest.schema_version}, this program reads {SCHEMA_VERSION}: "
+            "use the matching glad version or make the bundle again"
+        )
+    present = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MANIFEST}
+    required = {name for name in REQUIRED if name not in manifest.files}
+    for name in sorted((set(manifest.files) | required) - present):
+        raise GladError(f"{path}: incomplete bundle, {name} is missing; copy the bundle again")
+    for name in sorted(required):
+        raise GladError(f"{path}: incomplete bundle, {MANIFEST} does not list {name}; make the bundle again")
+    for name in sorted(present - set(manifest.files)):
+        raise GladError(f"{path}: {name} is not listed in {MANIFEST}; remove it or make the bundle again")
+    for name, entry in sorted(manifest.files.items()):
+        size = (path / name).stat().st_size
+        if size != entry.size:
+            raise GladError(f"{path}: damaged bundle, {name} has {size} bytes instead of {entry.size}; copy it again")
+    Settings.parse(manifest.settings, str(path / MANIFEST))
+    return manifest
+
+
+def verify(path: str | Path) -> Manifest:
+    """`read_manifest`, and the sha256 of every file and the model id as well."""
+    path = Path(path)
+    manifest = read_manifest(path)
+    for name, entry in sorted(manifest.files.items()):
+        if _sha256(path / name) != entry.sha256:
+            raise GladError(f"{path}: damaged bundle, {name} does not match its sha256; copy the bundle again")
+    if _model_id(manifest.settings, manifest.category, manifest.files) != manifest.model_id:
+        raise GladError(f"{path}: {MANIFEST} was changed by hand, its model id no longer fits; use `glad` to change it")
+    return manifest
+
+
+def update_settings(path: str | Path, settings: Settings, provenance: dict[str, Any]) -> str:
+    """Give an existing bundle new settings (after calibration); weights stay. Returns the new model id."""
+    manifest = read_manifest(path)
+    provenance = manifest.provenance | provenance
+    return write_manifest(Path(path), settings.model_dump(), manifest.category, provenance).model_id
+
+
+def write_manifest(path: Path, settings: dict[str, Any], category: str, provenance: dict[str, Any]) -> Manifest:
+    """Describe the files of a bundle's folder as they are now."""
+    names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file() and file.name != MANIFEST)
+    files = {name: FileEntry(size=(path / name).stat().st_size, sha256=_sha256(path / name)) for name in names}
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        model_id=_model_id(settings, category, files),
+        category=category,
+        settings=settings,
+        provenance=provenance,
+        versions=versions("glad-ray", "torch", "diffusers", "timm"),
+        files=files,
+    )
+    written = path / f".{MANIFEST}.new"
+    written.write_text(manifest.model_dump_json(indent=1) + "\n")
+    written.rename(path / MANIFEST)  # atomic: a reader sees the old or the new one
+    return manifest
+
+
+def _model_id(settings: dict[str, Any], category: str, files: dict[str, FileEntry]) -> str:
+    content = {
+        "settings": settings,
+        "category": category,
+        "files": {name: entry.sha256 for name, entry in sorted(files.items())},
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _is_diffusers(path: Path) -> bool:
+    return (path / "model_index.json").is_file()
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of installed packages; "unknown" of one that runs without having been installed, from a folder of source."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found

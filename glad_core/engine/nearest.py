@@ -1,0 +1,113 @@
+"""The yardstick without diffusion: PatchCore's memory of good patches (Roth et al., CVPR 2022) on DINO features.
+
+A patch is as anomalous as the nearest patch remembered from good images is far. It shares features, map and image score
+with GLAD, so the two differ in what an image is compared with and in nothing else.
+
+Shapes: B images, N patches of an image, g patches along a side, D feature width, M patches remembered.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glad_core import features, scoring
+from glad_core.bundle.model import Model
+from glad_core.engine.base import Queue, Verdict
+from glad_core.images import to_tensor
+from glad_core.judge import Detection, Request
+
+CANDIDATES = 50_000  # patches the memory is chosen from
+REMEMBERED = 5_000
+PROJECTED = 64  # width in which the coreset is chosen
+
+
+@torch.inference_mode()
+def patch_features(model: Model, images_B3RR: Tensor) -> Tensor:
+    """Unit-length patch features, float32 [B, N, D]: blocks used, each averaged over 3 x 3 patches and normalised.
+
+    Images are in [-1, 1]; they are resized to the feature resolution and ImageNet-normalised, as for the final map.
+    """
+    side = model.settings.feature_resolution
+    resized = F.interpolate(images_B3RR.to(model.device), size=(side, side), mode="bilinear", align_corners=True)
+    vit = model.final_features
+    prepared = features.imagenet_normalize(resized).to(model.dtype)
+    layers = []
+    for tokens in features.patch_tokens(vit, prepared, features.used_blocks(vit)):
+        grid = round(tokens.shape[1] ** 0.5)
+        square = tokens.float().transpose(1, 2).unflatten(2, (grid, grid))
+        around = F.avg_pool2d(F.pad(square, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+        layers.append(F.normalize(around.flatten(2).transpose(1, 2), dim=2))
+    return torch.cat(layers, dim=2) / len(layers) ** 0.5
+
+
+def remember(patches_PD: Tensor, seed: int = 0) -> Tensor:
+    """The memory [M, D] of good patches: a greedy k-centre coreset, so that no good patch is far from a remembered one.
+
+    At most `CANDIDATES` random patches are considered and `REMEMBERED` kept; distances are those of a random
+    projection, as PatchCore takes them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(patches_PD), generator=generator)[:CANDIDATES]
+    candidates = patches_PD[chosen.to(patches_PD.device)]
+    if len(candidates) <= REMEMBERED:
+        return candidates
+    projection = torch.randn(candidates.shape[1], PROJECTED, generator=generator) / PROJECTED**0.5
+    flat = candidates @ projection.to(candidates.device)
+    kept = torch.zeros(REMEMBERED, dtype=torch.long, device=flat.device)
+    distance = (flat - flat[0]).square().sum(dim=1)
+    for place in range(1, REMEMBERED):
+        kept[place] = distance.argmax()
+        distance = torch.minimum(distance, (flat - flat[kept[place]]).square().sum(dim=1))
+    return candidates[kept]
+
+
+class NearestEngine(Queue):
+    """Judges what is submitted by a memory, ``slots`` images at a time."""
+
+    def __init__(self, model: Model, memory_MD: Tensor, slots: int) -> None:
+        super().__init__(model, slots)
+        self.memory = memory_MD
+
+    def work(self) -> list[Verdict]:
+        """One batch."""
+        self.admit()
+        verdicts: list[Verdict] = list(
+            zip(self.coming, detect_nearest(self.model, self.memory, self.coming), strict=True)
+        )
+        self.coming = []
+        return verdicts
+
+
+@torch.inference_mode()
+def detect_nearest(model: Model, memory_MD: Tensor, requests: Sequence[Request]) -> Iterator[Detection]:
+    """Judge images by their distance to the memory: `Detection`s without steps, the image as its reconstruction."""
+    if not requests:
+        return
+    started = time.perf_counter()
+    patches = patch_features(model, to_tensor([request.image for request in requests]))
+    memory = memory_MD.to(patches.device, patches.dtype)
+    # Per image, so that the distances of one image at a time are in memory.
+    nearest = torch.stack([(1 - image @ memory.T).amin(dim=1) for image in patches])
+    grid = round(nearest.shape[1] ** 0.5)
+    token_maps = nearest.unflatten(1, (grid, grid))
+    scores = scoring.image_score(
+        scoring.full_size_map(token_maps, model.settings), model.settings.image_score_top_k
+    ).tolist()
+    kept = token_maps.to(torch.float16).cpu().numpy()
+    seconds = (time.perf_counter() - started) / len(requests)
+    for row, request in enumerate(requests):
+        yield Detection(
+            image_id=request.image_id,
+            score=scores[row],
+            stop_step=None,
+            stop_reason="none",
+            steps=[],
+            anomaly_map=kept[row],
+            reconstruction=request.image,
+            seconds=seconds,
+        )

@@ -1,0 +1,187 @@
+"""From images to verdicts: noise per image, reconstruction, final comparison, score.
+
+This is the seam between the method and whatever runs it: requests in, results out, in any order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glad_core import adaptive, features, scoring
+from glad_core.bundle.model import Model
+from glad_core.errors import GladError
+from glad_core.synthesis import object_mask
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One image to judge: uint8 [R, R, 3] RGB at the bundle's resolution R; its category chooses the prompt."""
+
+    image_id: str
+    image: np.ndarray
+    category: str | None = None
+
+
+@dataclass(frozen=True)
+class Detection:
+    """One verdict.
+
+    ``anomaly_map`` is float16 [g, g] at token resolution, or [D, D] where the score needs terms that only exist at
+    full size (`full_size_only`). ``steps`` holds every (timestep, step score) in the order they were compared.
+    ``reconstruction`` is uint8 [R, R, 3]; ``seconds`` the image's share of the time of the batches it was in;
+    ``departures`` how far the latents were from the input's at every step of the search, where the engine says so.
+    """
+
+    image_id: str
+    score: float
+    stop_step: int | None
+    stop_reason: adaptive.StopReason
+    steps: list[tuple[int, float]]
+    anomaly_map: np.ndarray
+    reconstruction: np.ndarray
+    seconds: float
+    departures: list[float] = field(default_factory=list)
+
+
+def image_noise(image_id: str, seed: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """ε and the posterior noise of one image, float32 ``shape`` each, from (run seed, image id) alone.
+
+    Drawn on the CPU whatever the device, so that a result does not depend on where, when or with whom an image runs.
+    """
+    digest = hashlib.sha256(f"{seed}:{image_id}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+
+
+def full_size_only(model: Model) -> bool:
+    """Whether the map has pixel-resolution terms (v, foreground) and so cannot be kept at token resolution."""
+    return model.settings.pixel_weight_v > 0 or model.settings.foreground_mode != 3
+
+
+def final_token_map(model: Model, test_B3RR: Tensor, reconstruction_B3RR: Tensor) -> tuple[Tensor, Tensor]:
+    """Eq. 11-12 on image and reconstruction: token map [B, g, g] and pixel distance [B, D, D].
+
+    Both are resized to the feature resolution and ImageNet-normalised first.
+    """
+    s = model.settings
+    size = (s.feature_resolution, s.feature_resolution)
+    both = torch.cat([test_B3RR, reconstruction_B3RR])
+    both = F.interpolate(both, size=size, mode="bilinear", align_corners=True)
+    both = features.imagenet_normalize(both)
+    vit = model.final_features
+    with model.precision():
+        layers = features.patch_tokens(vit, both, features.used_blocks(vit))
+    tokens = [layer.float().chunk(2) for layer in layers]
+    maps = scoring.token_map(
+        [pair[0] for pair in tokens],
+        [pair[1] for pair in tokens],
+        match=s.match,
+        radius=s.window,
+        bidirectional=s.bidirectional,
+    )
+    test, reconstruction = both.float().chunk(2)
+    return maps, scoring.pixel_distance(test, reconstruction)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the method needs of a batch: x^a [B, 3, R, R] in [-1, 1], ε and posterior noise [B, C, H, W], prompts."""
+
+    images: Tensor
+    eps: Tensor
+    posterior_noise: Tensor
+    prompts: Tensor
+
+
+def check_request(model: Model, request: Request) -> None:
+    """Refuse an image that is not uint8 [R, R, 3], or of a category that the bundle does not know (GladError)."""
+    side = model.settings.resolution
+    if request.image.shape != (side, side, 3) or request.image.dtype != np.uint8:
+        raise GladError(
+            f"{request.image_id}: expected uint8 {side}x{side}x3, "
+            f"got {request.image.dtype} {request.image.shape}: resize it to the bundle's resolution"
+        )
+    model.prompts_for([request.category])
+
+
+def prepare(model: Model, requests: Sequence[Request], seed: int) -> Prepared:
+    """Requests as tensors on the model's device.
+
+    Raises:
+        GladError: as `check_request`.
+    """
+    s = model.settings
+    for request in requests:
+        check_request(model, request)
+    prompts = model.prompts_for([request.category for request in requests])
+    pixels = torch.from_numpy(np.stack([request.image for request in requests])).permute(0, 3, 1, 2)
+    images = (pixels.to(model.device).float() / 127.5 - 1).to(model.dtype)
+    side = s.resolution // model.vae_factor
+    shape = (model.vae.config.latent_channels, side, side)
+    noises = [image_noise(request.image_id, seed, shape) for request in requests]
+    eps, posterior_noise = (torch.stack(part).to(model.device, model.dtype) for part in zip(*noises, strict=True))
+    return Prepared(images, eps, posterior_noise, prompts)
+
+
+def conclude(
+    model: Model, images_B3RR: Tensor, z_BCHW: Tensor, latents_BCHW: Tensor
+) -> list[tuple[float, np.ndarray, np.ndarray]]:
+    """The verdict on each image (Sec. 3.6) from its latents z and those of its reconstruction.
+
+    Returns:
+        Score, anomaly map and reconstruction, as `Detection` has them.
+    """
+    s = model.settings
+    if s.compare_with == "round_trip":
+        test, rebuilt = adaptive.decode(model, torch.cat([z_BCHW, latents_BCHW])).chunk(2)
+    else:
+        test, rebuilt = images_B3RR, adaptive.decode(model, latents_BCHW)
+    token_maps, distance = final_token_map(model, test, rebuilt)
+    if full_size_only(model):
+        maps = scoring.resize_map(token_maps, s.feature_resolution)
+        maps = scoring.smooth(scoring.add_pixel_distance(maps, distance, s.pixel_weight_v, scope="image"), s.blur_sigma)
+        if s.foreground_mode != 3:
+            mask = object_mask(images_B3RR.float(), s.foreground_mode)
+            maps = maps * scoring.resize_map(mask, s.feature_resolution)
+        kept = maps
+    else:
+        maps, kept = scoring.full_size_map(token_maps, s), token_maps
+    scores = scoring.image_score(maps, s.image_score_top_k).tolist()
+    pixels = ((rebuilt.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return list(zip(scores, kept.to(torch.float16).cpu().numpy(), pixels, strict=True))
+
+
+@torch.inference_mode()
+def detect(model: Model, requests: Sequence[Request], seed: int = 0) -> Iterator[Detection]:
+    """Judge images as one batch by the reference loop; `glad_core.engine.engine` gives the same answers faster.
+
+    Raises:
+        GladError: as `prepare`.
+    """
+    if not requests:
+        return
+    started = time.perf_counter()
+    inputs = prepare(model, requests, seed)
+    result = adaptive.reconstruct(model, inputs.images, inputs.eps, inputs.posterior_noise, prompts_BLD=inputs.prompts)
+    verdicts = conclude(model, inputs.images, result.input_latents, result.latents)
+    seconds = (time.perf_counter() - started) / len(requests)
+    for row, request in enumerate(requests):
+        score, anomaly_map, rebuilt = verdicts[row]
+        yield Detection(
+            image_id=request.image_id,
+            score=score,
+            stop_step=result.stop_step[row],
+            stop_reason=result.stop_reason[row],
+            steps=result.steps[row],
+            anomaly_map=anomaly_map,
+            reconstruction=rebuilt,
+            seconds=seconds,
+        )

@@ -1,0 +1,189 @@
+"""`glad bundle create | import-unet | inspect`: making model bundles from other people's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from glad_core.bundle import presets
+from glad_core.bundle.glad_json import Manifest, read_manifest, verify
+from glad_core.bundle.model import load_bundle, save_bundle, save_derived
+from glad_core.bundle.settings import Settings
+from glad_core.errors import GladError
+from glad_core.features import create_vit
+
+PROMPT = "a photo of sks"
+
+
+def create(
+    diffusion: str, features: str, out: Path, *, category: str, preset: str | None, settings: dict[str, Any]
+) -> str:
+    """A bundle from a Stable Diffusion folder or hub id and a timm ViT; returns its model id.
+
+    Args:
+        diffusion: folder in diffusers format, or hub id such as ``CompVis/stable-diffusion-v1-4``.
+        features: timm name such as ``vit_base_patch8_224.dino``; its pretrained weights are fetched.
+        category: what the model judges; several with commas between have a prompt each.
+        preset: ``DATASET/CATEGORY`` of the published settings, e.g. ``MVTec-AD/screw``; for several categories those of
+            the dataset's one model.
+        settings: settings that override the preset's.
+
+    Raises:
+        GladError: a part cannot be loaded (also when it exists only as a pickle), or ``out`` exists.
+    """
+    if out.exists():
+        raise GladError(f"{out} already exists: choose another --out or remove it")
+    if not Path(diffusion).exists() and diffusion.count("/") != 1:
+        raise GladError(f"{diffusion}: no such folder; give a diffusers folder, or a hub id such as OWNER/MODEL")
+    published: dict[str, Any] = {}
+    recipe: dict[str, Any] = {}
+    if preset is not None:
+        dataset, _, name = preset.partition("/")
+        published = presets.preset(dataset, name, multi_class="," in category)
+        recipe = presets.training_preset(dataset, name, multi_class="," in category)
+        category = category or name
+    parsed = Settings.parse(published | settings, "settings")
+    several = [name.strip() for name in category.split(",")] if "," in category else []
+    unet = _part(UNet2DConditionModel, diffusion, "unet")
+    vae = _part(AutoencoderKL, diffusion, "vae")
+    cond, uncond, *each = _prompt_embeddings(diffusion, several)
+    vit = _pretrained_vit(features)
+    return save_bundle(
+        out,
+        unet=unet,
+        vae=vae,
+        features=vit,
+        features_config={"architecture": features, "args": {}},
+        prompt_cond=cond,
+        prompt_uncond=uncond,
+        prompts=dict(zip(several, each, strict=True)),
+        settings=parsed,
+        category=",".join(several) or category,
+        # `glad train` starts from the recipe.
+        provenance={"diffusion": diffusion, "features": features, "prompt": PROMPT, "preset": preset, "recipe": recipe},
+    )
+
+
+def import_unet(base: Path, checkpoint: Path, out: Path, *, category: str, preset: str | None) -> str:
+    """``base`` with the UNet of an authors' ``pytorch_model.bin``, read with ``weights_only=True``.
+
+    Raises:
+        GladError: not a checkpoint of tensors, or of another network than the base's UNet.
+    """
+    if out.exists():
+        raise GladError(f"{out} already exists: choose another --out or remove it")
+    if checkpoint.is_dir():
+        checkpoint = checkpoint / "pytorch_model.bin"
+    if not checkpoint.is_file():
+        raise GladError(f"{checkpoint}: no such file; name the pytorch_model.bin of a checkpoint-* folder")
+    manifest = read_manifest(base)
+    settings, recipe = manifest.settings, manifest.provenance.get("recipe", {})
+    if preset is not None:
+        dataset, _, name = preset.partition("/")
+        settings, category = settings | presets.preset(dataset, name), category or name
+        recipe = presets.training_preset(dataset, name)
+    parsed = Settings.parse(settings, "settings")
+    try:
+        weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever the bytes provoke
+        raise GladError(
+            f"{checkpoint}: not a safe checkpoint of tensors ({type(error).__name__}); nothing was run"
+        ) from error
+    model = load_bundle(base)
+    expected = model.unet.state_dict()
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise GladError(f"{checkpoint}: not a flat table of tensors, so not a UNet checkpoint")
+    for name in sorted(expected.keys() ^ weights.keys()):
+        side = "lacks" if name in expected else "has an unknown"
+        raise GladError(f"{checkpoint}: {side} weight {name}; it is not a checkpoint of this base's UNet")
+    for name, value in expected.items():
+        if weights[name].shape != value.shape:
+            raise GladError(
+                f"{checkpoint}: {name} is {tuple(weights[name].shape)}, this base's UNet has {tuple(value.shape)}"
+            )
+    model.unet.load_state_dict(weights)
+    return save_derived(
+        out,
+        base,
+        model,
+        parsed,
+        category=category or manifest.category,
+        provenance={
+            "base": manifest.model_id,
+            "unet_checkpoint": checkpoint.name,
+            "preset": preset,
+            "recipe": recipe,
+        },
+    )
+
+
+def inspect(path: Path, console: Console) -> Manifest:
+    """Print what a bundle is and check every file's sha256; returns its glad.json."""
+    manifest = verify(path)
+    table = Table("part", "value", title=f"{path} · verified")
+    table.add_row("model id", manifest.model_id)
+    table.add_row("category", manifest.category or "(none)")
+    for name, value in Settings.parse(manifest.settings, str(path)).model_dump().items():
+        table.add_row(name, str(value))
+    sizes: dict[str, int] = {}
+    for name, entry in manifest.files.items():
+        part = name.split("/")[0]
+        sizes[part] = sizes.get(part, 0) + entry.size
+    for part, size in sizes.items():
+        table.add_row(part, f"{size / 1e6:.2f} MB")
+    for name, value in {**manifest.provenance, **manifest.versions}.items():
+        table.add_row(name, str(value))
+    console.print(table)
+    return manifest
+
+
+def _part(cls: Any, diffusion: str, subfolder: str, **options: Any) -> Any:
+    """One network of a diffusers folder or hub repository, safetensors only."""
+    try:
+        return cls.from_pretrained(diffusion, subfolder=subfolder, use_safetensors=True, **options)
+    except (OSError, ValueError) as error:
+        folder = Path(diffusion) / subfolder
+        if folder.is_dir() and any(folder.glob("*.bin")):
+            raise GladError(
+                f"{folder} holds pickled weights only (.bin), which are never loaded: save it as safetensors first"
+            ) from error
+        if Path(diffusion).exists():
+            raise GladError(f"{folder}: no {cls.__name__} in safetensors there; is it a diffusers folder?") from error
+        raise GladError(
+            f"'{diffusion}': no such folder, and the hub has no such model or cannot be reached; "
+            "download it first and give the folder"
+        ) from error
+
+
+def _prompt_embeddings(diffusion: str, categories: list[str]) -> tuple[Tensor, ...]:
+    """Embeddings of the constant prompt, of the empty one and of the prompt with each category, [1, L, D] each."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    encoder = _part(CLIPTextModel, diffusion, "text_encoder")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(diffusion, subfolder="tokenizer")
+    except (OSError, ValueError, TypeError) as error:
+        raise GladError(f"{Path(diffusion) / 'tokenizer'}: no CLIP tokenizer there") from error
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+    tokens = tokenizer([PROMPT, "", *(f"{PROMPT} {name}" for name in categories)], max_length=length, **options)
+    with torch.inference_mode():
+        return encoder(tokens.input_ids)[0].clone().split(1)
+
+
+def _pretrained_vit(features: str) -> Any:
+    try:
+        return create_vit(features, pretrained=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, GladError):
+            raise
+        raise GladError(
+            f"'{features}': its pretrained weights cannot be fetched (no network to the hub?); "
+            "run once where the hub is reachable"
+        ) from error

@@ -1,0 +1,86 @@
+"""How many GLAD actors, and how much of the machine each gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cluster import session
+from glad_core.errors import GladError
+
+if TYPE_CHECKING:
+    from pipelines.score.job import ScoreRequest
+
+TASKS_SHARE = 0.5  # CPUs kept free for decoding and writing
+CPU_SHARE = 0.75  # of a core per CPU actor: two actors and two tasks fit on two cores
+MODEL_COPIES = 3  # memory of one actor, as multiples of the weights on disk: float32 from float16, and activations
+CPU_SLOTS = 16  # images in flight: more make a UNet call no faster, since its weights are read once for all of them
+GPU_SLOTS = 8  # full-size networks and 8 images of 512 x 512 take 17 GB in float32
+ACTOR_MEMORY = 2**30  # and what torch and Ray take before any weights
+
+
+@dataclass(frozen=True)
+class ActorPlan:
+    """``actors`` processes with ``num_cpus`` and ``num_gpus`` each, computing with ``threads`` threads.
+
+    Each has ``slots`` images in flight. ``decoders`` tasks decode at a time, None for as many as there is room for.
+
+    Where the plan ``grows`` they are the first ones: more come while images wait and the cluster has room.
+    """
+
+    actors: int
+    num_cpus: float
+    num_gpus: float
+    threads: int
+    slots: int
+    decoders: int | None
+    grows: bool = False
+
+    def describe(self) -> str:
+        share = f"{self.num_gpus:g} GPU" if self.num_gpus else f"{self.num_cpus:g} CPU"
+        more = ", more as the cluster grows" if self.grows else ""
+        return f"{self.actors} actor{'s' if self.actors > 1 else ''} with {share} each{more}"
+
+
+def plan_actors(available: dict[str, float], request: ScoreRequest, weights: int) -> ActorPlan:
+    """What was asked for, and for the rest what fits: every GPU, or every core as far as memory goes.
+
+    On a cluster ``--actors`` is a number that waits for room; without it the plan begins with what fits now and grows.
+
+    Args:
+        available: the cluster's resources, as `session.resources` counts them.
+        weights: bytes of the bundle.
+
+    Raises:
+        GladError: more than this machine has. A cluster may grow, so there nothing is refused.
+    """
+    cpus, gpus = available.get("CPU", 1.0), available.get("GPU", 0.0)
+    num_gpus = (1.0 if session.gpus(available) else 0.0) if request.num_gpus is None else request.num_gpus
+    if num_gpus > 1 and num_gpus != int(num_gpus):
+        raise GladError(f"--num-gpus {num_gpus:g}: give a fraction of one GPU, or a whole number")
+    num_cpus = (CPU_SHARE if not num_gpus else 0.5) if request.num_cpus is None else request.num_cpus
+    actors = request.actors or _fitting(available, num_cpus, num_gpus, weights)
+    if request.address is None:
+        if num_gpus * actors > gpus:
+            raise GladError(
+                f"{actors} actors with --num-gpus {num_gpus:g} need {num_gpus * actors:g} GPUs, "
+                f"this machine has {gpus:g}: lower --actors or --num-gpus"
+            )
+        if num_cpus * actors > cpus - 0.25:
+            raise GladError(
+                f"{actors} actors with {num_cpus:g} CPUs each leave nothing of this machine's {cpus:g} for decoding: "
+                "lower --actors or --num-cpus"
+            )
+    grows = request.address is not None and request.actors is None
+    slots = request.batch_size or (GPU_SLOTS if num_gpus else CPU_SLOTS)
+    # One for every core left. Each is a process, and what starts with the actors holds them up.
+    decoders = None if grows else max(actors, int(cpus - actors * num_cpus))
+    return ActorPlan(actors, num_cpus, num_gpus, max(1, round(num_cpus)), slots, decoders, grows)
+
+
+def _fitting(available: dict[str, float], num_cpus: float, num_gpus: float, weights: int) -> int:
+    cpus = available.get("CPU", 1.0)
+    if num_gpus:
+        return max(1, int(available.get("GPU", 0.0) / num_gpus))
+    by_memory = int(available.get("memory", 0.0) / (MODEL_COPIES * weights + ACTOR_MEMORY))
+    return max(1, min(int(cpus), int((cpus - TASKS_SHARE) / num_cpus) if num_cpus else 1, by_memory or 1))

@@ -1,0 +1,75 @@
+"""`glad score --method nearest`: the memory of good patches, made once per job and shared by its actors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from cluster.storage import Storage, is_s3, local_path
+from glad_core.bundle.model import load_bundle
+from glad_core.calibration import conformal_quantile, images_needed
+from glad_core.engine import nearest
+from glad_core.errors import GladError
+from glad_core.images import to_tensor
+from glad_core.judge import Request
+from pipelines.archive.decode import ImageError, decode, fetch
+from pipelines.archive.sources import list_source
+from pipelines.models.find import local_bundle
+
+MAX_IMAGES = 500
+BATCH = 8
+HELD_OUT_SHARE = 0.2
+TARGET_FPR = 0.05
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Remembered patches [M, D] and, where good images sufficed, a threshold that 5 % of good images exceed."""
+
+    patches: Tensor
+    threshold: float | None
+
+
+def build_memory(good: str, model_location: str, storage: Storage, place: str, device: str, seed: int) -> int:
+    """Make the memory of up to 500 good images and write it to ``place``; returns how many images it holds.
+
+    A fifth of the images is held out for the threshold.
+
+    Raises:
+        GladError: fewer than two readable images in ``good``.
+    """
+    model = load_bundle(local_bundle(model_location, storage), device)
+    source = good if is_s3(good) else local_path(good)
+    images: list[np.ndarray] = []
+    for row in list_source(source, None, storage):
+        if len(images) == MAX_IMAGES:
+            break
+        try:
+            images.append(decode(fetch(storage, row), model.settings.resolution).pixels)
+        except ImageError:
+            continue  # a bad file among the good images; it would not be scored either
+    if len(images) < 2:
+        raise GladError(f"{good}: {len(images)} readable good images; at least two are needed, better 50")
+    order = np.random.default_rng(seed).permutation(len(images))
+    held_out = max(1, round(len(images) * HELD_OUT_SHARE))
+    fit = [images[index] for index in order[held_out:]]
+    parts = [nearest.patch_features(model, to_tensor(fit[i : i + BATCH])) for i in range(0, len(fit), BATCH)]
+    patches = nearest.remember(torch.cat(parts).flatten(0, 1), seed)
+    requests = [Request(str(index), images[index]) for index in order[:held_out]]
+    scores = [image.score for image in nearest.detect_nearest(model, patches, requests)]
+    tensors = {"patches": patches.half().cpu().contiguous()}
+    if len(scores) >= images_needed(TARGET_FPR):
+        tensors["threshold"] = torch.tensor([conformal_quantile(scores, TARGET_FPR)], dtype=torch.float64)
+    storage.write(place, save(tensors))
+    return len(fit)
+
+
+def read_memory(place: str, storage: Storage) -> Memory:
+    """What `build_memory` wrote."""
+    tensors = load(storage.read(place))
+    threshold = tensors.get("threshold")
+    return Memory(tensors["patches"], None if threshold is None else float(threshold[0]))

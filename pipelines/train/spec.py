@@ -1,0 +1,88 @@
+"""One training run: what it is, what makes it the same run again, and what lies in its folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
+
+from cluster.storage import Storage, join, local_path
+from glad_core.bundle.glad_json import read_manifest
+from glad_core.training.recipe import Part, Recipe
+from pipelines.models.find import local_bundle
+from pipelines.train.good_images import GoodImage, Survey
+
+# In a run's folder; FATAL says why going on is pointless.
+IDENTITY, FATAL, METRICS, TENSORBOARD = "identity.json", "fatal.txt", "metrics", "tensorboard"
+CHECKPOINT, FINAL = "checkpoint.pt", "final.safetensors"  # in each of its checkpoints; FINAL in the last
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """One training run, as all that work on it get it.
+
+    ``categories``: of ``images``; several share one model. ``work``: the run's folder, local or S3. ``cpus``, ``gpus``:
+    of one worker.
+    """
+
+    name: str
+    base: str
+    part: Part
+    recipe: Recipe
+    categories: list[str]
+    images: list[GoodImage]
+    textures: str | None
+    target_fpr: float
+    work: str
+    storage: Storage
+    workers: int
+    cpus: float = 1.0
+    gpus: float = 0.0
+    device: str = "cpu"
+
+    @property
+    def threads(self) -> int:
+        return max(1, int(self.cpus))
+
+    def identity(self, seen: Survey) -> dict[str, Any]:
+        """All that the resulting bundle depends on."""
+        return {
+            "base": read_manifest(local_bundle(self.base, self.storage)).model_id,
+            "part": self.part,
+            "categories": self.categories,
+            "dataset": seen.fingerprint,
+            "textures": self.textures,
+            "recipe": self.recipe.model_dump(),
+            "target FPR": self.target_fpr,
+        }
+
+    def run_id(self, seen: Survey) -> str:
+        """`identity` as a short name."""
+        return hashlib.sha256(json.dumps(self.identity(seen), sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Outcome(NamedTuple):
+    """What came of a run, in words, and the bundle it left."""
+
+    words: str
+    model_id: str
+
+
+Deliver = Callable[[Path, TrainJob, Survey], Outcome]  # brings a finished bundle's folder where it belongs
+
+
+def clear_work(storage: Storage, work: str, beside: str) -> None:
+    """Keep a finished run's metrics, ``beside`` the bundle; its checkpoints are of no more use."""
+    filesystem, path = storage.resolve(join(work, METRICS))
+    filesystem_out, path_out = storage.resolve(f"{beside}.training.parquet")
+    table = pq.read_table(path, filesystem=filesystem)
+    pq.write_table(table.sort_by("step"), path_out, filesystem=filesystem_out)
+    kept = join(work, TENSORBOARD)
+    if storage.kind(kept) == "folder":
+        Path(local_path(kept)).rename(local_path(f"{beside}.tensorboard"))
+    storage.delete_folder(work)

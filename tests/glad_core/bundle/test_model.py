@@ -1,0 +1,106 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors
+import torch
+
+from glad_core.bundle.glad_json import read_manifest, update_settings, verify, versions, write_manifest
+from glad_core.bundle.model import load_bundle, save_bundle
+from glad_core.bundle.settings import Settings
+from glad_core.errors import GladError
+
+
+@pytest.fixture
+def copy(tiny_bundle, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+def test_what_is_saved_is_loaded(tiny_bundle) -> None:
+    model = load_bundle(tiny_bundle)
+    manifest = verify(tiny_bundle)
+    assert model.model_id == manifest.model_id
+    assert model.settings == Settings(**manifest.settings)
+    assert not any(parameter.requires_grad for parameter in model.unet.parameters())
+    assert model.alphas.shape == (1000,)
+
+
+def test_new_settings_make_a_new_id_and_the_same_weights(copy: Path) -> None:
+    before = read_manifest(copy)
+    changed = Settings(**before.settings | {"threshold": 1.25})
+    assert update_settings(copy, changed, {"calibrated": True}) != before.model_id
+    after = verify(copy)
+    assert after.files == before.files
+    assert after.settings["threshold"] == 1.25
+    assert after.provenance["calibrated"]
+
+
+def test_a_bundle_of_version_0_1_0_can_still_be_read(copy: Path) -> None:
+    before = read_manifest(copy)
+    write_manifest(copy, before.settings | {"early_look": 0.25}, before.category, before.provenance)
+    assert verify(copy).settings["early_look"] == 0.25
+    assert load_bundle(copy).settings == Settings(**before.settings)
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray((path / "unet/diffusion_pytorch_model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (path / "unet/diffusion_pytorch_model.safetensors").write_bytes(data)
+
+
+def rewrite(path: Path, **changes) -> None:
+    manifest = json.loads((path / "glad.json").read_text())
+    (path / "glad.json").write_text(json.dumps(manifest | changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: (path / "glad.json").unlink(), "has no glad.json"),
+        (lambda path: (path / "glad.json").write_text("{"), "damaged or of another program"),
+        (lambda path: (path / "prompt.safetensors").unlink(), "prompt.safetensors is missing"),
+        (lambda path: (path / "vae/config.json").write_text("{}"), "instead of"),
+        (flip_a_byte, "does not match its sha256"),
+        (lambda path: (path / "unet/extra.bin").write_text("x"), "not listed in glad.json"),
+        (lambda path: rewrite(path, schema_version=2), "schema version 2"),
+        (lambda path: rewrite(path, settings={"start_stepp": 3}), "did you mean 'start_step'"),
+        (lambda path: rewrite(path, category="other"), "changed by hand"),
+        (shutil.rmtree, "no such model bundle"),
+    ],
+)
+def test_a_bad_bundle_is_one_line(copy: Path, damage, said: str) -> None:
+    damage(copy)
+    with pytest.raises(GladError, match=said) as caught:
+        load_bundle(copy)
+    assert "\n" not in str(caught.value)
+    assert str(copy) in str(caught.value)
+
+
+def test_settings_the_networks_cannot_run_are_refused(tiny_bundle) -> None:
+    settings = load_bundle(tiny_bundle).settings.model_copy(update={"feature_resolution": 36})
+    with pytest.raises(GladError, match="feature_resolution 36 does not fit"):
+        load_bundle(tiny_bundle, settings=settings)
+
+
+def test_an_existing_folder_is_not_overwritten(copy: Path) -> None:
+    model = load_bundle(copy)
+    with pytest.raises(GladError, match="already exists"):
+        save_bundle(
+            copy,
+            unet=model.unet,
+            vae=model.vae,
+            features=model.features,
+            features_config={},
+            prompt_cond=torch.zeros(1, 1, 16),
+            prompt_uncond=torch.zeros(1, 1, 16),
+            settings=model.settings,
+            category="",
+            provenance={},
+        )
+    assert verify(copy)
+
+
+def test_a_package_that_was_not_installed_has_no_version():
+    found = versions("safetensors", "glad-that-nobody-installed")
+    assert found == {"safetensors": safetensors.__version__, "glad-that-nobody-installed": "unknown"}

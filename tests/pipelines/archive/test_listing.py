@@ -1,0 +1,103 @@
+"""The manifest is that of one walk through the archive, however it is cut into pieces."""
+
+import io
+import tarfile
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from cluster.storage import Storage
+from glad_core.errors import GladError
+from pipelines.archive import listing
+from pipelines.archive.listing import MANIFEST_SCHEMA, Archive, read_manifest, split, write_manifest
+from pipelines.archive.sources import list_source
+
+STORAGE = Storage()
+NAMES = st.sampled_from(["a", "a-b", "a.d", "b", "ü", "Z", "0"])
+
+
+def listed(archive, folder):
+    """Every piece by itself, last piece first; (counts by piece, duplicates)."""
+    pieces = list(enumerate(split(archive)))
+    found = {number: write_manifest(archive, piece, number, str(folder)) for number, piece in reversed(pieces)}
+    counts = [found[number] for number, _ in pieces]
+    return [rows for rows, _ in counts], sum(duplicates for _, duplicates in counts)
+
+
+def manifest(folder, counts, *place):
+    return read_manifest(str(folder), counts, *(place or (0, sum(counts))), STORAGE)
+
+
+@given(
+    files=st.sets(st.lists(NAMES, min_size=1, max_size=4).map("/".join), min_size=1, max_size=40),
+    folders=st.integers(1, 9),
+    loose=st.integers(1, 5),
+    several=st.booleans(),
+)
+@hypothesis_settings(max_examples=40, deadline=None)
+def test_pieces_together_are_one_walk_with_positions(tmp_path_factory, files, folders, loose, several):
+    root, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("out")
+    for name in files:
+        place = root / f"{name}.png"  # so that a file and a folder may have like names
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(name.encode())
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in (("FOLDERS", folders), ("LOOSE", loose), ("PART_ROWS", 4)):
+            patched.setattr(listing, name, value)
+        archive = Archive(str(root), None, STORAGE, several)
+        counts, duplicates = listed(archive, out)
+        table = manifest(out, counts)
+        middle = manifest(out, counts, sum(counts) // 3, sum(counts) - sum(counts) // 4)
+    assert len(counts) <= folders
+    assert duplicates == 0
+    rows = list(list_source(str(root), None, STORAGE, several))
+    assert [row["uri"] for row in table.to_pylist()] == [row["uri"] for row in rows]
+    assert [row["image_id"] for row in table.to_pylist()] == [row["image_id"] for row in rows]
+    assert [row["category"] for row in table.to_pylist()] == [row["category"] for row in rows]
+    assert table["position"].to_pylist() == list(range(len(files)))
+    assert middle.equals(table.slice(sum(counts) // 3, len(middle)))
+
+
+def test_a_wide_tree_becomes_many_pieces_and_a_flat_folder_stays_one(tmp_path, monkeypatch):
+    for folder in range(200):
+        (tmp_path / "wide" / f"{folder:03d}").mkdir(parents=True)
+        (tmp_path / "wide" / f"{folder:03d}" / "0.png").write_bytes(b"x")
+    wide = split(Archive(str(tmp_path), None, STORAGE, False))
+    assert len(wide) == 50  # of four folders each
+    assert all(len(piece) == 4 for piece in wide)
+    monkeypatch.setattr(listing, "LOOSE", 3)
+    (tmp_path / "flat").mkdir()
+    for number in range(5):
+        (tmp_path / "flat" / f"{number}.png").write_bytes(b"x")
+    (piece,) = split(Archive(str(tmp_path / "flat"), None, STORAGE, False))
+    assert [(path, size) for _, path, size in piece] == [("", None)]
+
+
+def test_a_list_is_in_parts_without_duplicates(tmp_path, monkeypatch):
+    monkeypatch.setattr(listing, "PART_ROWS", 3)
+    (tmp_path / "list.txt").write_text("".join(f"{n % 7}.png\n" for n in range(10)))
+    out = tmp_path / "manifest"
+    assert listed(Archive(str(tmp_path / "list.txt"), None, STORAGE, False), out) == ([7], 3)
+    assert [pq.read_metadata(part).num_rows for part in sorted(out.iterdir())] == [3, 3, 1]
+    assert pq.read_table(out).schema.equals(MANIFEST_SCHEMA)
+
+
+def test_a_name_twice_in_one_tar_is_a_duplicate_and_in_two_tars_is_not(tmp_path):
+    for shard in ("0.tar", "1.tar"):
+        with tarfile.open(tmp_path / shard, "w") as made:
+            for name in ("a.png", "b.png", "a.png"):
+                member = tarfile.TarInfo(name)
+                member.size = 4
+                made.addfile(member, io.BytesIO(b"data"))
+    assert listed(Archive(str(tmp_path), None, STORAGE, False), tmp_path / "manifest") == ([4], 2)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_an_empty_folder_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(GladError, match="no images in it"):
+        listing.list_remotely(str(tmp_path / "empty"), None, STORAGE, str(tmp_path / "manifest"), False)

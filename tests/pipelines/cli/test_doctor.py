@@ -1,0 +1,46 @@
+import json
+
+import pytest
+from packaging.requirements import Requirement
+from typer.testing import CliRunner
+
+from cluster.storage import Storage
+from pipelines.cli import doctor
+from pipelines.cli.main import app
+
+
+def test_a_package_outside_its_range_or_missing_is_wrong_with_what_to_install():
+    assert doctor.package(Requirement("numpy>=1")).state == "ok"
+    old = doctor.package(Requirement("numpy>=999"))
+    assert old.state == "wrong"
+    assert "needs >=999" in old.found
+    assert doctor.package(Requirement("no-such-thing-here>=1")).advice == "pip install 'no-such-thing-here>=1'"
+
+
+def test_storage_is_written_read_and_left_as_it_was(tmp_path):
+    assert doctor.storage(str(tmp_path), Storage()).state == "ok"
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    refused = doctor.storage(str(tmp_path / "file"), Storage())
+    assert refused.state == "wrong"
+    assert "a file is in the way" in refused.found
+
+
+def test_the_command_ends_with_1_if_something_is_wrong(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "packages", lambda: [])  # those of a developer's environment are not this test's
+    (tmp_path / "file").touch()
+    for storage, code in ((tmp_path, 0), (tmp_path / "file", 1)):
+        outcome = CliRunner().invoke(app, ["doctor", "--storage", str(storage), "--json"])
+        assert outcome.exit_code == code, outcome.output
+        found = {of["what"]: of["state"] for of in json.loads(outcome.stdout)["findings"]}
+        assert found["storage"] == ("wrong" if code else "ok")
+        assert {"device cpu", "disk", "memory", "open files"} <= set(found)
+
+
+@pytest.mark.slow
+def test_storage_on_s3(s3_server, monkeypatch):
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    assert doctor.storage("s3://ready/doctor", Storage.from_environment()).state == "ok"
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    assert "refused the credentials" in doctor.storage("s3://ready/doctor", Storage.from_environment()).found

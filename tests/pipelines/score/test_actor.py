@@ -1,0 +1,153 @@
+import asyncio
+import io
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from cluster.storage import Storage
+from glad_core import adaptive
+from glad_core.errors import GladError
+from pipelines.archive.decode import DECODED_SCHEMA
+from pipelines.models.find import Models
+from pipelines.runs.schema import RESULTS_SCHEMA, SCORED_SCHEMA
+from pipelines.score.actor import ActorSettings, GladActor
+
+SIDE = 32
+
+
+@pytest.fixture(scope="module")
+def actor(tiny_bundle):
+    return GladActor(settings(tiny_bundle))
+
+
+def settings(bundle, **changed):
+    values = {"seed": 0, "maps": "token", "reconstructions": False, "gpu": False, "threads": 1}
+    models = Models({"": str(bundle)}, {}, ())
+    return ActorSettings(models=models, storage=Storage(), **(values | changed))
+
+
+def rows(*image_ids, bad=()):
+    def row(image_id):
+        base = {"image_id": image_id, "uri": f"/{image_id}.png", "category": None, "position": ord(image_id)}
+        if image_id in bad:
+            return base | {"stage": "decode", "error_type": "damaged", "message": "torn"}
+        pixels = np.random.default_rng(ord(image_id)).integers(0, 256, (SIDE, SIDE, 3)).astype(np.uint8)
+        return base | {"width": 40, "height": 36, "image": pixels.tobytes()}
+
+    return pa.Table.from_pylist([row(image_id) for image_id in image_ids], schema=DECODED_SCHEMA)
+
+
+def by_id(table):
+    return {row["image_id"]: row for row in table.to_pylist()}
+
+
+def call(actor, *batches):
+    """What Ray Data does: several batches in the actor at a time."""
+
+    async def collect(batch):
+        return [table async for table in actor(batch)]
+
+    async def together():
+        return await asyncio.gather(*(collect(batch) for batch in batches))
+
+    found = [table for tables in asyncio.run(together()) for table in tables]
+    assert len(found) == len(batches)
+    return pa.concat_tables(found)
+
+
+def test_every_row_comes_back_as_a_result_or_an_error(actor):
+    table = call(actor, rows("a", "b", "c", bad="b"))
+    assert table.schema.equals(SCORED_SCHEMA)
+    out = by_id(table)
+    assert set(out) == {"a", "b", "c"}
+    assert (out["b"]["error_type"], out["b"]["message"], out["b"]["score"]) == ("damaged", "torn", None)
+    a = out["a"]
+    assert a["error_type"] is None
+    assert a["category"] == "widget"
+    assert {key: row["position"] for key, row in out.items()} == {key: ord(key) for key in "abc"}
+    assert len(a["anomaly_map"]) == a["map_height"] * a["map_width"] == (SIDE // 8) ** 2
+    assert a["is_anomalous"] == (a["score"] > a["threshold"])
+    assert a["steps"][-1]["timestep"] == a["stop_step"]
+    assert a["reconstruction"] is None
+
+
+def test_full_maps_and_reconstructions_on_request(actor, tiny_bundle):
+    full = by_id(call(GladActor(settings(tiny_bundle, maps="full", reconstructions=True)), rows("a")))["a"]
+    token = by_id(call(actor, rows("a")))["a"]
+    assert (full["map_height"], full["map_width"]) == (SIDE, SIDE)
+    assert full["score"] == token["score"]
+    top = np.sort(np.asarray(full["anomaly_map"], np.float32))[-20:].mean()  # the bundle's K is 20
+    assert top == pytest.approx(full["score"], abs=5e-3)  # the map is float16
+    assert np.asarray(Image.open(io.BytesIO(full["reconstruction"]))).shape == (SIDE, SIDE, 3)
+
+
+def test_neighbours_and_order_do_not_change_a_result(actor):
+    together, alone = by_id(call(actor, rows(*"dcba"))), by_id(call(actor, rows("b")))
+    for name in set(RESULTS_SCHEMA.names) - {"seconds", "score", "steps", "anomaly_map"}:
+        assert together["b"][name] == alone["b"][name]
+    assert together["b"]["score"] == pytest.approx(alone["b"]["score"], abs=1e-4)
+
+
+def test_another_seed_gives_another_result(actor, tiny_bundle):
+    other = GladActor(settings(tiny_bundle, seed=1))
+    assert by_id(call(other, rows("a")))["a"]["score"] != by_id(call(actor, rows("a")))["a"]["score"]
+
+
+def test_batches_in_flight_together_get_their_own_rows_back(actor):
+    together = call(actor, rows("a", "b"), rows("c", bad="c"), rows("d"))
+    assert sorted(by_id(together)) == list("abcd")
+    assert by_id(together)["d"]["score"] == pytest.approx(by_id(call(actor, rows("d")))["d"]["score"], abs=1e-4)
+
+
+def test_an_image_that_breaks_its_batch_is_the_only_one_lost(actor, monkeypatch):
+    real = adaptive.encode
+    broken = (np.frombuffer(rows("b")["image"][0].as_py(), np.uint8) / 127.5 - 1).reshape(SIDE, SIDE, 3)
+
+    def breaks_on_b(model, images, noise):
+        if any(np.allclose(image.permute(1, 2, 0).numpy(), broken, atol=1e-5) for image in images):
+            raise RuntimeError("no\nluck")
+        return real(model, images, noise)
+
+    monkeypatch.setattr(adaptive, "encode", breaks_on_b)
+    out = by_id(call(actor, rows(*"acbdefgh")))
+    assert {key: row["stage"] for key, row in out.items() if row["stage"]} == {"b": "score"}
+    assert (out["b"]["error_type"], out["b"]["message"]) == ("RuntimeError", "no luck")
+
+
+def test_a_bundle_that_cannot_be_loaded_is_told_at_the_first_call(tmp_path):
+    actor = GladActor(settings(tmp_path / "none"))
+    with pytest.raises(GladError, match="no such model bundle"):
+        call(actor, rows("a"))
+
+
+STARTED = """
+import sys
+from cluster.storage import Storage
+from pipelines.score.actor import ActorSettings, GladActor
+from pipelines.models.find import Models
+
+models = Models({"": sys.argv[1]}, {}, ())
+actor = GladActor(
+    ActorSettings(models, Storage(), seed=0, maps="token", reconstructions=False, gpu=False, threads=1)
+)
+assert actor.failure is None, actor.failure
+print([name for name in ("transformers", "peft", "scipy") if name in sys.modules])
+"""
+
+
+def test_starts_without_what_it_does_not_need_also_beside_a_package_that_needs_it(tiny_bundle, tmp_path):
+    # As peft: diffusers imports it where it finds it, and it imports transformers.
+    for module in ("__init__.py", "tuners/__init__.py", "tuners/tuners_utils.py", "utils/__init__.py"):
+        (tmp_path / "peft" / module).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "peft" / module).write_text("import transformers\nclass BaseTunerLayer: pass\n")
+    (tmp_path / "peft-0.17.0.dist-info").mkdir()
+    (tmp_path / "peft-0.17.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.17.0\n")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    command = [sys.executable, "-c", STARTED, str(tiny_bundle)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -1,0 +1,70 @@
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from glad_core.bundle.glad_json import read_manifest, verify
+from glad_core.calibration import conformal_quantile, images_needed
+from pipelines.cli.main import app
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+def refused(outcome, *words):
+    assert outcome.exit_code == 2, outcome.output
+    assert outcome.stderr.count("\n") == 1
+    for word in words:
+        assert word in outcome.stderr
+
+
+def test_how_many_images_a_target_needs():
+    assert [images_needed(target) for target in (0.5, 0.1, 0.05, 0.01)] == [1, 9, 19, 99]
+
+
+@pytest.mark.slow
+def test_a_bundle_is_calibrated_on_good_images(tmp_path: Path, tiny_bundle, photos, ray_session, monkeypatch) -> None:
+    # On the cluster, where the GPUs are: workers import the module anew and do not see this.
+    monkeypatch.setattr(
+        "pipelines.train.calibrate.choose_steps", lambda *_, **__: pytest.fail("in the calling process")
+    )
+    out = tmp_path / "calibrated"
+    made = run("calibrate", photos, "--model", tiny_bundle, "--out", out, "--target-fpr", 0.1)
+    assert made.exit_code == 0, made.output
+    assert "reconstructions on" in made.stdout
+    assert "from 12 good images" in made.stdout
+    manifest, before = verify(out), read_manifest(tiny_bundle)
+    assert manifest.settings["delta"] != before.settings["delta"]
+    assert manifest.provenance["calibration_images"] == 12
+    assert verify(tiny_bundle).model_id == before.model_id  # the base stays as it is
+
+    # The same from a finished run over the same images.
+    import pyarrow.parquet as pq
+
+    scored = run("score", photos, "--model", out, "--out", tmp_path / "run", "--actors", 1)
+    assert scored.exit_code == 0, scored.output
+    scores = pq.read_table(tmp_path / "run/results")["score"].to_pylist()
+    assert manifest.settings["threshold"] == pytest.approx(conformal_quantile(scores, 0.1), abs=1e-4)
+    again = tmp_path / "again"
+    options = ["--model", out, "--out", again, "--target-fpr", 0.2, "--threshold-only"]
+    assert run("calibrate", "--run", tmp_path / "run", *options).exit_code == 0
+    assert verify(again).settings["threshold"] == pytest.approx(conformal_quantile(scores, 0.2))
+
+    refused(run("calibrate", "--run", tmp_path / "run", *options[:3], tmp_path / "x"), "--threshold-only")
+    other = ["--model", tiny_bundle, "--out", tmp_path / "x", "--threshold-only"]
+    refused(run("calibrate", "--run", tmp_path / "run", *other), "was scored by", manifest.model_id)
+    few = ["--model", out, "--out", tmp_path / "x", "--target-fpr", 0.01, "--threshold-only"]
+    refused(run("calibrate", "--run", tmp_path / "run", *few), "12 good images", "at least 99", "0.0769")
+    assert not (tmp_path / "x").exists()
+
+
+def test_mistakes_are_one_line(tmp_path: Path, tiny_bundle) -> None:
+    refused(run("calibrate", "--model", tiny_bundle, "--out", tmp_path / "x"), "good images or --run")
+    refused(run("calibrate", tmp_path, "--model", tiny_bundle, "--out", tiny_bundle), "already exists")
+    both = ["--threshold-only", "--profile", "fast"]
+    refused(run("calibrate", tmp_path, "--model", tiny_bundle, "--out", tmp_path / "x", *both), "leave out --profile")
+    (tmp_path / "empty").mkdir()
+    refused(run("calibrate", tmp_path / "empty", "--model", tiny_bundle, "--out", tmp_path / "x"), "no images in it")
+    options = ["--model", tiny_bundle, "--out", tmp_path / "x", "--threshold-only"]
+    refused(run("calibrate", "--run", tmp_path, *options), "no finished run")

@@ -1,0 +1,213 @@
+"""`glad train` as a user runs it: real Ray Train, a tiny bundle, real files."""
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from cluster.storage import Storage
+from glad_core.bundle.glad_json import verify
+from glad_core.bundle.model import load_bundle
+from glad_core.training import samples
+from glad_core.training.loop import TrainState, fine_tune
+from glad_core.training.losses import AtpLoss, to_pixels
+from glad_core.training.recipe import Recipe
+from pipelines.cli.main import app
+from pipelines.train.finish import with_weights
+from pipelines.train.good_images import GoodImage, read_pixels
+from pipelines.train.job import TrainRequest, cpu_share, plan_job
+from pipelines.train.worker import make_loss
+
+
+def command(dataset: Path, base: Path, out: Path | str, steps: int, *more: object, category: str = "part") -> list[str]:
+    options = ["--base", base, "--out", out, "--steps", steps, "--batch-size", 2, "--learning-rate", 1e-4, *more]
+    return ["train", str(dataset), "--category", category, *map(str, options)]
+
+
+def invoke(*arguments: object) -> str:
+    outcome = CliRunner().invoke(app, [*map(str, arguments)])
+    assert outcome.exit_code == 0, outcome.output
+    return outcome.stdout
+
+
+def weights(folder: Path, part: str = "unet/diffusion_pytorch_model") -> dict:
+    return load_file(folder / f"{part}.safetensors")
+
+
+def in_one_process(dataset: Path, base: Path, steps: int) -> tuple[dict, list[float]]:
+    """The weights and losses of the very same run without Ray, an interruption or a second worker."""
+    model = load_bundle(base)
+    recipe = Recipe(steps=steps, batch_size=2, learning_rate=1e-4)
+    files = {path.name: str(path) for path in (dataset / "part/train/good").iterdir()}
+    held_out = min(files, key=lambda name: hashlib.sha256(name.encode()).digest())
+    images = read_pixels([GoodImage(files[name], "part") for name in sorted(files) if name != held_out], 32, Storage())
+    with torch.no_grad():
+        pairs = [to_pixels(torch.from_numpy(np.stack(images[first : first + 2]))) for first in range(0, 8, 2)]
+        posteriors = [model.vae.encode(pair) for pair in pairs]
+    clean = tuple(torch.cat([getattr(p.latent_dist, part) for p in posteriors]) for part in ("mean", "std"))
+    loss = AtpLoss(
+        model.unet, model.vae, model.alphas, clean, model.prompt_cond, torch.zeros(8, dtype=torch.long), blend=True
+    )
+
+    def rows():
+        for step in range(steps):
+            chosen = [samples.sample_at(recipe, place, 8) for place in (2 * step, 2 * step + 1)]
+            made = samples.make_rows([images[sample.index] for sample in chosen], chosen, recipe, "unet")
+            yield {name: torch.from_numpy(values) for name, values in made.items()}
+
+    found = [step.loss for step in fine_tune(TrainState.start(loss, recipe), rows(), recipe)]
+    return model.unet.state_dict(), found
+
+
+@pytest.mark.slow
+def test_two_workers_train_what_one_does(tmp_path, dataset, tiny_bundle, ray_session):
+    invoke(*command(dataset, tiny_bundle, tmp_path / "two", 5, "--workers", 2))
+    expected, losses = in_one_process(dataset, tiny_bundle, 5)
+    two, base = weights(tmp_path / "two"), weights(tiny_bundle)
+    assert pq.read_table(tmp_path / "two.training.parquet")["loss"].to_pylist() == pytest.approx(losses, rel=1e-3)
+    # AdamW's first steps are of size lr however small the gradient, so rounding turns some of them round.
+    moved = np.mean([float((expected[name] - base[name]).abs().mean()) for name in base])
+    apart = np.mean([float((expected[name] - two[name]).abs().mean()) for name in base])
+    assert apart < 0.05 * moved
+
+
+@pytest.mark.parametrize(("part", "prefix"), [("dino", "vit."), ("vae", "vae.")])
+def test_adapting_dino_or_vae_changes_it_and_nothing_else(dataset, tiny_bundle, part, prefix):
+    """What a worker trains and what `finish` puts into the bundle, without Ray in between."""
+    files = sorted((dataset / "part/train/good").iterdir())
+    request = TrainRequest(str(dataset), "part", str(tiny_bundle), "out", {"steps": 4, "batch_size": 2}, part=part)
+    job = plan_job(request, ["part"], Storage(), name="part", work="")
+    job = replace(job, images=[GoodImage(str(path), "part", path.name) for path in files])
+    assert job.recipe.learning_rate == 1e-5  # the part's own, not the UNet's
+    job = replace(job, recipe=job.recipe.model_copy(update={"learning_rate": 1e-2}))
+    loss = make_loss(job, load_bundle(tiny_bundle))
+    state = TrainState.start(loss, job.recipe)
+    images = read_pixels(job.images, 32, Storage())
+
+    def rows():
+        for step in range(4):
+            chosen = [samples.sample_at(job.recipe, place, len(images)) for place in (2 * step, 2 * step + 1)]
+            made = samples.make_rows([images[sample.index] for sample in chosen], chosen, job.recipe, part)
+            yield {name: torch.from_numpy(values) for name, values in made.items()}
+
+    steps = list(fine_tune(state, rows(), job.recipe))
+    assert len(steps) == 4
+    state.finish()
+    trained = {name: value for name, value in loss.state_dict().items() if name.startswith(prefix)}
+    after = with_weights(load_bundle(tiny_bundle), job, trained)
+    before = load_bundle(tiny_bundle)
+    changed = {
+        name
+        for name in ("unet", "vae", "features", "final_features")
+        for a, b in zip(getattr(before, name).parameters(), getattr(after, name).parameters(), strict=True)
+        if not torch.equal(a, b)
+    }
+    assert changed == {"final_features" if part == "dino" else "vae"}
+
+
+@pytest.mark.slow
+def test_one_model_for_several_categories(tmp_path, dataset, tiny_bundle, ray_session):
+    out = tmp_path / "both"
+    invoke(*command(dataset, tiny_bundle, out, 5, category="all"))
+    manifest = verify(out)
+    assert manifest.category == "other,part"
+    assert set(manifest.settings["thresholds"]) == {"other", "part"}
+    model = load_bundle(out)
+    assert not (model.prompts["other"] == model.prompts["part"]).all()
+
+    archive = tmp_path / "archive"
+    rng = np.random.default_rng(3)
+    for folder in ("part", "other", "unknown"):
+        (archive / folder).mkdir(parents=True)
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(archive / folder / "a.png")
+    invoke("score", archive, "--model", out, "--out", tmp_path / "run", "--actors", 1)
+    rows = {row["category"]: row for row in pq.read_table(tmp_path / "run" / "results").to_pylist()}
+    assert set(rows) == {"other", "part"}
+    for category, row in rows.items():
+        assert row["threshold"] == pytest.approx(manifest.settings["thresholds"][category])
+    (error,) = pq.read_table(tmp_path / "run" / "errors").to_pylist()
+    assert error["error_type"] == "no_model"
+    assert "unknown" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "expected"),
+    [
+        ([2], 1, 1.5),
+        ([2], 2, 0.75),
+        ([2], 3, 0.5),
+        ([1, 2, 2], 1, 1.5),  # of one node, not of the cluster's five: no worker spans two
+        ([1, 2, 2], 3, 0.75),  # the head has half a CPU to give: two on one node, one on the other
+        ([16, 16], 2, 15.5),
+        ([0.5], 1, 0),
+    ],
+)
+def test_a_worker_s_share_fits_one_node(nodes, workers, expected):
+    share = cpu_share(nodes, workers)
+    assert share == pytest.approx(expected)
+    if share:
+        assert sum(int((cpus - 0.5) / share + 1e-9) for cpus in nodes) >= workers
+
+
+def refused(outcome, *words):
+    assert outcome.exit_code == 2, outcome.output
+    assert outcome.stderr.count("\n") == 1
+    for word in words:
+        assert word in outcome.stderr
+
+
+def test_mistakes_are_one_line(tmp_path, dataset, tiny_bundle):
+    def train(*arguments):
+        return CliRunner().invoke(app, ["train", *map(str, arguments)])
+
+    out = tmp_path / "out"
+    rest = ["--base", tiny_bundle, "--out", out]
+    (tmp_path / "empty").mkdir()
+    refused(train(dataset, "--category", "prat", *rest), "no category 'prat'", "did you mean 'part'")
+    refused(train(dataset, *rest), "holds 2 categories", "--category")
+    refused(train(tmp_path / "nowhere", *rest), "no such dataset folder")
+    refused(train(tmp_path / "empty", *rest), "no category with train/good")
+    part = [dataset, "--category", "part"]
+    refused(train(*part, "--base", tmp_path / "empty", "--out", out), "not a GLAD bundle")
+    refused(train(*part, "--base", tiny_bundle, "--out", tiny_bundle), "already exists")
+    refused(train(*part, "--textures", tmp_path / "empty", *rest), "no texture images")
+    refused(train(*part, "--workers", 3, "--batch-size", 4, *rest), "--batch-size 4", "3 workers")
+    refused(train(*part, "--optimizer", "adamw8bit", *rest), "pip install bitsandbytes")
+    refused(train(*part, "--learning-rate", 0, *rest), "learning_rate: Input should be greater than 0")
+
+    few = tmp_path / "few" / "train" / "good"
+    few.mkdir(parents=True)
+    (few / "a.png").write_bytes(b"not an image")
+    refused(train(few.parents[1], *rest), "1 good images", "two are needed")
+    assert not out.exists()
+
+
+def test_what_ray_has_to_find_out_is_one_line_too(tmp_path, dataset, tiny_bundle, ray_session):
+    broken = tmp_path / "broken" / "train" / "good"
+    broken.mkdir(parents=True)
+    for number in range(3):
+        (broken / f"{number}.png").write_bytes(b"not an image")
+    (broken / "3.png").write_bytes((dataset / "part/train/good/000.png").read_bytes())
+    rest = ["--base", str(tiny_bundle), "--out", str(tmp_path / "out"), "--steps", "3", "--batch-size", "2"]
+    outcome = CliRunner().invoke(app, ["train", str(tmp_path / "broken"), *rest])
+    refused(outcome, "1 readable good images", "0.png", "not PNG")
+
+    refused(
+        CliRunner().invoke(
+            app, ["train", str(dataset), "--category", "part", *rest, "--workers", "2", "--device", "cuda"]
+        ),
+        "GPUs",
+    )
+    (tmp_path / "broken" / "train" / "good" / "4.png").write_bytes((dataset / "part/train/good/001.png").read_bytes())
+    outcome = CliRunner().invoke(app, ["train", str(tmp_path / "broken"), *rest, "--learning-rate", "1e30"])
+    refused(outcome, "diverged at step", "--learning-rate")
+    assert "2.png: not PNG" in outcome.stdout
+    assert "skipped" in outcome.stdout
+    refused(CliRunner().invoke(app, ["train", str(tmp_path / "broken"), *rest]), "another run", "recipe")
