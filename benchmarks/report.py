@@ -30,7 +30,8 @@ from rich.console import Console
 
 from cluster.storage import Storage
 from pipelines.demo.boards import board_rng, make_board
-from pipelines.runs.schema import SCORED_SCHEMA, ResultsWriter, complete, read_run
+from pipelines.runs.schema import SCORED_SCHEMA, read_run
+from pipelines.runs.write import ResultsWriter, complete
 from pipelines.score import job
 
 DISTINCT = 40

@@ -243,6 +243,20 @@ def local_path(uri: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
+def absolute(location: str) -> str:
+    """The one spelling of a location a user gave: absolute, without a slash at its end.
+
+    Raises:
+        StorageError: neither a local path nor file:// or s3://, or s3:// without a bucket.
+    """
+    if not is_s3(location):
+        return local_path(location)
+    path = location.removeprefix("s3://").strip("/")
+    if not path:
+        raise StorageError(f"{location}: names no bucket; write s3://BUCKET/PREFIX")
+    return f"s3://{path}"
+
+
 def join(uri: str, *parts: str) -> str:
     """``uri`` with names added; works for local paths and S3 alike."""
     return "/".join([uri.rstrip("/") or "/", *parts]).replace("//", "/", 1 if uri == "/" else 0)

@@ -12,7 +12,8 @@ from pipelines.demo.boards import make_demo_data
 from pipelines.evaluate.tables import evaluate
 from pipelines.report.contact_sheet import show
 from pipelines.report.page import report
-from pipelines.score.job import ScoreRequest, score
+from pipelines.score.job import score
+from pipelines.score.request import ScoreRequest
 
 
 def demo(out: Path, console: Console) -> None:

@@ -26,7 +26,8 @@ from pipelines.evaluate.datasets import read_dataset
 from pipelines.evaluate.tables import COLUMNS, published, published_name, tally_results
 from pipelines.models.find import local_bundle
 from pipelines.runs.schema import COMPLETE, read_run
-from pipelines.score.job import ScoreRequest, score
+from pipelines.score.job import score
+from pipelines.score.request import ScoreRequest
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from cluster import session
 from glad_core.errors import GladError
-
-if TYPE_CHECKING:
-    from pipelines.score.job import ScoreRequest
 
 TASKS_SHARE = 0.5  # CPUs kept free for decoding and writing
 CPU_SHARE = 0.75  # of a core per CPU actor: two actors and two tasks fit on two cores
@@ -17,6 +13,21 @@ MODEL_COPIES = 3  # memory of one actor, as multiples of the weights on disk: fl
 CPU_SLOTS = 16  # images in flight: more make a UNet call no faster, since its weights are read once for all of them
 GPU_SLOTS = 8  # full-size networks and 8 images of 512 x 512 take 17 GB in float32
 ACTOR_MEMORY = 2**30  # and what torch and Ray take before any weights
+
+
+@dataclass(frozen=True)
+class ActorWishes:
+    """What a user asks of the actors; None leaves it to `plan_actors`.
+
+    ``num_cpus`` and ``num_gpus`` are per actor, ``batch_size`` is images in flight per actor. ``address`` is the Ray
+    cluster's, None for this machine.
+    """
+
+    actors: int | None = None
+    num_cpus: float | None = None
+    num_gpus: float | None = None
+    batch_size: int | None = None
+    address: str | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,7 @@ class ActorPlan:
         return f"{self.actors} actor{'s' if self.actors > 1 else ''} with {share} each{more}"
 
 
-def plan_actors(available: dict[str, float], request: ScoreRequest, weights: int) -> ActorPlan:
+def plan_actors(available: dict[str, float], wishes: ActorWishes, weights: int) -> ActorPlan:
     """What was asked for, and for the rest what fits: every GPU, or every core as far as memory goes.
 
     On a cluster ``--actors`` is a number that waits for room; without it the plan begins with what fits now and grows.
@@ -55,12 +66,12 @@ def plan_actors(available: dict[str, float], request: ScoreRequest, weights: int
         GladError: more than this machine has. A cluster may grow, so there nothing is refused.
     """
     cpus, gpus = available.get("CPU", 1.0), available.get("GPU", 0.0)
-    num_gpus = (1.0 if session.gpus(available) else 0.0) if request.num_gpus is None else request.num_gpus
+    num_gpus = (1.0 if session.gpus(available) else 0.0) if wishes.num_gpus is None else wishes.num_gpus
     if num_gpus > 1 and num_gpus != int(num_gpus):
         raise GladError(f"--num-gpus {num_gpus:g}: give a fraction of one GPU, or a whole number")
-    num_cpus = (CPU_SHARE if not num_gpus else 0.5) if request.num_cpus is None else request.num_cpus
-    actors = request.actors or _fitting(available, num_cpus, num_gpus, weights)
-    if request.address is None:
+    num_cpus = (CPU_SHARE if not num_gpus else 0.5) if wishes.num_cpus is None else wishes.num_cpus
+    actors = wishes.actors or _fitting(available, num_cpus, num_gpus, weights)
+    if wishes.address is None:
         if num_gpus * actors > gpus:
             raise GladError(
                 f"{actors} actors with --num-gpus {num_gpus:g} need {num_gpus * actors:g} GPUs, "
@@ -71,8 +82,8 @@ def plan_actors(available: dict[str, float], request: ScoreRequest, weights: int
                 f"{actors} actors with {num_cpus:g} CPUs each leave nothing of this machine's {cpus:g} for decoding: "
                 "lower --actors or --num-cpus"
             )
-    grows = request.address is not None and request.actors is None
-    slots = request.batch_size or (GPU_SLOTS if num_gpus else CPU_SLOTS)
+    grows = wishes.address is not None and wishes.actors is None
+    slots = wishes.batch_size or (GPU_SLOTS if num_gpus else CPU_SLOTS)
     # One for every core left. Each is a process, and what starts with the actors holds them up.
     decoders = None if grows else max(actors, int(cpus - actors * num_cpus))
     return ActorPlan(actors, num_cpus, num_gpus, max(1, round(num_cpus)), slots, decoders, grows)

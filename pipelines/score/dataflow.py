@@ -16,7 +16,8 @@ from glad_core.errors import GladError
 from pipelines.archive.decode import fetch_and_decode
 from pipelines.archive.listing import PART_ROWS, TASK_CPUS, read_manifest
 from pipelines.runs.commits import Plan, Written
-from pipelines.runs.schema import MANIFEST, ResultsWriter
+from pipelines.runs.schema import MANIFEST
+from pipelines.runs.write import ResultsWriter
 from pipelines.score.actor import ActorSettings, GladActor
 from pipelines.score.actor_plan import ActorPlan
 

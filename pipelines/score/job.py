@@ -6,10 +6,10 @@ import logging
 import os
 import time
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -22,59 +22,18 @@ from glad_core.engine.search import Search, search_of
 from glad_core.errors import GladError
 from pipelines.archive import sources
 from pipelines.archive.listing import PART_ROWS, list_remotely
-from pipelines.models.find import SMALL, Models, find_models
+from pipelines.models.find import Models, find_models
 from pipelines.runs.commits import claim, make_plan, read_commits, read_plan, release, sweep
 from pipelines.runs.commits import commit as commit_shards
-from pipelines.runs.schema import ERRORS, MANIFEST, MEMORY, RESULTS, complete, read_run
+from pipelines.runs.schema import ERRORS, MANIFEST, MEMORY, RESULTS, read_run
+from pipelines.runs.write import complete
 from pipelines.score.actor import KEPT_MODELS, ActorSettings
 from pipelines.score.actor_plan import ActorPlan, plan_actors
 from pipelines.score.dataflow import run_dataflow
 from pipelines.score.progress import Progress
+from pipelines.score.request import Counts, ScoreRequest, TooManyErrors
 
 COUNTED = ("scored", "anomalies", "errors")
-
-
-class TooManyErrors(Exception):
-    """More images failed than --max-errors allows; the command ends with exit code 1."""
-
-
-@dataclass(frozen=True)
-class ScoreRequest:
-    """What the user asked for; None where the machine decides. ``num_cpus`` and ``num_gpus`` are per actor.
-
-    ``good`` holds the images that ``nearest`` remembers.
-    """
-
-    source: str
-    out: str
-    model: str = SMALL
-    category: str | None = None
-    batch_size: int | None = None
-    actors: int | None = None
-    num_cpus: float | None = None
-    num_gpus: float | None = None
-    seed: int = 0
-    max_errors: int | None = None
-    maps: Literal["token", "full"] = "token"
-    reconstructions: bool = False
-    address: str | None = None
-    overwrite: bool = False
-    method: Literal["glad", "nearest"] = "glad"
-    good: str | None = None
-    search: Search | None = None
-    precision: Literal["off", "bf16", "fp16"] = "off"
-    compiled: bool = False
-
-
-@dataclass(frozen=True)
-class Counts:
-    """``images`` in the manifest = ``scored`` + ``errors``; ``anomalies`` of those scored, None without a threshold."""
-
-    images: int
-    scored: int
-    anomalies: int | None
-    errors: int
-    duplicates: int
 
 
 def score(request: ScoreRequest, console: Console) -> Counts:
@@ -115,7 +74,7 @@ def score(request: ScoreRequest, console: Console) -> Counts:
         session.connect(request.address)
         session.warm_up_ray_data()
         sizes = [sum(entry.size for entry in manifest.files.values()) for manifest in models.manifests.values()]
-        room = plan_actors(session.resources(), request, sum(sorted(sizes)[-KEPT_MODELS:]))
+        room = plan_actors(session.resources(), request.wishes, sum(sorted(sizes)[-KEPT_MODELS:]))
         if plan is None:
             storage.delete_folder(join(out, MANIFEST))  # of a listing that was cut off
             listed = list_remotely(source, request.category, storage, join(out, MANIFEST), bool(models.categories))

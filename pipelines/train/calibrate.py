@@ -32,8 +32,9 @@ from pipelines.models.find import SMALL, local_bundle
 from pipelines.runs.feedback import require_marks
 from pipelines.runs.schema import RESULTS, read_run
 from pipelines.score.actor import set_up
-from pipelines.score.actor_plan import plan_actors
-from pipelines.score.job import ScoreRequest, score
+from pipelines.score.actor_plan import ActorWishes, plan_actors
+from pipelines.score.job import score
+from pipelines.score.request import ScoreRequest
 
 STEP_IMAGES = 40  # images that T, δ and min_step are chosen on
 
@@ -135,7 +136,7 @@ def _steps(request: CalibrateRequest, base: str, settings: Settings, storage: St
     import ray
 
     weights = sum(entry.size for entry in read_manifest(local_bundle(base, storage)).files.values())
-    room = plan_actors(session.resources(), ScoreRequest(source, "", address=request.address), weights)
+    room = plan_actors(session.resources(), ActorWishes(address=request.address), weights)
     gpu = room.num_gpus > 0
     cpus = max(session.node_cpus()) if request.address is None and not gpu else room.num_cpus
     profile = request.profile or settings.profile

@@ -21,7 +21,8 @@ from pipelines.report.server import make_app
 from pipelines.report.truth import Truth
 from pipelines.runs import feedback, query
 from pipelines.runs.query import Query, open_results, read_rows, search
-from pipelines.runs.schema import SCORED_SCHEMA, ResultsWriter, complete, read_run
+from pipelines.runs.schema import SCORED_SCHEMA, read_run
+from pipelines.runs.write import ResultsWriter, complete
 from pipelines.train.good_images import GoodImage, curated
 
 SIDE = 32

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cluster.storage import Storage, StorageError
 from glad_core.errors import GladError
 from pipelines.runs.commits import Plan, Written, claim, commit, make_plan, read_commits, read_plan, release, sweep
-from pipelines.runs.schema import complete
+from pipelines.runs.write import complete
 
 STORAGE = Storage()
 ASKED = {"source": "/photos", "seed": 0, "models": {"": "abc"}}

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 from cluster.storage import Storage
 from pipelines.cli.main import app
 from pipelines.runs import commits
-from pipelines.runs.schema import complete
+from pipelines.runs.write import complete
 
 STORAGE = Storage()
 

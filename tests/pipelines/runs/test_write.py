@@ -7,15 +7,8 @@ import pytest
 from cluster.storage import Storage
 from glad_core.errors import GladError
 from pipelines.runs.commits import sweep
-from pipelines.runs.schema import (
-    ERRORS_SCHEMA,
-    RESULTS_SCHEMA,
-    SCORED_SCHEMA,
-    ResultsWriter,
-    complete,
-    folder_of,
-    read_run,
-)
+from pipelines.runs.schema import ERRORS_SCHEMA, RESULTS_SCHEMA, SCORED_SCHEMA, read_run
+from pipelines.runs.write import ResultsWriter, complete, folder_of
 
 STORAGE = Storage()
 

@@ -1,14 +1,13 @@
 import pytest
 
 from glad_core.errors import GladError
-from pipelines.score.actor_plan import ActorPlan, plan_actors
-from pipelines.score.job import ScoreRequest
+from pipelines.score.actor_plan import ActorPlan, ActorWishes, plan_actors
 
 GIB = 2**30
 
 
 def plan(available, weights=GIB // 64, **asked):
-    return plan_actors(available, ScoreRequest("in", "out", **asked), weights)
+    return plan_actors(available, ActorWishes(**asked), weights)
 
 
 def test_defaults_fill_the_machine_and_leave_room_for_tasks():
