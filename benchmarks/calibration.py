@@ -26,7 +26,7 @@ from glad_core.calibration import SELECTION_IMAGES, START_STEPS, choose_steps, c
 from glad_core.engine.base import run
 from glad_core.engine.engine import Engine
 from glad_core.image_metrics import image_metrics
-from glad_core.judge import Request
+from glad_core.verdict import Request
 from pipelines.archive.decode import decode
 from pipelines.evaluate.datasets import read_dataset
 from pipelines.models.find import SMALL_BUNDLE

@@ -21,7 +21,8 @@ from glad_core.bundle.settings import Settings
 from glad_core.calibration import map_at_full_size
 from glad_core.image_metrics import image_metrics, pixel_metrics
 from glad_core.images import resize
-from glad_core.judge import Request, detect
+from glad_core.judge import detect
+from glad_core.verdict import Request
 from pipelines.demo.boards import DEFECTS, board_rng, make_board
 from pipelines.models.find import SMALL_BUNDLE
 

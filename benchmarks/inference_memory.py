@@ -35,7 +35,8 @@ from glad_core.bundle.model import Model
 from glad_core.bundle.settings import Settings
 from glad_core.engine.engine import Engine
 from glad_core.features import create_vit
-from glad_core.judge import Request, final_token_map
+from glad_core.judge import final_token_map
+from glad_core.verdict import Request
 
 GB = 1e9
 SLOTS = (1, 2, 4, 8, 16)

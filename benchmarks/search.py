@@ -30,7 +30,7 @@ from glad_core.bundle.model import Model, load_bundle
 from glad_core.engine.base import run
 from glad_core.engine.engine import Engine
 from glad_core.engine.search import expected_crossing, first_crossing, guess_scores, largest_fall, next_comparison
-from glad_core.judge import Request
+from glad_core.verdict import Request
 from pipelines.archive.decode import decode
 from pipelines.demo.boards import DEFECTS
 from pipelines.evaluate.datasets import read_dataset

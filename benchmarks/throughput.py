@@ -45,7 +45,8 @@ from glad_core.engine.networks import keep_buffers
 from glad_core.features import create_vit
 from glad_core.image_metrics import image_metrics
 from glad_core.images import resize
-from glad_core.judge import Request, conclude, prepare
+from glad_core.judge import conclude, prepare
+from glad_core.verdict import Request
 from pipelines.demo.boards import board_rng, make_board
 from pipelines.models.find import SMALL_BUNDLE
 from pipelines.score.actor import set_up

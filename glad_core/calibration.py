@@ -20,11 +20,12 @@ from glad_core.bundle.settings import Profile, Settings
 from glad_core.engine.base import run
 from glad_core.engine.engine import Engine
 from glad_core.engine.search import fit_guess, largest_fall
+from glad_core.foreground import ForegroundMode, foreground
 from glad_core.image_metrics import auroc_of_resamples, image_metrics
 from glad_core.images import to_tensor
-from glad_core.judge import Detection, Request
 from glad_core.pixel_metrics import PixelCounts
 from glad_core.scoring import full_size_map
+from glad_core.verdict import Detection, Request
 
 # The published settings walk 30 timesteps at a time (T = 750, S = 25) and stop searching at 350 / 750 of T.
 STRIDE = 30
@@ -41,7 +42,7 @@ def choose_steps(
     categories: Sequence[str] | None = None,
     profile: Profile = "exact",
     start_steps: Sequence[int] | None = None,
-    foreground_mode: synthesis.ForegroundMode = 3,
+    foreground_mode: ForegroundMode = 3,
     batch_size: int = 8,
     seed: int = 0,
     on_image: Callable[[int], None] = lambda done: None,
@@ -115,7 +116,7 @@ def calibrate(
     categories: Sequence[str] | None = None,
     profile: Profile = "exact",
     start_steps: Sequence[int] | None = None,
-    foreground_mode: synthesis.ForegroundMode = 3,
+    foreground_mode: ForegroundMode = 3,
     target_fpr: float = 0.05,
     batch_size: int = 8,
     seed: int = 0,
@@ -175,7 +176,7 @@ def compare(
     old: Model,
     good_new: Sequence[np.ndarray],
     good_old: Sequence[np.ndarray],
-    foreground_mode: synthesis.ForegroundMode,
+    foreground_mode: ForegroundMode,
     margin: float,
     seed: int = 1,
     resamples: int = 1000,
@@ -219,13 +220,13 @@ def conformal_quantile(scores: Sequence[float] | np.ndarray, target_fpr: float) 
 
 
 def _synthetic(
-    good: Sequence[np.ndarray], foreground_mode: synthesis.ForegroundMode, seed: int
+    good: Sequence[np.ndarray], foreground_mode: ForegroundMode, seed: int
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Each good image with a synthetic anomaly, and the masks [n, R, R]."""
-    foreground = synthesis.foreground(to_tensor(good), foreground_mode) if foreground_mode != 3 else None
+    foreground_BHW = foreground(to_tensor(good), foreground_mode) if foreground_mode != 3 else None
     seeds = [seed * 1_000_003 + index for index in range(len(good))]
     anomalous, masks = synthesis.synthesize(
-        torch.from_numpy(np.stack(good)), seeds=seeds, foreground_BHW=foreground, probability=1.0
+        torch.from_numpy(np.stack(good)), seeds=seeds, foreground_BHW=foreground_BHW, probability=1.0
     )
     return list(anomalous.numpy()), masks.numpy()
 

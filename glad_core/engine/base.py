@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from glad_core.bundle.model import Model
-from glad_core.judge import Detection, Request, check_request
+from glad_core.verdict import Detection, Request, check_request
 
 Verdict = tuple[Request, Detection | Exception]
 

@@ -29,7 +29,8 @@ from glad_core.bundle.model import Model
 from glad_core.engine.base import Queue, Verdict
 from glad_core.engine.networks import fold_upsampling, keep_norms_low, use_onednn
 from glad_core.engine.search import Search, expected_crossing, first_crossing, guess_scores, next_comparison, search_of
-from glad_core.judge import Detection, Request, conclude, prepare
+from glad_core.judge import conclude, prepare
+from glad_core.verdict import Detection, Request
 
 CPU_PIXELS = 8 * 128**2  # of images compared or judged in one call on a CPU: fewer are slower, more take memory
 T = TypeVar("T")

@@ -19,7 +19,7 @@ from glad_core import features, scoring
 from glad_core.bundle.model import Model
 from glad_core.engine.base import Queue, Verdict
 from glad_core.images import to_tensor
-from glad_core.judge import Detection, Request
+from glad_core.verdict import Detection, Request
 
 CANDIDATES = 50_000  # patches the memory is chosen from
 REMEMBERED = 5_000

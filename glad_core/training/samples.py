@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from glad_core import synthesis
+from glad_core.foreground import foreground
 from glad_core.images import to_tensor
 from glad_core.training.recipe import Part, Recipe
 
@@ -64,14 +65,14 @@ def make_rows(
     if part != "unet":
         return rows
     pictures = torch.from_numpy(rows["image"])
-    foreground = None
+    foreground_BHW = None
     if recipe.foreground_mode != 3:
-        foreground = synthesis.foreground(to_tensor(images), recipe.foreground_mode)
+        foreground_BHW = foreground(to_tensor(images), recipe.foreground_mode)
     anomalous, masks = synthesis.synthesize(
         pictures,
         seeds=[sample.anomaly_seed for sample in samples],
         textures=textures,
-        foreground_BHW=foreground,
+        foreground_BHW=foreground_BHW,
         probability=recipe.anomaly_probability,
     )
     return rows | {"image": anomalous.numpy(), "mask": masks.numpy()}

@@ -208,7 +208,7 @@ class GladActor:
 
     async def _judge(self, row: dict[str, Any]) -> dict[str, Any]:
         """One output row for one input row."""
-        from glad_core.judge import Request
+        from glad_core.verdict import Request
 
         key = self.settings.models.key(row["category"])
         if key is None:

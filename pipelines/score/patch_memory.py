@@ -15,7 +15,7 @@ from glad_core.calibration import conformal_quantile, images_needed
 from glad_core.engine import nearest
 from glad_core.errors import GladError
 from glad_core.images import to_tensor
-from glad_core.judge import Request
+from glad_core.verdict import Request
 from pipelines.archive.decode import ImageError, decode, fetch
 from pipelines.archive.sources import list_source
 from pipelines.models.find import local_bundle

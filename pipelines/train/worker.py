@@ -23,9 +23,10 @@ from torch import Tensor
 from cluster.storage import is_s3, join
 from glad_core.bundle.model import AUTOCAST, Model, load_bundle
 from glad_core.errors import GladError
-from glad_core.judge import Request, detect
+from glad_core.judge import detect
 from glad_core.training import losses
 from glad_core.training.loop import StepResult, TrainState, add_reports, category_prompts, fine_tune
+from glad_core.verdict import Request
 from pipelines.models.find import local_bundle
 from pipelines.train.good_images import GoodImage, batches, read_pixels
 from pipelines.train.side_by_side import tell

@@ -6,7 +6,8 @@ import pytest
 
 from glad_core import calibration
 from glad_core.bundle.model import load_bundle
-from glad_core.judge import Request, detect
+from glad_core.judge import detect
+from glad_core.verdict import Request
 
 
 def test_conformal_quantile_keeps_its_promise() -> None:

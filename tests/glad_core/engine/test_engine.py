@@ -15,7 +15,8 @@ from glad_core.engine.base import run
 from glad_core.engine.engine import Engine
 from glad_core.engine.search import largest_fall
 from glad_core.errors import GladError
-from glad_core.judge import Detection, Request, detect
+from glad_core.judge import detect
+from glad_core.verdict import Detection, Request
 
 IMAGES = 7
 DELTAS = (0.0, 0.0036, 0.0042, 0.005, 1e4)

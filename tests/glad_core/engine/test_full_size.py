@@ -9,7 +9,8 @@ from glad_core import schedule
 from glad_core.bundle.model import Model
 from glad_core.bundle.settings import Settings
 from glad_core.features import create_vit
-from glad_core.judge import Request, detect
+from glad_core.judge import detect
+from glad_core.verdict import Request
 
 
 @pytest.mark.slow

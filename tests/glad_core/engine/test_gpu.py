@@ -11,7 +11,8 @@ from glad_core.engine.base import run
 from glad_core.engine.engine import Engine
 from glad_core.engine.networks import keep_norms_low
 from glad_core.images import resize
-from glad_core.judge import Detection, Request, detect
+from glad_core.judge import detect
+from glad_core.verdict import Detection, Request
 from pipelines.demo.boards import DEFECTS, board_rng, make_board
 from pipelines.models.find import SMALL_BUNDLE
 from pipelines.score.actor import set_up

@@ -5,7 +5,7 @@ import torch
 from glad_core.bundle.model import load_bundle
 from glad_core.engine import nearest
 from glad_core.images import to_tensor
-from glad_core.judge import Request
+from glad_core.verdict import Request
 
 RNG = np.random.default_rng(0)
 IMAGES = [RNG.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(6)]

@@ -6,7 +6,8 @@ from safetensors import safe_open
 
 from glad_core.bundle.glad_json import verify
 from glad_core.bundle.model import load_bundle
-from glad_core.judge import Request, detect
+from glad_core.judge import detect
+from glad_core.verdict import Request
 from pipelines.demo.boards import DEFECTS
 from pipelines.models.find import SMALL_BUNDLE
 from pipelines.small_model.pictures import board_picture
