@@ -14,12 +14,13 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from sklearn.metrics import roc_auc_score
 
-from glad_core.bundle.glad_json import read_manifest
+from glad_core.bundle.glad_json import read_description
 from glad_core.bundle.model import load_bundle
 from glad_core.bundle.settings import Settings
 from glad_core.calibration import map_at_full_size
-from glad_core.image_metrics import image_metrics, pixel_metrics
+from glad_core.image_metrics import image_metrics
 from glad_core.images import resize
 from glad_core.judge import detect
 from glad_core.verdict import Request
@@ -48,7 +49,7 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
 ) -> None:
     """Measure and print."""
-    settings = Settings.parse(read_manifest(path).settings, str(path))
+    settings = Settings.parse(read_description(path).settings, str(path))
     requests, labels, masks = test_set(settings.resolution)
     figures = {}
     for name, change in (("ADS + SAFF", {}), ("ADS", {"saff": False}), ("neither", {"delta": 0.0})):
@@ -61,7 +62,7 @@ def main(
         maps = np.stack([map_at_full_size(model, result).numpy() for result in ordered])
         figures[name] = {
             "i_auroc": round(image_metrics(scores, labels)["AUROC"], 4),
-            "p_auroc": round(pixel_metrics(maps, masks)["P-AUROC"], 4),
+            "p_auroc": round(roc_auc_score(masks.ravel(), maps.ravel()), 4),
             "seconds_per_image": round(float(np.mean([result.seconds for result in ordered])), 3),
         }
     if as_json:

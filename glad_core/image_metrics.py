@@ -1,14 +1,16 @@
-"""Detection and localisation metrics (Sec. 4.1), as the released code counts them.
+"""Metrics of image scores (Sec. 4.1) as the released code counts them, and the statistics that compare runs.
 
-Shapes: N images, H W map.
+Shapes: N images of one sample, M of another, R resamples of G good and A anomalous images.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from scipy import ndimage
-from scipy.stats import rankdata
+from scipy.stats import chi2_contingency, rankdata
 from sklearn import metrics as sk
+
+RESAMPLES = 1000
+RARE = 10
 
 
 def image_metrics(scores_N: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
@@ -20,7 +22,7 @@ def image_metrics(scores_N: np.ndarray, labels_N: np.ndarray) -> dict[str, float
     """
     scores = np.asarray(scores_N, dtype=np.float64)
     spread = scores.max() - scores.min()
-    return _curves((scores - scores.min()) / (spread if spread > 0 else 1.0), np.asarray(labels_N).astype(int))
+    return curve_metrics((scores - scores.min()) / (spread if spread > 0 else 1.0), np.asarray(labels_N).astype(int))
 
 
 def auroc_of_resamples(scores: np.ndarray, good_RG: np.ndarray, bad_RA: np.ndarray) -> np.ndarray:
@@ -34,57 +36,38 @@ def auroc_of_resamples(scores: np.ndarray, good_RG: np.ndarray, bad_RA: np.ndarr
     return (ranks.sum(axis=1) - bads * (bads + 1) / 2) / (goods * bads)
 
 
-def pixel_metrics(maps_NHW: np.ndarray, masks_NHW: np.ndarray, thresholds: int = 200) -> dict[str, float]:
-    """P-AUROC, P-AP, P-F1-max over all pixels, and PRO.
+def auroc_interval(scores_N: np.ndarray, labels_N: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval of the image AUROC; good and anomalous images are resampled separately."""
+    rng = np.random.default_rng(seed)
+    good, bad = np.flatnonzero(labels_N == 0), np.flatnonzero(labels_N)
+    areas = auroc_of_resamples(scores_N, *(rng.choice(kind, (RESAMPLES, len(kind))) for kind in (good, bad)))
+    low, high = np.quantile(areas, [0.025, 0.975])
+    return float(low), float(high)
 
-    Args:
-        masks_NHW: > 0 where anomalous.
-        thresholds: number of PRO's thresholds between the smallest and the largest value.
+
+def pooled_chi_squared(a_N: np.ndarray, b_M: np.ndarray) -> float:
+    """p-value of the chi-squared test that two samples of discrete values have the same distribution.
+
+    Values that occur fewer than `RARE` times in both samples together are counted as one value, because the test is
+    only valid for larger counts. 1 if a single value is left.
     """
-    masks = np.asarray(masks_NHW) > 0
-    curves = _curves(np.asarray(maps_NHW).ravel(), masks.ravel().astype(int))
-    return {**{f"P-{name}": value for name, value in curves.items()}, "PRO": pro(maps_NHW, masks, thresholds)}
+    values, codes = np.unique(np.concatenate([a_N, b_M]), return_inverse=True)
+    counts = np.stack(
+        [np.bincount(codes[: len(a_N)], minlength=len(values)), np.bincount(codes[len(a_N) :], minlength=len(values))]
+    )
+    rare = counts.sum(axis=0) < RARE
+    pooled = np.concatenate([counts[:, ~rare], counts[:, rare].sum(axis=1, keepdims=True)], axis=1)
+    pooled = pooled[:, pooled.sum(axis=0) > 0]
+    return 1.0 if pooled.shape[1] < 2 else float(chi2_contingency(pooled).pvalue)
 
 
-def pro(maps_NHW: np.ndarray, masks_NHW: np.ndarray, thresholds: int = 200, limit: float = 0.3) -> float:
-    """Per-region overlap: the area below mean overlap of the regions against the false positive rate, up to ``limit``.
-
-    Regions are 8-connected. Thresholds run evenly from the smallest value to below the largest; a pixel counts when
-    its value is above. The rates kept are below ``limit`` and divided by the largest of them; no end point is added.
-
-    Returns:
-        0 to 1; 0 where no threshold is left (constant maps too), NaN without a region or without a normal pixel.
-    """
-    maps, masks = np.asarray(maps_NHW), np.asarray(masks_NHW) > 0
-    regions = []  # the sorted values of each region
-    for image, mask in zip(maps, masks, strict=True):
-        labelled, count = ndimage.label(mask, structure=np.ones((3, 3)))
-        regions += [np.sort(image[labelled == number]) for number in range(1, count + 1)]
-    normal = np.sort(maps[~masks])
-    if not regions or not len(normal):
-        return float("nan")
-    low, high = maps.min(), maps.max()
-    if low == high:
-        return 0.0
-    levels = np.arange(low, high, (high - low) / thresholds)
-    overlap = np.mean([_share_above(values, levels) for values in regions], axis=0)
-    rate = _share_above(normal, levels)
-    kept = rate < limit
-    if not kept.any() or rate[kept].max() == 0:
-        return 0.0
-    return float(sk.auc(rate[kept] / rate[kept].max(), overlap[kept]))
-
-
-def _share_above(sorted_values: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    return 1 - np.searchsorted(sorted_values, levels, side="right") / len(sorted_values)
-
-
-def _curves(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    precision, recall, _ = sk.precision_recall_curve(labels, scores)
+def curve_metrics(scores_N: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
+    """AUROC, AP and F1-max of scores against labels (1 anomalous, 0 good)."""
+    precision, recall, _ = sk.precision_recall_curve(labels_N, scores_N)
     with np.errstate(invalid="ignore", divide="ignore"):
         f1 = 2 * precision * recall / (precision + recall)
     return {
-        "AUROC": float(sk.roc_auc_score(labels, scores)),
-        "AP": float(sk.average_precision_score(labels, scores)),
+        "AUROC": float(sk.roc_auc_score(labels_N, scores_N)),
+        "AP": float(sk.average_precision_score(labels_N, scores_N)),
         "F1max": float(f1[np.isfinite(f1)].max()),
     }

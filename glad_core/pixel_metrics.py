@@ -114,7 +114,7 @@ class PixelCounts:
         return tuple(_from_above(part[seen]) for part in (self.normal, self.anomalous, self.region_shares))
 
     def pro_200(self, limit: float = 0.3, thresholds: int = 200) -> float:
-        """PRO as the released code counts it, from ``thresholds`` even levels (`glad_core.image_metrics.pro`)."""
+        """PRO as the released code counts it, from ``thresholds`` even levels (`pro` in tests/oracles.py)."""
         seen = np.flatnonzero(self.normal + self.anomalous)
         if not self.regions or not self.normal.any():
             return float("nan")

@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from numpy.testing import assert_allclose, assert_array_equal
+from oracles import pixel_metrics
 from safetensors.torch import load_file
 
 from glad_core import adaptive, features, schedule, scoring
 from glad_core.bundle.model import Model
 from glad_core.bundle.settings import Settings
-from glad_core.image_metrics import image_metrics, pixel_metrics
+from glad_core.image_metrics import image_metrics
 from glad_core.judge import final_token_map
 from glad_core.training import losses
 

@@ -14,7 +14,7 @@ from glad_core.bundle.settings import Settings
 from glad_core.errors import GladError
 
 SCHEMA_VERSION = 1
-MANIFEST = "glad.json"
+GLAD_JSON = "glad.json"
 REQUIRED = (
     "unet/config.json",
     "vae/config.json",
@@ -32,7 +32,7 @@ class FileEntry(BaseModel):
     sha256: str
 
 
-class Manifest(BaseModel):
+class Description(BaseModel):
     """``glad.json``: what a bundle is, readable without loading a tensor.
 
     ``model_id`` is a hash of the settings, the category and all file hashes: two bundles that judge alike share it.
@@ -49,7 +49,7 @@ class Manifest(BaseModel):
     files: dict[str, FileEntry]
 
 
-def read_manifest(path: str | Path) -> Manifest:
+def read_description(path: str | Path) -> Description:
     """Read and check ``glad.json`` and the presence and size of every file, without loading tensors.
 
     Raises:
@@ -58,62 +58,64 @@ def read_manifest(path: str | Path) -> Manifest:
     path = Path(path)
     if not path.is_dir():
         raise GladError(f"{path}: no such model bundle folder; make one with `glad bundle create` or `glad train`")
-    if not (path / MANIFEST).is_file():
+    if not (path / GLAD_JSON).is_file():
         hint = " (a diffusers folder: turn it into a bundle with `glad bundle create`)" if _is_diffusers(path) else ""
-        raise GladError(f"{path}: not a GLAD bundle, it has no {MANIFEST}{hint}")
+        raise GladError(f"{path}: not a GLAD bundle, it has no {GLAD_JSON}{hint}")
     try:
-        manifest = Manifest.model_validate_json((path / MANIFEST).read_text())
+        description = Description.model_validate_json((path / GLAD_JSON).read_text())
     except (ValidationError, UnicodeDecodeError) as error:
         place = ".".join(map(str, error.errors()[0]["loc"])) if isinstance(error, ValidationError) else ""
         wrong = f" ('{place}' is not as it should be)" if place else ""
         raise GladError(
-            f"{path / MANIFEST}: damaged or of another program{wrong}; restore the bundle from its source"
+            f"{path / GLAD_JSON}: damaged or of another program{wrong}; restore the bundle from its source"
         ) from error
-    if manifest.schema_version != SCHEMA_VERSION:
+    if description.schema_version != SCHEMA_VERSION:
         raise GladError(
-            f"{path}: bundle schema version {manifest.schema_version}, this program reads {SCHEMA_VERSION}: "
+            f"{path}: bundle schema version {description.schema_version}, this program reads {SCHEMA_VERSION}: "
             "use the matching glad version or make the bundle again"
         )
-    present = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MANIFEST}
-    required = {name for name in REQUIRED if name not in manifest.files}
-    for name in sorted((set(manifest.files) | required) - present):
+    present = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {GLAD_JSON}
+    required = {name for name in REQUIRED if name not in description.files}
+    for name in sorted((set(description.files) | required) - present):
         raise GladError(f"{path}: incomplete bundle, {name} is missing; copy the bundle again")
     for name in sorted(required):
-        raise GladError(f"{path}: incomplete bundle, {MANIFEST} does not list {name}; make the bundle again")
-    for name in sorted(present - set(manifest.files)):
-        raise GladError(f"{path}: {name} is not listed in {MANIFEST}; remove it or make the bundle again")
-    for name, entry in sorted(manifest.files.items()):
+        raise GladError(f"{path}: incomplete bundle, {GLAD_JSON} does not list {name}; make the bundle again")
+    for name in sorted(present - set(description.files)):
+        raise GladError(f"{path}: {name} is not listed in {GLAD_JSON}; remove it or make the bundle again")
+    for name, entry in sorted(description.files.items()):
         size = (path / name).stat().st_size
         if size != entry.size:
             raise GladError(f"{path}: damaged bundle, {name} has {size} bytes instead of {entry.size}; copy it again")
-    Settings.parse(manifest.settings, str(path / MANIFEST))
-    return manifest
+    Settings.parse(description.settings, str(path / GLAD_JSON))
+    return description
 
 
-def verify(path: str | Path) -> Manifest:
-    """`read_manifest`, and the sha256 of every file and the model id as well."""
+def verify(path: str | Path) -> Description:
+    """`read_description`, and the sha256 of every file and the model id as well."""
     path = Path(path)
-    manifest = read_manifest(path)
-    for name, entry in sorted(manifest.files.items()):
+    description = read_description(path)
+    for name, entry in sorted(description.files.items()):
         if _sha256(path / name) != entry.sha256:
             raise GladError(f"{path}: damaged bundle, {name} does not match its sha256; copy the bundle again")
-    if _model_id(manifest.settings, manifest.category, manifest.files) != manifest.model_id:
-        raise GladError(f"{path}: {MANIFEST} was changed by hand, its model id no longer fits; use `glad` to change it")
-    return manifest
+    if _model_id(description.settings, description.category, description.files) != description.model_id:
+        raise GladError(
+            f"{path}: {GLAD_JSON} was changed by hand, its model id no longer fits; use `glad` to change it"
+        )
+    return description
 
 
 def update_settings(path: str | Path, settings: Settings, provenance: dict[str, Any]) -> str:
     """Give an existing bundle new settings (after calibration); weights stay. Returns the new model id."""
-    manifest = read_manifest(path)
-    provenance = manifest.provenance | provenance
-    return write_manifest(Path(path), settings.model_dump(), manifest.category, provenance).model_id
+    description = read_description(path)
+    provenance = description.provenance | provenance
+    return write_description(Path(path), settings.model_dump(), description.category, provenance).model_id
 
 
-def write_manifest(path: Path, settings: dict[str, Any], category: str, provenance: dict[str, Any]) -> Manifest:
+def write_description(path: Path, settings: dict[str, Any], category: str, provenance: dict[str, Any]) -> Description:
     """Describe the files of a bundle's folder as they are now."""
-    names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file() and file.name != MANIFEST)
+    names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file() and file.name != GLAD_JSON)
     files = {name: FileEntry(size=(path / name).stat().st_size, sha256=_sha256(path / name)) for name in names}
-    manifest = Manifest(
+    description = Description(
         schema_version=SCHEMA_VERSION,
         model_id=_model_id(settings, category, files),
         category=category,
@@ -122,10 +124,10 @@ def write_manifest(path: Path, settings: dict[str, Any], category: str, provenan
         versions=versions("glad-ray", "torch", "diffusers", "timm"),
         files=files,
     )
-    written = path / f".{MANIFEST}.new"
-    written.write_text(manifest.model_dump_json(indent=1) + "\n")
-    written.rename(path / MANIFEST)  # atomic: a reader sees the old or the new one
-    return manifest
+    written = path / f".{GLAD_JSON}.new"
+    written.write_text(description.model_dump_json(indent=1) + "\n")
+    written.rename(path / GLAD_JSON)  # atomic: a reader sees the old or the new one
+    return description
 
 
 def _model_id(settings: dict[str, Any], category: str, files: dict[str, FileEntry]) -> str:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from glad_core.bundle.glad_json import MANIFEST, verify, write_manifest
+from glad_core.bundle.glad_json import GLAD_JSON, verify, write_description
 from glad_core.bundle.settings import Settings
 from glad_core.errors import GladError
 from glad_core.features import create_vit
@@ -112,7 +112,7 @@ def save_bundle(
         GladError: something is already at ``path``.
     """
     path = Path(path)
-    if path.exists() and not (overwrite and (path / MANIFEST).exists()):
+    if path.exists() and not (overwrite and (path / GLAD_JSON).exists()):
         raise GladError(f"{path} already exists: choose another output folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
@@ -130,14 +130,14 @@ def save_bundle(
         stored |= {f"cond/{name}": value for name, value in (prompts or {}).items()}
         stored = {name: value.detach().clone().contiguous() for name, value in stored.items()}
         save_file(stored, partial / "prompt.safetensors")
-        manifest = write_manifest(partial, settings.model_dump(), category, provenance)
+        description = write_description(partial, settings.model_dump(), category, provenance)
         partial.chmod(0o755)  # mkdtemp makes it private
         if path.exists():
             shutil.rmtree(path)
         partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return manifest.model_id
+    return description.model_id
 
 
 def save_derived(
@@ -190,8 +190,8 @@ def load_bundle(
         GladError: missing, damaged, incomplete or foreign bundle, or settings its networks cannot run.
     """
     path = Path(path)
-    manifest = verify(path)
-    settings = settings or Settings.parse(manifest.settings, str(path / MANIFEST))
+    description = verify(path)
+    settings = settings or Settings.parse(description.settings, str(path / GLAD_JSON))
     scheduler = DDIMScheduler.from_pretrained(path / "scheduler")
     if scheduler.config.prediction_type != "epsilon":
         raise GladError(f"{path}: prediction type '{scheduler.config.prediction_type}'; GLAD needs an epsilon model")
@@ -215,8 +215,8 @@ def load_bundle(
         },
         alphas=scheduler.alphas_cumprod.to(device),
         settings=settings,
-        category=manifest.category,
-        model_id=manifest.model_id,
+        category=description.category,
+        model_id=description.model_id,
         device=torch.device(device),
         dtype=dtype,
         autocast=autocast,

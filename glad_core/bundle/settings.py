@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from glad_core.errors import GladError, did_you_mean
 
 Profile = Literal["exact", "fast"]
-Model = TypeVar("Model", bound=BaseModel)
 
 
-class Settings(BaseModel):
-    """How one bundle reconstructs and scores. Symbols are the paper's (Sec. 3.3-3.6); timesteps count from 0 to 999."""
+class FrozenSettings(BaseModel):
+    """A table of settings that is checked once, cannot change, and knows every one of its keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def parse(cls, values: dict[str, Any], where: str) -> Self:
+        """Settings from untrusted values.
+
+        Raises:
+            GladError: one line that begins with ``where`` and names the wrong key; for an unknown key also the nearest
+                known one.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"])
+            if first["type"] == "extra_forbidden":
+                raise GladError(f"{where}: unknown setting '{name}'{did_you_mean(name, cls.model_fields)}") from error
+            message = first["msg"].removeprefix("Value error, ")
+            raise GladError(f"{where}: {name + ': ' if name else ''}{message}") from error
+
+
+class Settings(FrozenSettings):
+    """How one bundle reconstructs and scores. Symbols are the paper's (Sec. 3.3-3.6); timesteps count from 0 to 999."""
 
     variant: Literal["official", "paper"] = Field("official", description="the released code's steps, or the equations")
     resolution: int = Field(512, ge=8, description="side of the square image the VAE sees, pixels")
@@ -57,12 +78,6 @@ class Settings(BaseModel):
     threshold: float | None = Field(None, description="image score above which an image is called anomalous")
     thresholds: dict[str, float] = Field({}, description="of single categories, in a bundle for several")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _without_former(cls, values: Any) -> Any:
-        """Bundles of version 0.1.0 hold `early_look`, which `score_guess` has replaced."""
-        return {name: value for name, value in values.items() if name != "early_look"}
-
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.inference_steps > self.start_step:
@@ -74,25 +89,3 @@ class Settings(BaseModel):
     def threshold_for(self, category: str | None) -> float | None:
         """The threshold of one category: its own in a bundle for several, else the bundle's."""
         return self.thresholds.get(category or "", self.threshold)
-
-    @classmethod
-    def parse(cls, values: dict[str, Any], where: str) -> Settings:
-        """Settings from untrusted values; every mistake is one `GladError` line that begins with ``where``."""
-        return parse(cls, values, where)
-
-
-def parse(model: type[Model], values: dict[str, Any], where: str) -> Model:
-    """A pydantic model from untrusted values.
-
-    Raises:
-        GladError: one line that begins with ``where`` and names the offending key; an unknown one with its nearest.
-    """
-    try:
-        return model(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise GladError(f"{where}: unknown setting '{name}'{did_you_mean(name, model.model_fields)}") from error
-        message = first["msg"].removeprefix("Value error, ")
-        raise GladError(f"{where}: {name + ': ' if name else ''}{message}") from error

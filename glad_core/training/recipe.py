@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from glad_core.bundle.settings import FrozenSettings
 
 Part = Literal["unet", "dino", "vae"]
 
 
-class Recipe(BaseModel):
+class Recipe(FrozenSettings):
     """How a part is trained; the defaults are the released code's for the UNet (its 8-bit optimiser aside)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     steps: int = Field(2000, ge=1, description="optimiser steps")
     batch_size: int = Field(32, ge=1, description="images of one optimiser step, over all workers")

@@ -240,9 +240,9 @@ def bundle_inspect(
     from pipelines.models.find import local_bundle
     from pipelines.models.make import inspect
 
-    manifest = inspect(local_bundle(path, Storage.from_environment()), Console(stderr=as_json))
+    description = inspect(local_bundle(path, Storage.from_environment()), Console(stderr=as_json))
     if as_json:
-        print_json(manifest.model_dump())
+        print_json(description.model_dump())
 
 
 def print_json(result: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from cluster import session
 from cluster.storage import Storage
-from glad_core.bundle.glad_json import read_manifest, update_settings
+from glad_core.bundle.glad_json import read_description, update_settings
 from glad_core.bundle.settings import Settings
 from glad_core.calibration import STRIDE
 from glad_core.errors import GladError
@@ -101,7 +101,7 @@ def ablate(
 
 
 def _settings(place: Path) -> Settings:
-    return Settings.parse(read_manifest(place).settings, str(place))
+    return Settings.parse(read_description(place).settings, str(place))
 
 
 def _run(

@@ -25,7 +25,7 @@ from rich.table import Column, Table
 from cluster import session
 from cluster.storage import Storage, is_s3, join, local_path
 from glad_core.errors import GladError
-from glad_core.image_metrics import auroc_of_resamples, image_metrics
+from glad_core.image_metrics import auroc_interval, image_metrics
 from glad_core.pixel_metrics import PixelCounts
 from pipelines.archive.decode import ImageError
 from pipelines.evaluate.datasets import Example, published_name, read_dataset, read_mask, resize_mask
@@ -33,7 +33,6 @@ from pipelines.runs.schema import COMPLETE, ERRORS, RESULTS, read_run, settings_
 
 TASK_CPUS = 0.5
 BATCH = 64
-RESAMPLES = 1000
 IMAGE_COLUMNS = ("I-AUROC", "I-AP", "I-F1-max")
 PIXEL_COLUMNS = ("P-AUROC", "P-AP", "P-F1-max", "PRO")
 COLUMNS = (*IMAGE_COLUMNS, *PIXEL_COLUMNS, "AUPIMO")
@@ -79,15 +78,6 @@ class Tally:
             "I-AUROC low": low,
             "I-AUROC high": high,
         }
-
-
-def auroc_interval(scores: np.ndarray, labels: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the image AUROC; good and anomalous images are resampled apart."""
-    rng = np.random.default_rng(seed)
-    good, bad = np.flatnonzero(labels == 0), np.flatnonzero(labels)
-    areas = auroc_of_resamples(scores, *(rng.choice(kind, (RESAMPLES, len(kind))) for kind in (good, bad)))
-    low, high = np.quantile(areas, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def evaluate(

@@ -27,7 +27,7 @@ class Models:
     """
 
     bundles: dict[str, str]
-    manifests: dict[str, glad_json.Manifest]
+    descriptions: dict[str, glad_json.Description]
     categories: tuple[str, ...]
 
     def key(self, category: str | None) -> str | None:
@@ -38,7 +38,7 @@ class Models:
 
     def settings(self) -> dict[str, Settings]:
         """The settings of every bundle, by its key."""
-        return {key: Settings.parse(manifest.settings, key) for key, manifest in self.manifests.items()}
+        return {key: Settings.parse(description.settings, key) for key, description in self.descriptions.items()}
 
 
 def find_models(model: str, storage: Storage) -> Models:
@@ -49,15 +49,15 @@ def find_models(model: str, storage: Storage) -> Models:
     """
     if model != SMALL and registry.is_registry(registry.absolute(model), storage):
         bundles = registry.current_bundles(registry.absolute(model), storage)
-        manifests = {
-            name: registry.manifest(registry.absolute(model), name, place.rpartition("/")[2], storage)
+        descriptions = {
+            name: registry.description(registry.absolute(model), name, place.rpartition("/")[2], storage)
             for name, place in bundles.items()
         }
-        return Models(bundles, manifests, tuple(sorted(bundles)))
+        return Models(bundles, descriptions, tuple(sorted(bundles)))
     path = local_bundle(model, storage)
-    manifest = glad_json.read_manifest(path)
-    known = tuple(manifest.category.split(",")) if "," in manifest.category else ()
-    return Models({"": model if is_s3(model) or model == SMALL else str(path)}, {"": manifest}, known)
+    description = glad_json.read_description(path)
+    known = tuple(description.category.split(",")) if "," in description.category else ()
+    return Models({"": model if is_s3(model) or model == SMALL else str(path)}, {"": description}, known)
 
 
 def local_bundle(model: str, storage: Storage) -> Path:
@@ -73,10 +73,10 @@ def local_bundle(model: str, storage: Storage) -> Path:
         return SMALL_BUNDLE
     if not is_s3(model):
         return Path(local_path(model))
-    manifest = join(model, glad_json.MANIFEST)
-    if storage.kind(manifest) != "file":
-        raise GladError(f"{model}: no model bundle there (no {glad_json.MANIFEST}); copy one there whole")
-    name = hashlib.sha256(model.encode() + storage.read(manifest)).hexdigest()[:24]
+    description = join(model, glad_json.GLAD_JSON)
+    if storage.kind(description) != "file":
+        raise GladError(f"{model}: no model bundle there (no {glad_json.GLAD_JSON}); copy one there whole")
+    name = hashlib.sha256(model.encode() + storage.read(description)).hexdigest()[:24]
     cache = Path(os.environ.get("GLAD_CACHE", "~/.cache/glad")).expanduser() / "bundles"
     target = cache / name
     if target.is_dir():

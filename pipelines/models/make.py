@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from glad_core.bundle import presets
-from glad_core.bundle.glad_json import Manifest, read_manifest, verify
+from glad_core.bundle.glad_json import Description, read_description, verify
 from glad_core.bundle.model import load_bundle, save_bundle, save_derived
 from glad_core.bundle.settings import Settings
 from glad_core.errors import GladError
@@ -82,8 +82,8 @@ def import_unet(base: Path, checkpoint: Path, out: Path, *, category: str, prese
         checkpoint = checkpoint / "pytorch_model.bin"
     if not checkpoint.is_file():
         raise GladError(f"{checkpoint}: no such file; name the pytorch_model.bin of a checkpoint-* folder")
-    manifest = read_manifest(base)
-    settings, recipe = manifest.settings, manifest.provenance.get("recipe", {})
+    description = read_description(base)
+    settings, recipe = description.settings, description.provenance.get("recipe", {})
     if preset is not None:
         dataset, _, name = preset.partition("/")
         settings, category = settings | presets.preset(dataset, name), category or name
@@ -113,9 +113,9 @@ def import_unet(base: Path, checkpoint: Path, out: Path, *, category: str, prese
         base,
         model,
         parsed,
-        category=category or manifest.category,
+        category=category or description.category,
         provenance={
-            "base": manifest.model_id,
+            "base": description.model_id,
             "unet_checkpoint": checkpoint.name,
             "preset": preset,
             "recipe": recipe,
@@ -123,24 +123,24 @@ def import_unet(base: Path, checkpoint: Path, out: Path, *, category: str, prese
     )
 
 
-def inspect(path: Path, console: Console) -> Manifest:
+def inspect(path: Path, console: Console) -> Description:
     """Print what a bundle is and check every file's sha256; returns its glad.json."""
-    manifest = verify(path)
+    description = verify(path)
     table = Table("part", "value", title=f"{path} · verified")
-    table.add_row("model id", manifest.model_id)
-    table.add_row("category", manifest.category or "(none)")
-    for name, value in Settings.parse(manifest.settings, str(path)).model_dump().items():
+    table.add_row("model id", description.model_id)
+    table.add_row("category", description.category or "(none)")
+    for name, value in Settings.parse(description.settings, str(path)).model_dump().items():
         table.add_row(name, str(value))
     sizes: dict[str, int] = {}
-    for name, entry in manifest.files.items():
+    for name, entry in description.files.items():
         part = name.split("/")[0]
         sizes[part] = sizes.get(part, 0) + entry.size
     for part, size in sizes.items():
         table.add_row(part, f"{size / 1e6:.2f} MB")
-    for name, value in {**manifest.provenance, **manifest.versions}.items():
+    for name, value in {**description.provenance, **description.versions}.items():
         table.add_row(name, str(value))
     console.print(table)
-    return manifest
+    return description
 
 
 def _part(cls: Any, diffusion: str, subfolder: str, **options: Any) -> Any:

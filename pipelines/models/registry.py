@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.storage import Storage, is_s3, join, local_path
-from glad_core.bundle.glad_json import MANIFEST, Manifest, read_manifest
+from glad_core.bundle.glad_json import GLAD_JSON, Description, read_description
 from glad_core.errors import GladError, did_you_mean
 
 CURRENT = "current.json"
@@ -35,7 +35,7 @@ class Current:
 
 def is_registry(location: str, storage: Storage) -> bool:
     """Whether a folder holds categories with a current version (and is no bundle itself)."""
-    if storage.kind(join(location, MANIFEST)) == "file":
+    if storage.kind(join(location, GLAD_JSON)) == "file":
         return False
     return any(storage.kind(join(location, name, CURRENT)) == "file" for name in storage.folders(location))
 
@@ -53,24 +53,24 @@ def categories(registry: str, storage: Storage) -> list[str]:
 
 
 def versions(registry: str, category: str, storage: Storage) -> list[str]:
-    """Complete versions of a category: a bundle's manifest is its last file to arrive."""
+    """Complete versions of a category: a bundle's description is its last file to arrive."""
     folder = join(registry, category)
     names = [name for name in storage.folders(folder) if not name.startswith(".")]
-    return [name for name in names if storage.kind(join(folder, name, MANIFEST)) == "file"]
+    return [name for name in names if storage.kind(join(folder, name, GLAD_JSON)) == "file"]
 
 
-def manifest(registry: str, category: str, version: str, storage: Storage) -> Manifest:
+def description(registry: str, category: str, version: str, storage: Storage) -> Description:
     """``glad.json`` of a version.
 
     Raises:
-        GladError: no such version, or a damaged manifest.
+        GladError: no such version, or a damaged description.
     """
     known = versions(registry, category, storage)
     if version not in known:
         raise GladError(f"{join(registry, category)} has no version '{version}'{did_you_mean(version, known)}")
-    place = join(registry, category, version, MANIFEST)
+    place = join(registry, category, version, GLAD_JSON)
     try:
-        return Manifest.model_validate_json(storage.read(place))
+        return Description.model_validate_json(storage.read(place))
     except ValueError as error:
         raise GladError(f"{place}: damaged; remove this version and train it again") from error
 
@@ -92,8 +92,8 @@ def current(registry: str, category: str, storage: Storage) -> Current | None:
 
 def publish(made: Path, registry: str, category: str, storage: Storage) -> str:
     """Add a bundle as a version; one that is there already stays as it is. Returns the version."""
-    version = read_manifest(made).model_id
-    storage.publish(made, join(registry, category, version), MANIFEST)
+    version = read_description(made).model_id
+    storage.publish(made, join(registry, category, version), GLAD_JSON)
     return version
 
 
@@ -103,7 +103,7 @@ def promote(registry: str, category: str, version: str, storage: Storage, reason
     Raises:
         GladError: no such version.
     """
-    manifest(registry, category, version, storage)
+    description(registry, category, version, storage)
     before = current(registry, category, storage)
     earlier = [before.version, *before.earlier] if before is not None else []
     chosen = Current(version, _now(), reason, [name for name in earlier if name != version])
@@ -121,7 +121,7 @@ def rollback(registry: str, category: str, storage: Storage) -> Current:
     if now is None or not now.earlier:
         raise GladError(f"{join(registry, category)}: no earlier version to go back to")
     version, *earlier = now.earlier
-    manifest(registry, category, version, storage)
+    description(registry, category, version, storage)
     chosen = Current(version, _now(), f"rolled back from {now.version}", earlier)
     storage.write(join(registry, category, CURRENT), json.dumps(asdict(chosen), indent=1).encode())
     return chosen
@@ -177,7 +177,7 @@ def described(location: str, category: str) -> list[dict[str, Any]]:
     now = current(home, category, storage)
     rows = []
     for version in known:
-        facts = manifest(home, category, version, storage)
+        facts = description(home, category, version, storage)
         state = "current" if now and version == now.version else ("earlier" if now and version in now.earlier else None)
         values = {name: facts.settings.get(name) for name in ("threshold", "start_step", "delta")}
         rows.append({"version": version, "state": state, "good_images": facts.provenance.get("good_images"), **values})

@@ -14,6 +14,7 @@ from scipy import stats
 
 from cluster.storage import Storage, is_s3, join, local_path
 from glad_core.errors import GladError
+from glad_core.image_metrics import pooled_chi_squared
 from pipelines.report.contact_sheet import save_figure
 from pipelines.runs.schema import RESULTS, read_run
 
@@ -41,7 +42,7 @@ def drift(
     for name in shared:
         a, b = runs[0][name], runs[1][name]
         p_scores = min(1.0, 2 * len(shared) * float(stats.ks_2samp(a["score"], b["score"]).pvalue))
-        p_steps = min(1.0, 2 * len(shared) * steps_p_value(a["step"], b["step"]))
+        p_steps = min(1.0, 2 * len(shared) * pooled_chi_squared(a["step"], b["step"]))
         differs = min(p_scores, p_steps) < alpha
         medians = [float(np.median(of["score"])) for of in (a, b)]
         found[name] = {
@@ -64,18 +65,6 @@ def drift(
         _plot(runs, shared[:CATEGORIES_SHOWN], (first, second), out)
         console.print(f"plot in {out}", highlight=False)
     return found
-
-
-def steps_p_value(a: np.ndarray, b: np.ndarray) -> float:
-    """Chi-squared test of how often two runs stopped at each step; rare steps are pooled, 1 where all are alike."""
-    values, codes = np.unique(np.concatenate([a, b]), return_inverse=True)
-    counts = np.stack(
-        [np.bincount(codes[: len(a)], minlength=len(values)), np.bincount(codes[len(a) :], minlength=len(values))]
-    )
-    rare = counts.sum(axis=0) < 10
-    pooled = np.concatenate([counts[:, ~rare], counts[:, rare].sum(axis=1, keepdims=True)], axis=1)
-    pooled = pooled[:, pooled.sum(axis=0) > 0]
-    return 1.0 if pooled.shape[1] < 2 else float(stats.chi2_contingency(pooled).pvalue)
 
 
 def _columns(run: str, storage: Storage) -> dict[str, dict[str, np.ndarray]]:

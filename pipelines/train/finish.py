@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from glad_core.bundle.glad_json import read_manifest
+from glad_core.bundle.glad_json import read_description
 from glad_core.bundle.model import Model, is_half, load_bundle, load_vit, save_derived
 from glad_core.calibration import calibrate, judged_images
 from pipelines.models.find import local_bundle
@@ -47,10 +47,10 @@ def finish(job: TrainJob, seen: Survey, checkpoint: Any, deliver: Deliver, event
         seed=job.recipe.seed,
         on_image=judged,
     )
-    manifest = read_manifest(base)
+    description = read_description(base)
     provenance = {
         "run": job.run_id(seen),
-        "base": manifest.model_id,
+        "base": description.model_id,
         "part": job.part,
         "dataset_fingerprint": seen.fingerprint,
         "good_images": len(seen.fit),
@@ -58,7 +58,7 @@ def finish(job: TrainJob, seen: Survey, checkpoint: Any, deliver: Deliver, event
         "skipped_images": len(seen.skipped),
         "target_fpr": job.target_fpr,
         # The UNet's recipe is what the next training starts from, whatever part was trained last.
-        "recipe": manifest.provenance.get("recipe", {}),
+        "recipe": description.provenance.get("recipe", {}),
         ("recipe" if job.part == "unet" else f"{job.part}_recipe"): job.recipe.model_dump(),
     }
     with tempfile.TemporaryDirectory() as folder:

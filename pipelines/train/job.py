@@ -20,8 +20,7 @@ from rich.console import Console
 from cluster import session
 from cluster.quick_imports import quick_imports
 from cluster.storage import Storage, StorageError, is_s3, join, local_path
-from glad_core.bundle.glad_json import MANIFEST, read_manifest
-from glad_core.bundle.settings import parse
+from glad_core.bundle.glad_json import GLAD_JSON, read_description
 from glad_core.errors import GladError
 from glad_core.training.recipe import Part, Recipe
 from pipelines.models.find import SMALL, local_bundle
@@ -86,19 +85,19 @@ def train(request: TrainRequest, console: Console) -> str:
 
 def deliver_bundle(made: Path, job: TrainJob, seen: Survey, *, storage: Storage, out: str) -> Outcome:
     """The bundle to ``out``, its metrics beside it; checkpoints go."""
-    if not storage.publish(made, out, MANIFEST):
+    if not storage.publish(made, out, GLAD_JSON):
         raise GladError(f"{out} already exists: choose another --out or remove it")
     clear_work(storage, job.work, out)
-    return Outcome("trained", read_manifest(made).model_id)
+    return Outcome("trained", read_description(made).model_id)
 
 
 def plan_job(request: TrainRequest, categories: list[str], storage: Storage, *, name: str, work: str) -> TrainJob:
     """The run as far as it is known before looking at the images; checks the base and the recipe."""
     base = local_bundle(request.base, storage)
-    manifest = read_manifest(base)
-    recommended = manifest.provenance.get("recipe", {}) if request.part == "unet" else PART_RECIPES[request.part]
+    description = read_description(base)
+    recommended = description.provenance.get("recipe", {}) if request.part == "unet" else PART_RECIPES[request.part]
     asked = {name: value for name, value in request.recipe.items() if value is not None}
-    recipe = parse(Recipe, recommended | asked, f"training recipe of {request.base} with the options given")
+    recipe = Recipe.parse(recommended | asked, f"training recipe of {request.base} with the options given")
     if recipe.batch_size % request.workers:
         raise GladError(
             f"--batch-size {recipe.batch_size} cannot be shared by {request.workers} workers: "
@@ -204,8 +203,8 @@ def run_training(
     session.configure_ray_data()
     say = partial(tell, events, job.name, "survey")
     say()
-    manifest = read_manifest(local_bundle(job.base, job.storage))
-    seen = survey(found, manifest.settings["resolution"], job.storage)
+    description = read_description(local_bundle(job.base, job.storage))
+    seen = survey(found, description.settings["resolution"], job.storage)
     for uri, reason in seen.skipped:
         say(warning=f"{uri}: {reason}; skipped")
     if len(seen.sizes) > 1:

@@ -86,7 +86,7 @@ def look_up(job: TrainJob, seen: Survey, *, storage: Storage, home: str) -> Trai
     """The outcome of an earlier run that trained the same on the same images, if there is one; else where to work."""
     wanted = job.run_id(seen)
     for version in registry.versions(home, job.name, storage):
-        if registry.manifest(home, job.name, version, storage).provenance.get("run") == wanted:
+        if registry.description(home, job.name, version, storage).provenance.get("run") == wanted:
             return Outcome("up to date", version)
     return replace(job, work=join(home, WORK, job.name, wanted))
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 
 from cluster.storage import Storage, join, local_path
-from glad_core.bundle.glad_json import read_manifest
+from glad_core.bundle.glad_json import read_description
 from glad_core.training.recipe import Part, Recipe
 from pipelines.models.find import local_bundle
 from pipelines.train.good_images import GoodImage, Survey
@@ -52,7 +52,7 @@ class TrainJob:
     def identity(self, seen: Survey) -> dict[str, Any]:
         """All that the resulting bundle depends on."""
         return {
-            "base": read_manifest(local_bundle(self.base, self.storage)).model_id,
+            "base": read_description(local_bundle(self.base, self.storage)).model_id,
             "part": self.part,
             "categories": self.categories,
             "dataset": seen.fingerprint,

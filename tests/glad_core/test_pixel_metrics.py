@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import pro
 from scipy import ndimage
 from sklearn import metrics as sk
 
-from glad_core.image_metrics import pro
 from glad_core.pixel_metrics import PixelCounts, area_up_to, key_values, keys, merged
 
 

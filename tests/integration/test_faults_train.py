@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from test_faults import start
 from typer.testing import CliRunner
 
-from glad_core.bundle.glad_json import read_manifest, verify
+from glad_core.bundle.glad_json import read_description, verify
 from pipelines.cli.main import app
 
 pytestmark = pytest.mark.slow
@@ -67,11 +67,11 @@ def test_a_run_that_loses_its_driver_and_a_worker_ends_bitwise_as_if_nothing_had
     assert not killer.is_alive()
     assert not work.exists()
 
-    manifest = verify(tmp_path / "killed")
-    assert manifest.category == "part"
-    assert manifest.settings["threshold"] > 0
-    assert manifest.settings["delta"] > 0
-    assert manifest.provenance["base"] == read_manifest(tiny_bundle).model_id
+    description = verify(tmp_path / "killed")
+    assert description.category == "part"
+    assert description.settings["threshold"] > 0
+    assert description.settings["delta"] > 0
+    assert description.provenance["base"] == read_description(tiny_bundle).model_id
     train(*command(dataset, tiny_bundle, tmp_path / "whole"))
     expected, base = weights(tmp_path / "whole"), weights(tiny_bundle)
     assert any((expected[name] != base[name]).any() for name in base)

@@ -6,7 +6,7 @@ import pytest
 import safetensors
 import torch
 
-from glad_core.bundle.glad_json import read_manifest, update_settings, verify, versions, write_manifest
+from glad_core.bundle.glad_json import read_description, update_settings, verify, versions
 from glad_core.bundle.model import load_bundle, save_bundle
 from glad_core.bundle.settings import Settings
 from glad_core.errors import GladError
@@ -19,28 +19,21 @@ def copy(tiny_bundle, tmp_path: Path) -> Path:
 
 def test_what_is_saved_is_loaded(tiny_bundle) -> None:
     model = load_bundle(tiny_bundle)
-    manifest = verify(tiny_bundle)
-    assert model.model_id == manifest.model_id
-    assert model.settings == Settings(**manifest.settings)
+    description = verify(tiny_bundle)
+    assert model.model_id == description.model_id
+    assert model.settings == Settings(**description.settings)
     assert not any(parameter.requires_grad for parameter in model.unet.parameters())
     assert model.alphas.shape == (1000,)
 
 
 def test_new_settings_make_a_new_id_and_the_same_weights(copy: Path) -> None:
-    before = read_manifest(copy)
+    before = read_description(copy)
     changed = Settings(**before.settings | {"threshold": 1.25})
     assert update_settings(copy, changed, {"calibrated": True}) != before.model_id
     after = verify(copy)
     assert after.files == before.files
     assert after.settings["threshold"] == 1.25
     assert after.provenance["calibrated"]
-
-
-def test_a_bundle_of_version_0_1_0_can_still_be_read(copy: Path) -> None:
-    before = read_manifest(copy)
-    write_manifest(copy, before.settings | {"early_look": 0.25}, before.category, before.provenance)
-    assert verify(copy).settings["early_look"] == 0.25
-    assert load_bundle(copy).settings == Settings(**before.settings)
 
 
 def flip_a_byte(path: Path) -> None:
@@ -50,8 +43,8 @@ def flip_a_byte(path: Path) -> None:
 
 
 def rewrite(path: Path, **changes) -> None:
-    manifest = json.loads((path / "glad.json").read_text())
-    (path / "glad.json").write_text(json.dumps(manifest | changes))
+    description = json.loads((path / "glad.json").read_text())
+    (path / "glad.json").write_text(json.dumps(description | changes))
 
 
 @pytest.mark.parametrize(

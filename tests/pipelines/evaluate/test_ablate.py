@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from glad_core.bundle.glad_json import read_manifest
+from glad_core.bundle.glad_json import read_description
 from glad_core.bundle.settings import Settings
 from pipelines.cli.main import app
 from pipelines.evaluate import ablate
@@ -31,7 +31,7 @@ def dataset(tmp_path: Path) -> Path:
 
 
 def test_the_rows_are_the_paper_s(tiny_bundle) -> None:
-    settings = Settings.parse(read_manifest(tiny_bundle).settings, "test")
+    settings = Settings.parse(read_description(tiny_bundle).settings, "test")
     rows = ablate.rows_of(settings)
     assert [row.trained_with_anomalies for row in rows[:5]] == [False, False, True, True, True]
     assert [settings.model_copy(update=row.changes).delta for row in rows[:3]] == [0, settings.delta, 0]
@@ -46,7 +46,7 @@ def test_rows_are_scored_once_and_a_complete_one_not_again(tmp_path, dataset, ti
     scored = []
     job = ablate.score
     monkeypatch.setattr(ablate, "score", lambda request, console: scored.append(request.out) or job(request, console))
-    base = read_manifest(tiny_bundle).model_id
+    base = read_description(tiny_bundle).model_id
     command = [
         "ablate",
         dataset,
@@ -65,7 +65,7 @@ def test_rows_are_scored_once_and_a_complete_one_not_again(tmp_path, dataset, ti
     values = json.loads((tmp_path / "out/ablation.json").read_text())
     assert values["components: + ADS + ATP with SAFF"] == values["steps: adaptive steps"]
     assert "99.3/98.6" in outcome.stdout
-    assert read_manifest(tiny_bundle).model_id == base  # linked, not changed
+    assert read_description(tiny_bundle).model_id == base  # linked, not changed
     again = CliRunner().invoke(app, [*map(str, command)])
     assert again.exit_code == 0, again.output
     assert len(scored) == 2

@@ -10,11 +10,11 @@ from sklearn import metrics as sk
 from typer.testing import CliRunner
 
 from cluster.storage import Storage
-from glad_core.bundle.glad_json import read_manifest
+from glad_core.bundle.glad_json import read_description
 from glad_core.errors import GladError
 from pipelines.cli.main import app
 from pipelines.evaluate.datasets import read_dataset
-from pipelines.evaluate.tables import Tally, auroc_interval, count_batch, find_example
+from pipelines.evaluate.tables import Tally, count_batch, find_example
 from pipelines.runs.schema import RESULTS_SCHEMA, read_run
 
 SIDE = 32
@@ -55,8 +55,8 @@ def scored(tmp_path: Path, tiny_bundle) -> tuple[Path, Path, list[dict]]:
         schema=RESULTS_SCHEMA,
     )
     pq.write_table(table, run / "results" / "part-0.parquet")
-    manifest = read_manifest(tiny_bundle)
-    record = {"models": {"": {"model_id": manifest.model_id, "settings": manifest.settings}}, "counts": {}}
+    description = read_description(tiny_bundle)
+    record = {"models": {"": {"model_id": description.model_id, "settings": description.settings}}, "counts": {}}
     (run / "run.json").write_text(json.dumps(record))
     return run, tmp_path / "data", rows
 
@@ -140,13 +140,3 @@ def test_results_find_their_image_wherever_the_archive_was(scored) -> None:
         assert find_example(uri, truth).path == "cable/test/cut/001.png"
     with pytest.raises(GladError, match="not in the dataset"):
         find_example("/elsewhere/screw/test/cut/001.png", truth)
-
-
-def test_the_bootstrap_interval_covers_the_truth() -> None:
-    rng = np.random.default_rng(0)
-    labels = np.repeat([0, 1], [60, 40])
-    covered = 0
-    for seed in range(60):
-        low, high = auroc_interval(rng.normal(size=100) + labels, labels, seed)
-        covered += low <= 0.7602 <= high  # P(x + 1 > y) of two normals
-    assert 51 <= covered <= 60

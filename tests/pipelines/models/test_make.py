@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from typer.testing import CliRunner
 
 from glad_core.bundle import presets
-from glad_core.bundle.glad_json import read_manifest
+from glad_core.bundle.glad_json import read_description
 from glad_core.bundle.model import load_bundle
 from glad_core.errors import GladError
 from glad_core.features import create_vit
@@ -102,12 +102,12 @@ def test_create_then_import_then_inspect(tmp_path, stable_diffusion):
     for name, weight in load_bundle(second).unet.state_dict().items():
         assert torch.equal(weight, tuned[name])
     for made in (first, second):  # what `glad train` starts from
-        recipe = read_manifest(made).provenance["recipe"]
+        recipe = read_description(made).provenance["recipe"]
         assert recipe == presets.training_preset("MVTec-AD", "screw")
 
     shown = glad("inspect", second)
     assert shown.exit_code == 0
-    for word in ("verified", "screw", "0.32", "unet", read_manifest(second).model_id):
+    for word in ("verified", "screw", "0.32", "unet", read_description(second).model_id):
         assert word in shown.stdout
 
 

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cluster.storage import Storage
-from glad_core.bundle.glad_json import read_manifest, update_settings, verify
+from glad_core.bundle.glad_json import read_description, update_settings, verify
 from glad_core.bundle.model import load_bundle
 from glad_core.bundle.settings import Settings
 from glad_core.errors import GladError
@@ -19,7 +19,7 @@ STORAGE = Storage()
 
 def version_of(base: Path, folder: Path, threshold: float) -> Path:
     shutil.copytree(base, folder)
-    settings = Settings.parse(read_manifest(folder).settings, "test")
+    settings = Settings.parse(read_description(folder).settings, "test")
     update_settings(folder, settings.model_copy(update={"threshold": threshold}), {"good_images": 7})
     return folder
 

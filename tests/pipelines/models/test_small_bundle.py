@@ -14,9 +14,9 @@ from pipelines.small_model.pictures import board_picture
 
 
 def test_it_is_small_and_whole():
-    manifest = verify(SMALL_BUNDLE)
-    weights = [name for name in manifest.files if name.endswith(".safetensors")]
-    assert sum(manifest.files[name].size for name in weights) <= 16_000_000
+    description = verify(SMALL_BUNDLE)
+    weights = [name for name in description.files if name.endswith(".safetensors")]
+    assert sum(description.files[name].size for name in weights) <= 16_000_000
     parameters = 0
     for name in weights:
         with safe_open(SMALL_BUNDLE / name, framework="pt") as tensors:

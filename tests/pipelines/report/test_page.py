@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from cluster.storage import Storage
-from glad_core.bundle.glad_json import read_manifest
+from glad_core.bundle.glad_json import read_description
 from glad_core.errors import GladError
 from pipelines.cli.main import app
 from pipelines.evaluate.datasets import read_dataset
@@ -21,6 +21,7 @@ from pipelines.report.server import make_app
 from pipelines.report.truth import Truth
 from pipelines.runs import feedback, query
 from pipelines.runs.query import Query, open_results, read_rows, search
+from pipelines.runs.run import Run
 from pipelines.runs.schema import SCORED_SCHEMA, read_run
 from pipelines.runs.write import ResultsWriter, complete
 from pipelines.train.good_images import GoodImage, curated
@@ -37,7 +38,7 @@ def made(tmp_path_factory, tiny_bundle) -> tuple[Path, Path, list[dict]]:
     rng = np.random.default_rng(1)
     root = tmp_path_factory.mktemp("report")
     rows: list[dict] = []
-    manifest = read_manifest(tiny_bundle)
+    description = read_description(tiny_bundle)
     for category, threshold in (("bottle", 1.0), ("cable", 0.5)):
         for split, kind, number in (("train", "good", 1), ("test", "good", 18), ("test", "cut", 12)):
             for index in range(number):
@@ -64,7 +65,7 @@ def made(tmp_path_factory, tiny_bundle) -> tuple[Path, Path, list[dict]]:
                 step = int(rng.choice([350, 250, 150]))
                 rows.append(
                     {"image_id": f"{len(rows):032d}", "uri": str(image), "category": category, "score": score}
-                    | {"threshold": threshold, "is_anomalous": score > threshold, "model_id": manifest.model_id}
+                    | {"threshold": threshold, "is_anomalous": score > threshold, "model_id": description.model_id}
                     | {"stop_step": step, "stop_reason": "min_step" if step == 150 else "difference"}
                     | {"steps": [{"timestep": t, "score": 0.001 * (500 - t)} for t in (350, 250, 150) if t >= step]}
                     | {"anomaly_map": anomaly_map.astype(np.float16).ravel(), "map_height": SIDE, "map_width": SIDE}
@@ -75,12 +76,15 @@ def made(tmp_path_factory, tiny_bundle) -> tuple[Path, Path, list[dict]]:
     failed = {"image_id": "e", "uri": "/archive/broken.png", "stage": "decode", "error_type": "damaged"}
     failed |= {"message": "not a picture", "position": len(rows)}
     run, storage = root / "run", Storage()
-    ResultsWriter(storage, str(run), 16, "t")(pa.Table.from_pylist([*rows, failed], schema=SCORED_SCHEMA))
+    ResultsWriter(Run(str(run), storage), 16, "t")(pa.Table.from_pylist([*rows, failed], schema=SCORED_SCHEMA))
     (run / "manifest").mkdir()
     listed = [{"image_id": row["image_id"], "uri": row["uri"], "size": None, "shard": None} for row in rows]
     pq.write_table(pa.Table.from_pylist(listed), run / "manifest" / "part-0.parquet")
-    record = {"models": {"": {"model_id": manifest.model_id, "settings": manifest.settings}}, "source": "the/archive"}
-    complete(str(run), storage, record | {"counts": {"scored": len(rows), "errors": 1}, "seconds": 30.0})
+    record = {
+        "models": {"": {"model_id": description.model_id, "settings": description.settings}},
+        "source": "the/archive",
+    }
+    complete(Run(str(run), storage), record | {"counts": {"scored": len(rows), "errors": 1}, "seconds": 30.0})
     return run, root / "data", rows
 
 
@@ -169,10 +173,10 @@ def test_view_answers_and_keeps_what_people_say(made) -> None:
         assert client.post("/api/marks", json=said).status_code == 200
         assert client.get("/api/cards", params={"mark": "confirmed"}).json()["cards"][0]["id"] == card["id"]
         assert client.get("/api/cards", params={"mark": "unmarked"}).json()["total"] == len(rows) - 1
-        (kept,) = feedback.read_marks(str(run), storage)
+        (kept,) = feedback.read_marks(Run(str(run), storage))
         assert (kept["image_id"], kept["verdict"], kept["uri"]) == (card["id"], "confirmed", card["uri"])
         assert client.post("/api/marks", json=said | {"verdict": None}).status_code == 200
-        assert feedback.read_marks(str(run), storage) == []
+        assert feedback.read_marks(Run(str(run), storage)) == []
         assert client.post("/api/marks", json=said | {"image_id": "x"}).status_code == 404
         assert client.get("/api/cards", params={"text": "no such file"}).json() == {"total": 0, "cards": []}
         assert client.get("/api/cards", params={"sort": "luck"}).status_code == 422
@@ -187,16 +191,16 @@ def test_feedback_moves_the_threshold_and_curates_training(made, tiny_bundle, tm
     alarms = [row for row in rows if row["is_anomalous"]]
     try:
         for row in alarms[1:]:
-            feedback.mark(str(run), row, "confirmed" if "/cut/" in row["uri"] else "false_alarm", storage)
+            feedback.mark(Run(str(run), storage), row, "confirmed" if "/cut/" in row["uri"] else "false_alarm")
         refused = CliRunner().invoke(app, command)
         assert refused.exit_code == 2
         assert f"1 of {len(alarms)} alarms" in refused.stderr
-        feedback.mark(str(run), alarms[0], "false_alarm", storage)
+        feedback.mark(Run(str(run), storage), alarms[0], "false_alarm")
         outcome = CliRunner().invoke(app, command)
         assert outcome.exit_code == 0, outcome.output
-        marked = {row["image_id"]: row["verdict"] for row in feedback.read_marks(str(run), storage)}
+        marked = {row["image_id"]: row["verdict"] for row in feedback.read_marks(Run(str(run), storage))}
         good = sorted(np.float32(row["score"]) for row in rows if marked.get(row["image_id"]) != "confirmed")
-        threshold = read_manifest(tmp_path / "bundle").settings["threshold"]
+        threshold = read_description(tmp_path / "bundle").settings["threshold"]
         assert sum(score > threshold for score in good) / len(good) <= 0.05
         assert threshold in good
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from glad_core.bundle.glad_json import read_manifest, verify
+from glad_core.bundle.glad_json import read_description, verify
 from glad_core.calibration import conformal_quantile, images_needed
 from pipelines.cli.main import app
 
@@ -34,9 +34,9 @@ def test_a_bundle_is_calibrated_on_good_images(tmp_path: Path, tiny_bundle, phot
     assert made.exit_code == 0, made.output
     assert "reconstructions on" in made.stdout
     assert "from 12 good images" in made.stdout
-    manifest, before = verify(out), read_manifest(tiny_bundle)
-    assert manifest.settings["delta"] != before.settings["delta"]
-    assert manifest.provenance["calibration_images"] == 12
+    description, before = verify(out), read_description(tiny_bundle)
+    assert description.settings["delta"] != before.settings["delta"]
+    assert description.provenance["calibration_images"] == 12
     assert verify(tiny_bundle).model_id == before.model_id  # the base stays as it is
 
     # The same from a finished run over the same images.
@@ -45,7 +45,7 @@ def test_a_bundle_is_calibrated_on_good_images(tmp_path: Path, tiny_bundle, phot
     scored = run("score", photos, "--model", out, "--out", tmp_path / "run", "--actors", 1)
     assert scored.exit_code == 0, scored.output
     scores = pq.read_table(tmp_path / "run/results")["score"].to_pylist()
-    assert manifest.settings["threshold"] == pytest.approx(conformal_quantile(scores, 0.1), abs=1e-4)
+    assert description.settings["threshold"] == pytest.approx(conformal_quantile(scores, 0.1), abs=1e-4)
     again = tmp_path / "again"
     options = ["--model", out, "--out", again, "--target-fpr", 0.2, "--threshold-only"]
     assert run("calibrate", "--run", tmp_path / "run", *options).exit_code == 0
@@ -53,7 +53,7 @@ def test_a_bundle_is_calibrated_on_good_images(tmp_path: Path, tiny_bundle, phot
 
     refused(run("calibrate", "--run", tmp_path / "run", *options[:3], tmp_path / "x"), "--threshold-only")
     other = ["--model", tiny_bundle, "--out", tmp_path / "x", "--threshold-only"]
-    refused(run("calibrate", "--run", tmp_path / "run", *other), "was scored by", manifest.model_id)
+    refused(run("calibrate", "--run", tmp_path / "run", *other), "was scored by", description.model_id)
     few = ["--model", out, "--out", tmp_path / "x", "--target-fpr", 0.01, "--threshold-only"]
     refused(run("calibrate", "--run", tmp_path / "run", *few), "12 good images", "at least 99", "0.0769")
     assert not (tmp_path / "x").exists()

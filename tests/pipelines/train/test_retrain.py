@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from cluster.storage import Storage
-from glad_core.bundle.glad_json import read_manifest, update_settings
+from glad_core.bundle.glad_json import read_description, update_settings
 from glad_core.bundle.settings import Settings
 from pipelines.models import registry
 from pipelines.train.good_images import GoodImage, Survey
@@ -34,7 +34,7 @@ def trained(tmp_path: Path, tiny_bundle):
     def make(n: int, **settings) -> tuple[Path, dict]:
         made = tmp_path / f"made{n}"
         shutil.copytree(tiny_bundle, made)
-        before = Settings.parse(read_manifest(made).settings, "test")
+        before = Settings.parse(read_description(made).settings, "test")
         update_settings(made, before.model_copy(update={"threshold": float(n + 1)} | settings), {})
         work = tmp_path / "registry" / ".work" / "bolt" / str(n)
         (work / "metrics").mkdir(parents=True)
@@ -42,7 +42,7 @@ def trained(tmp_path: Path, tiny_bundle):
         request = TrainRequest("", "bolt", str(tiny_bundle), "", {"seed": n})
         job = replace(plan_job(request, ["bolt"], STORAGE, name="bolt", work=str(work)), images=held_out)
         seen = Survey(held_out, held_out, [], [], f"data{n}")
-        update_settings(made, Settings.parse(read_manifest(made).settings, "test"), {"run": job.run_id(seen)})
+        update_settings(made, Settings.parse(read_description(made).settings, "test"), {"run": job.run_id(seen)})
         return made, job, seen
 
     return make

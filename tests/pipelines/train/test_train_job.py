@@ -116,9 +116,9 @@ def test_adapting_dino_or_vae_changes_it_and_nothing_else(dataset, tiny_bundle, 
 def test_one_model_for_several_categories(tmp_path, dataset, tiny_bundle, ray_session):
     out = tmp_path / "both"
     invoke(*command(dataset, tiny_bundle, out, 5, category="all"))
-    manifest = verify(out)
-    assert manifest.category == "other,part"
-    assert set(manifest.settings["thresholds"]) == {"other", "part"}
+    description = verify(out)
+    assert description.category == "other,part"
+    assert set(description.settings["thresholds"]) == {"other", "part"}
     model = load_bundle(out)
     assert not (model.prompts["other"] == model.prompts["part"]).all()
 
@@ -131,7 +131,7 @@ def test_one_model_for_several_categories(tmp_path, dataset, tiny_bundle, ray_se
     rows = {row["category"]: row for row in pq.read_table(tmp_path / "run" / "results").to_pylist()}
     assert set(rows) == {"other", "part"}
     for category, row in rows.items():
-        assert row["threshold"] == pytest.approx(manifest.settings["thresholds"][category])
+        assert row["threshold"] == pytest.approx(description.settings["thresholds"][category])
     (error,) = pq.read_table(tmp_path / "run" / "errors").to_pylist()
     assert error["error_type"] == "no_model"
     assert "unknown" in error["message"]
