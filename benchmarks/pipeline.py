@@ -32,7 +32,7 @@ from cluster import session
 from glad_core.bundle.model import load_bundle
 from glad_core.engine.base import run
 from glad_core.engine.engine import Engine
-from glad_core.engine.networks import keep_buffers
+from glad_core.engine.process import keep_buffers
 from glad_core.verdict import Request
 from pipelines.archive.decode import decode
 from pipelines.demo.boards import board_rng, make_board

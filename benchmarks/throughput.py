@@ -41,7 +41,7 @@ from glad_core import adaptive, features, schedule
 from glad_core.bundle.model import AUTOCAST, Model, load_bundle
 from glad_core.bundle.settings import Settings
 from glad_core.engine.engine import Engine
-from glad_core.engine.networks import keep_buffers
+from glad_core.engine.process import keep_buffers, set_up
 from glad_core.features import create_vit
 from glad_core.image_metrics import image_metrics
 from glad_core.images import resize
@@ -49,7 +49,6 @@ from glad_core.judge import conclude, prepare
 from glad_core.verdict import Request
 from pipelines.demo.boards import board_rng, make_board
 from pipelines.models.find import SMALL_BUNDLE
-from pipelines.score.actor import set_up
 from pipelines.score.actor_plan import CPU_SLOTS, GPU_SLOTS
 
 BATCHES = (1, 2, 4, 8, 16)  # tried for the best bare model calls

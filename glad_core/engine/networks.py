@@ -3,8 +3,6 @@
 The layers' `forward` is replaced, weights stay where they are. Where gradients are wanted the layer computes as before.
 """
 
-import ctypes
-import sys
 from functools import partial
 
 import torch
@@ -84,21 +82,3 @@ def _onednn_linear(layer: nn.Linear, x: Tensor) -> Tensor:
         return F.linear(x, layer.weight, layer.bias)
     # The operator that `torch.compile` makes of such a layer; it has no public name.
     return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
-
-
-def keep_buffers() -> None:
-    """Let the C library keep the memory of large tensors between calls: for a process whose CPU runs the networks.
-
-    glibc gives every buffer above 32 MB back to the system and takes it again, page by page, at the next call: some 4 %
-    of a small model's time. Holds for the whole process and threads started from then on, which then stays as large as
-    it was at its largest. Without glibc nothing happens.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        m_mmap_threshold, m_trim_threshold, m_arena_max, m_top_pad = -3, -1, -8, -2  # malloc.h
-        mallopt(m_mmap_threshold, 2**30)
-        mallopt(m_trim_threshold, 2**31 - 1)
-        # A thread may have memory of its own, in pieces of 64 MB: there should be no more of those, and as one is given
-        # back only when this much is free below it, it never is.
-        mallopt(m_arena_max, 1)
-        mallopt(m_top_pad, 2**26)

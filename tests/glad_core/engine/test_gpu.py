@@ -10,12 +10,12 @@ from glad_core.bundle.model import load_bundle
 from glad_core.engine.base import run
 from glad_core.engine.engine import Engine
 from glad_core.engine.networks import keep_norms_low
+from glad_core.engine.process import set_up
 from glad_core.images import resize
 from glad_core.judge import detect
 from glad_core.verdict import Detection, Request
 from pipelines.demo.boards import DEFECTS, board_rng, make_board
 from pipelines.models.find import SMALL_BUNDLE
-from pipelines.score.actor import set_up
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
