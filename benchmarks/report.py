@@ -30,6 +30,7 @@ from rich.console import Console
 
 from cluster.storage import Storage
 from pipelines.demo.boards import board_rng, make_board
+from pipelines.runs.run import Run
 from pipelines.runs.schema import SCORED_SCHEMA, read_run
 from pipelines.runs.write import ResultsWriter, complete
 from pipelines.score import job
@@ -52,7 +53,7 @@ def long_run(folder: Path, images: int) -> Path:
     scored = pads.dataset(seed / "results").to_table().to_pylist()
     (listed,) = pads.dataset(seed / "manifest").to_table().to_pylist()[:1]
     rng = np.random.default_rng(0)
-    write = ResultsWriter(storage, str(run), ROWS, "bench")
+    write = ResultsWriter(Run(str(run), storage), ROWS, "bench")
     manifest = []
     for start in range(0, images, ROWS):
         rows = []
@@ -74,7 +75,7 @@ def long_run(folder: Path, images: int) -> Path:
     (run / "manifest").mkdir()
     pq.write_table(pa.Table.from_pylist(manifest), run / "manifest" / "part-000000.parquet")
     record = read_run(str(seed), storage)
-    complete(str(run), storage, record | {"counts": record["counts"] | {"images": images, "scored": images}})
+    complete(Run(str(run), storage), record | {"counts": record["counts"] | {"images": images, "scored": images}})
     return run
 
 

@@ -146,9 +146,9 @@ def status(
     as_json: Json = False,
 ) -> None:
     """How far a run is: images done, anomalies, errors; from any machine that can read its output."""
-    from pipelines.runs.status import show
+    from pipelines.runs.status import print_status
 
-    show(results, as_json, Console())
+    print_status(results, as_json, Console())
 
 
 @app.command(epilog="Example: glad show results --top 50 --out sheet.png")

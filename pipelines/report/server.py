@@ -19,6 +19,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from cluster.storage import Storage, StorageError, clear_errors, is_s3, local_path
 from glad_core.errors import GladError
 from pipelines.report.page import count, make_cards, render, summary
+from pipelines.runs.run import Run
 from pipelines.runs import feedback
 from pipelines.runs.query import Place, Query, open_results, read_rows, search
 from pipelines.runs.schema import read_run
@@ -72,7 +73,7 @@ def make_app(run_folder: str, storage: Storage) -> FastAPI:
     with clear_errors(folder, storage):
         page = summary(folder, run, count(found), storage)
     html = render(page | {"cards": []}, live=True)
-    marks = {row["image_id"]: row["verdict"] for row in feedback.read_marks(folder, storage)}
+    marks = {row["image_id"]: row["verdict"] for row in feedback.read_marks(Run(folder, storage))}
     app = FastAPI(title="glad view", docs_url=None, redoc_url=None, openapi_url=None)
     # A web page elsewhere must not get here by pointing its own name at this machine.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
@@ -102,7 +103,7 @@ def make_app(run_folder: str, storage: Storage) -> FastAPI:
         try:
             with clear_errors(folder, storage):
                 (row,) = read_rows(found, [said], PLAIN)
-                feedback.mark(folder, row, said.verdict, storage)
+                feedback.mark(Run(folder, storage), row, said.verdict)
         except KeyError as error:
             raise HTTPException(404, "no such result") from error
         except StorageError as error:

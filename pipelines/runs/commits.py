@@ -1,13 +1,13 @@
-"""Exactly once: what of a run is done, kept in DEST itself.
+"""Exactly-once bookkeeping: the run folder itself records which shards are finished.
 
-    started.json      made exclusively by the run that claims DEST: what was asked
-    plan.json         the archive is listed: how many images, how many to a shard
-    commits/N.json    made exclusively by the driver once every image of shard N is written: the files that hold them
-    run.json          all shards are committed, and nothing else is left in results/ and errors/
+    started.json      created exclusively by the job that claims the folder: everything that decides the results
+    plan.json         written once the archive is listed: how many images, how many to a shard
+    commits/N.json    created exclusively by the driver once every image of shard N is written: the files that hold them
+    run.json          written last: every shard is committed, and results/ and errors/ hold nothing else
 
-A shard is so many consecutive images of the manifest. Tasks write files under names of their own; an image counts only
-through the commit of its shard, and only a driver commits. So whatever is killed leaves files that nobody refers to,
-which are swept at the end, and the same command goes on with the shards that have no commit.
+A shard is a fixed number of consecutive images of the manifest. Tasks write files under names of their own. An image
+counts only through the commit of its shard, and only the driver commits. Whatever is killed therefore leaves only files
+that no commit names. They are deleted at the end, and the same command resumes with the shards that have no commit.
 """
 
 from __future__ import annotations
@@ -20,58 +20,59 @@ from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
 
-from cluster.storage import Storage, StorageError, is_s3, join, local_path
+from cluster.storage import StorageError, is_s3, local_path
 from glad_core.errors import GladError
-from pipelines.runs.schema import COMPLETE, ERRORS, MANIFEST, MEMORY, RESULTS, STARTED
+from pipelines.runs.run import Run
+from pipelines.runs.schema import COMMITS, COMPLETE, ERRORS, MANIFEST, MEMORY, PLAN, RESULTS, STARTED
 
-PLAN, COMMITS = "plan.json", "commits"
-PARTS = 50  # shards that a small archive is cut into
+SHARDS = 50  # that an archive is cut into, as long as a shard gets no larger than a manifest file
+LEAST_ROWS = 8  # images of a shard
 READERS = 16  # commits read at a time
 
 
 @dataclass(frozen=True)
 class Plan:
-    """``images`` of the manifest in shards of ``rows_per_shard``, a power of two that divides a manifest file.
+    """How the manifest's ``images`` are cut into shards.
 
-    ``run`` is the run's id: the same for all that go on with it. ``listed`` is how many images each listing task found,
-    in the manifest's order.
+    ``rows_per_shard`` is a power of two that divides the rows of a manifest file. ``run`` is the run's id, which a
+    resumed run keeps. ``listed`` is the number of images that each listing task found, in the manifest's order.
     """
 
     images: int
     duplicates: int
     rows_per_shard: int
-    run: str = ""
-    listed: tuple[int, ...] = ()
+    run: str
+    listed: tuple[int, ...]
 
     @property
     def shards(self) -> int:
         return -(-self.images // self.rows_per_shard)
 
     def rows_of(self, shard: int) -> int:
-        """How many images a shard has: the last one may have fewer."""
+        """Number of images in a shard; the last one may have fewer."""
         return min(self.rows_per_shard, self.images - shard * self.rows_per_shard)
 
     def stretches(self, done: Container[int], longest: int) -> list[tuple[int, int]]:
-        """Where the shards not ``done`` are in the manifest, as (first, last + 1), none longer than ``longest``.
+        """Manifest positions of the shards that are not ``done``, as (first, last + 1), none longer than ``longest``.
 
         ``longest`` is a multiple of ``rows_per_shard``; stretches are cut at its multiples.
         """
-        found: list[tuple[int, int]] = []
+        stretches: list[tuple[int, int]] = []
         for shard in range(self.shards):
             if shard in done:
                 continue
             first = shard * self.rows_per_shard
             end = first + self.rows_of(shard)
-            if found and found[-1][1] == first and first % longest:
-                found[-1] = (found[-1][0], end)
+            if stretches and stretches[-1][1] == first and first % longest:
+                stretches[-1] = (stretches[-1][0], end)
             else:
-                found.append((first, end))
-        return found
+                stretches.append((first, end))
+        return stretches
 
 
 @dataclass(frozen=True)
 class Written:
-    """Images of one shard that were written: by one task, or all of them. ``files`` are names below DEST."""
+    """Images of one shard that were written, some of them or all; ``files`` are names relative to the run folder."""
 
     shard: int
     scored: int
@@ -80,63 +81,63 @@ class Written:
     files: tuple[str, ...]
 
 
-def claim(dest: str, storage: Storage, asked: dict[str, Any], overwrite: bool) -> Literal["new", "resumed", "complete"]:
-    """Make DEST this run's own; also the proof that it can be written.
+def claim(run: Run, identity: dict[str, Any], overwrite: bool) -> Literal["new", "resumed", "complete"]:
+    """Reserve the run folder for this job; this also proves that it can be written.
+
+    Args:
+        identity: everything that decides the results; plain JSON values.
+        overwrite: delete another run's results first.
 
     Returns:
-        ``resumed`` where the same was asked before and not finished, ``complete`` where it was.
+        ``resumed`` if an unfinished run of the same identity is there, ``complete`` if a finished one is.
 
     Raises:
-        GladError: something else was asked there before.
+        GladError: the folder holds a run of another identity.
         StorageError: not writable, no such bucket, wrong credentials.
     """
-    if storage.kind(dest) == "file":
-        raise StorageError(f"{dest}: a file is in the way; choose another folder")
-    text = (json.dumps(asked, indent=1) + "\n").encode()
-    taken = [name for name in (COMPLETE, STARTED) if storage.kind(join(dest, name)) == "file"]
-    taken += [name for name in (RESULTS, ERRORS, MANIFEST) if storage.kind(join(dest, name)) == "folder"]
+    if run.storage.kind(run.location) == "file":
+        raise StorageError(f"{run.location}: a file is in the way; choose another folder")
+    taken = [name for name in (COMPLETE, STARTED) if run.has(name)]
+    taken += [name for name in (RESULTS, ERRORS, MANIFEST) if run.has(name, "folder")]
     if taken and not overwrite:
-        difference = (
-            _difference(dest, storage, asked) if STARTED in taken else f"not started by `glad score`: {taken[0]}"
-        )
+        difference = _difference(run, identity) if STARTED in taken else f"not started by `glad score`: {taken[0]}"
         if difference is not None:
             raise GladError(
-                f"{dest} already holds another run ({difference}): choose another --out or give --overwrite"
+                f"{run.location} already holds another run ({difference}): choose another --out or give --overwrite"
             )
         return "complete" if COMPLETE in taken else "resumed"
     if taken:
-        release(dest, storage)
+        release(run)
     try:
-        mine = storage.create(join(dest, STARTED), text)
+        created = run.storage.create(run.path(STARTED), (json.dumps(identity, indent=1) + "\n").encode())
     except StorageError as error:
-        raise StorageError(f"{dest} cannot be written; choose another --out ({error})") from error
-    if not mine:
-        raise GladError(f"{dest}: another run has just started writing there; choose another --out")
+        raise StorageError(f"{run.location} cannot be written; choose another --out ({error})") from error
+    if not created:
+        raise GladError(f"{run.location}: another run has just started writing there; choose another --out")
     return "new"
 
 
-def read_asked(dest: str, storage: Storage) -> dict[str, Any] | None:
-    """What was asked of the run in DEST, None where none was started.
+def read_identity(run: Run) -> dict[str, Any] | None:
+    """The identity of the run that claimed the folder, None if none has.
 
     Raises:
-        GladError: damaged.
+        GladError: started.json is damaged.
     """
-    place = join(dest, STARTED)
-    if storage.kind(place) != "file":
+    if not run.has(STARTED):
         return None
     try:
-        asked: dict[str, Any] = json.loads(storage.read(place))
+        identity: dict[str, Any] = json.loads(run.storage.read(run.path(STARTED)))
     except ValueError as error:
-        raise GladError(f"{place}: damaged; give --overwrite to begin anew") from error
-    return asked
+        raise GladError(f"{run.path(STARTED)}: damaged; give --overwrite to begin anew") from error
+    return identity
 
 
-def _difference(dest: str, storage: Storage, asked: dict[str, Any]) -> str | None:
-    """What was asked otherwise when DEST was claimed, None if nothing was."""
-    before = read_asked(dest, storage) or {}
-    for name in [*asked, *before]:
-        if asked.get(name) != before.get(name):
-            return f"{name} was {_short(before.get(name))}, now {_short(asked.get(name))}"
+def _difference(run: Run, identity: dict[str, Any]) -> str | None:
+    """How an identity differs from that of the run in the folder, None if it does not."""
+    before = read_identity(run) or {}
+    for name in [*identity, *before]:
+        if identity.get(name) != before.get(name):
+            return f"{name} was {_short(before.get(name))}, now {_short(identity.get(name))}"
     return None
 
 
@@ -145,91 +146,97 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def release(dest: str, storage: Storage) -> None:
-    """Remove what runs write, and nothing else that may be in DEST; the claim goes last."""
-    storage.delete_file(join(dest, COMPLETE))
+def release(run: Run) -> None:
+    """Delete everything that runs write, and nothing else that may be in the folder; the claim goes last."""
+    run.storage.delete_file(run.path(COMPLETE))
     for name in (COMMITS, RESULTS, ERRORS, MANIFEST):
-        storage.delete_folder(join(dest, name))
+        run.storage.delete_folder(run.path(name))
     for name in (MEMORY, PLAN, STARTED):
-        storage.delete_file(join(dest, name))
+        run.storage.delete_file(run.path(name))
 
 
-def make_plan(listed: Sequence[int], duplicates: int, dest: str, storage: Storage, manifest_rows: int) -> Plan:
-    """Cut a listed archive into shards: small ones for progress in a small archive, files worth opening in a large."""
+def make_plan(run: Run, listed: Sequence[int], duplicates: int, manifest_rows: int) -> Plan:
+    """Cut a listed archive into shards: small ones to show progress in a small archive, files worth opening in a large.
+
+    Args:
+        listed: number of images from each listing task.
+        manifest_rows: rows of a manifest file.
+    """
     images = sum(listed)
-    wanted = max(8, images // PARTS)
-    rows = min(manifest_rows, 1 << (wanted.bit_length() - 1))
+    wished = max(LEAST_ROWS, images // SHARDS)
+    rows = min(manifest_rows, 1 << (wished.bit_length() - 1))
     plan = Plan(images, duplicates, rows, uuid4().hex[:12], tuple(listed))
-    storage.write(join(dest, PLAN), (json.dumps(asdict(plan)) + "\n").encode())
+    run.storage.write(run.path(PLAN), (json.dumps(asdict(plan)) + "\n").encode())
     return plan
 
 
-def read_plan(dest: str, storage: Storage) -> Plan | None:
-    """The plan of a run whose archive has been listed."""
-    if storage.kind(join(dest, PLAN)) != "file":
+def read_plan(run: Run) -> Plan | None:
+    """The plan of a run whose archive has been listed, else None."""
+    if not run.has(PLAN):
         return None
-    values = json.loads(storage.read(join(dest, PLAN)))
-    return Plan(**values | {"listed": tuple(values.get("listed", [values["images"]]))})
+    values = json.loads(run.storage.read(run.path(PLAN)))
+    return Plan(**values | {"listed": tuple(values["listed"])})
 
 
-def read_commits(dest: str, storage: Storage) -> dict[int, Written]:
-    """Every shard committed so far."""
-    folder = join(dest, COMMITS)
-    if storage.kind(folder) != "folder":
+def read_commits(run: Run) -> dict[int, Written]:
+    """The commits so far, by shard."""
+    if not run.has(COMMITS, "folder"):
         return {}
-    shards = [int(name.removesuffix(".json")) for name, _ in storage.walk(folder)]
+    shards = [int(name.removesuffix(".json")) for name, _ in run.storage.walk(run.path(COMMITS))]
     with ThreadPoolExecutor(READERS) as pool:
-        return dict(zip(shards, pool.map(lambda shard: _read_commit(dest, storage, shard), shards), strict=True))
+        return dict(zip(shards, pool.map(lambda shard: _read_commit(run, shard), shards), strict=True))
 
 
-def commit(
-    pieces: Iterable[Written], plan: Plan, dest: str, storage: Storage
-) -> Iterator[tuple[Written, Written | None]]:
-    """Commit each shard when its last piece has been written. Yields every piece, with the commit if it made one.
+def commit_shards(run: Run, plan: Plan, pieces: Iterable[Written]) -> Iterator[tuple[Written, Written | None]]:
+    """Commit each shard when its last piece has been written. Yields every piece, with the commit that it completed.
 
-    A shard that somebody else has committed meanwhile keeps that commit; ours is left for the sweep.
+    If another job has committed a shard meanwhile, that commit holds, and our files of it are swept at the end.
     """
     open_shards: dict[int, list[Written]] = {}
     for piece in pieces:
         parts = open_shards.setdefault(piece.shard, [])
         parts.append(piece)
-        made = None
+        commit = None
         if sum(part.scored + part.errors for part in parts) == plan.rows_of(piece.shard):
-            made = Written(
-                piece.shard,
-                sum(part.scored for part in parts),
-                sum(part.anomalies for part in parts),
-                sum(part.errors for part in parts),
-                tuple(file for part in parts for file in part.files),
-            )
-            if not storage.create(_commit_file(dest, piece.shard), json.dumps(asdict(made)).encode()):
-                made = _read_commit(dest, storage, piece.shard)
+            commit = _sum(parts)
+            if not run.storage.create(_commit_file(run, piece.shard), json.dumps(asdict(commit)).encode()):
+                commit = _read_commit(run, piece.shard)
             del open_shards[piece.shard]
-        yield piece, made
+        yield piece, commit
 
 
-def sweep(commits: Iterable[Written], dest: str, storage: Storage) -> int:
+def sweep(run: Run, commits: Iterable[Written]) -> int:
     """Delete the files of results/ and errors/ that no commit names; returns how many there were."""
-    kept = {file for of in commits for file in of.files}
+    kept = {file for commit in commits for file in commit.files}
     swept = 0
-    for folder in (RESULTS, ERRORS):
-        place = join(dest, folder)
-        if storage.kind(place) != "folder":
+    for name in (RESULTS, ERRORS):
+        folder = run.path(name)
+        if not run.has(name, "folder"):
             continue
-        for name, _ in list(storage.walk(place)):
-            if f"{folder}/{name}" not in kept:
-                storage.delete_file(join(place, name))
+        for file, _ in list(run.storage.walk(folder)):
+            if f"{name}/{file}" not in kept:
+                run.storage.delete_file(run.path(name, file))
                 swept += 1
-        if not is_s3(dest):  # half-written files of tasks that were killed
-            for partial in Path(local_path(place)).rglob(".*.part"):
+        if not is_s3(folder):  # half-written files of killed tasks
+            for partial in Path(local_path(folder)).rglob(".*.part"):
                 partial.unlink(missing_ok=True)
     return swept
 
 
-def _commit_file(dest: str, shard: int) -> str:
-    return join(dest, COMMITS, f"{shard:08d}.json")
+def _sum(parts: Sequence[Written]) -> Written:
+    return Written(
+        shard=parts[0].shard,
+        scored=sum(part.scored for part in parts),
+        anomalies=sum(part.anomalies for part in parts),
+        errors=sum(part.errors for part in parts),
+        files=tuple(file for part in parts for file in part.files),
+    )
 
 
-def _read_commit(dest: str, storage: Storage, shard: int) -> Written:
-    values = json.loads(storage.read(_commit_file(dest, shard)))
+def _commit_file(run: Run, shard: int) -> str:
+    return run.path(COMMITS, f"{shard:08d}.json")
+
+
+def _read_commit(run: Run, shard: int) -> Written:
+    values = json.loads(run.storage.read(_commit_file(run, shard)))
     return Written(**values | {"files": tuple(values["files"])})

@@ -1,6 +1,6 @@
-"""What people said of a run's results, beside them: DEST/feedback/IMAGE_ID.parquet, one row each.
+"""People's feedback on results, kept beside them: feedback/IMAGE_ID.parquet in the run folder, one row each.
 
-A file per image makes a mark whole or absent, the last one win, and two people on one run no conflict.
+With a file per image a mark is whole or absent, the latest one holds, and two people can mark the same run.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
-from cluster.storage import Storage, clear_errors, is_s3, join, local_path
+from cluster.storage import clear_errors
 from glad_core.errors import GladError
-from pipelines.runs.schema import read_run
+from pipelines.runs.run import Run
 
 FEEDBACK = "feedback"
 Verdict = Literal["confirmed", "false_alarm"]
@@ -26,44 +26,41 @@ SCHEMA = pa.schema(
         ("category", pa.string()),
         ("model_id", pa.string()),  # of the model that judged it
         ("score", pa.float32()),
-        ("verdict", pa.string()),  # confirmed: a defect indeed; false_alarm: the image is good
+        ("verdict", pa.string()),  # confirmed: it is a defect; false_alarm: the image is good
         ("marked_at", pa.timestamp("s", tz="UTC")),
     ]
 )
 
 
-def mark(folder: str, row: dict[str, Any], verdict: Verdict | None, storage: Storage) -> None:
-    """Keep what was said of a result; None takes it back."""
-    place = join(folder, FEEDBACK, f"{row['image_id']}.parquet")
+def mark(run: Run, row: dict[str, Any], verdict: Verdict | None) -> None:
+    """Keep a person's verdict on a result; None deletes it."""
+    file = run.path(FEEDBACK, f"{row['image_id']}.parquet")
     if verdict is None:
-        storage.delete_file(place)
+        run.storage.delete_file(file)
         return
-    said = {name: row.get(name) for name in SCHEMA.names} | {"verdict": verdict, "marked_at": datetime.now(UTC)}
+    mark = {name: row.get(name) for name in SCHEMA.names} | {"verdict": verdict, "marked_at": datetime.now(UTC)}
     stream = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([said], schema=SCHEMA), stream)
-    storage.write(place, stream.getvalue())
+    pq.write_table(pa.Table.from_pylist([mark], schema=SCHEMA), stream)
+    run.storage.write(file, stream.getvalue())
 
 
-def read_marks(run: str, storage: Storage) -> list[dict[str, Any]]:
-    """Everything said of a run's results, as `SCHEMA` has it; empty where nobody has said anything."""
-    folder = run.rstrip("/") if is_s3(run) else local_path(run)
-    place = join(folder, FEEDBACK)
-    if storage.kind(place) != "folder":
+def read_marks(run: Run) -> list[dict[str, Any]]:
+    """All marks of a run as `SCHEMA` rows; empty if there are none."""
+    if not run.has(FEEDBACK, "folder"):
         return []
-    filesystem, path = storage.resolve(place)
-    with clear_errors(place, storage):
+    filesystem, path = run.storage.resolve(run.path(FEEDBACK))
+    with clear_errors(run.path(FEEDBACK), run.storage):
         return pads.dataset(path, filesystem=filesystem, schema=SCHEMA).to_table().to_pylist()
 
 
-def require_marks(run: str, storage: Storage) -> list[dict[str, Any]]:
+def require_marks(run: Run) -> list[dict[str, Any]]:
     """`read_marks` of a finished run that has some.
 
     Raises:
-        GladError: no finished run there, or nobody marked anything.
+        GladError: no finished run there, or nobody has marked anything.
     """
-    folder = run.rstrip("/") if is_s3(run) else local_path(run)
-    read_run(folder, storage)
-    found = read_marks(folder, storage)
-    if not found:
-        raise GladError(f"{folder}: no feedback there; mark results with `glad view {run}`")
-    return found
+    _ = run.record
+    marks = read_marks(run)
+    if not marks:
+        raise GladError(f"{run.location}: no feedback there; mark results with `glad view {run.location}`")
+    return marks

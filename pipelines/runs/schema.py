@@ -17,7 +17,7 @@ from glad_core.bundle.settings import Settings
 from glad_core.errors import GladError
 
 RESULTS, ERRORS, MANIFEST = "results", "errors", "manifest"
-STARTED, COMPLETE = "started.json", "run.json"
+STARTED, PLAN, COMMITS, COMPLETE = "started.json", "plan.json", "commits", "run.json"
 MEMORY = "memory.safetensors"  # of a run with the nearest-neighbour method
 
 RESULTS_SCHEMA = pa.schema(

@@ -1,4 +1,4 @@
-"""Writing a run's results: the last stage of the job, and run.json at its end."""
+"""Writing a run: the last stage of the scoring job, and run.json at the end."""
 
 from __future__ import annotations
 
@@ -13,77 +13,81 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cluster.storage import Storage, join
+from cluster.storage import join
+from pipelines.runs.run import Run
 from pipelines.runs.schema import COMPLETE, ERRORS, ERRORS_SCHEMA, RESULTS, RESULTS_SCHEMA, WRITTEN_SCHEMA
 
 LONGEST_NAME = 200  # bytes; disks take 255
 
 
 class ResultsWriter:
-    """A stage: `SCORED_SCHEMA` rows in, their files written, a row for each shard out.
+    """A stage: writes `SCORED_SCHEMA` rows to files and returns `WRITTEN_SCHEMA` rows, one for each shard.
 
-    A file is named after the attempt and the images in it, so a call that is retried replaces its own file instead of
-    adding one, and no other run's.
+    A file is named after the attempt and the images in it. A call that is retried therefore replaces its own file, and
+    never that of another attempt.
     """
 
-    def __init__(self, storage: Storage, dest: str, rows_per_shard: int, attempt: str) -> None:
-        self.storage, self.dest, self.rows_per_shard, self.attempt = storage, dest, rows_per_shard, attempt
+    def __init__(self, run: Run, rows_per_shard: int, attempt: str) -> None:
+        self.run, self.rows_per_shard, self.attempt = run, rows_per_shard, attempt
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        shard_of = pc.divide(rows["position"], self.rows_per_shard)
-        written = []
-        for shard in sorted(set(shard_of.to_pylist())):
-            part = rows.filter(pc.equal(shard_of, shard))
-            failed = pc.is_valid(part["error_type"])
-            results = part.filter(pc.invert(failed)).select(RESULTS_SCHEMA.names).cast(RESULTS_SCHEMA)
-            errors = part.filter(failed).select(ERRORS_SCHEMA.names).cast(ERRORS_SCHEMA)
-            tables = [(join(RESULTS, *folder_of(name)), rows) for name, rows in _by_category(results)]
-            tables += [(ERRORS, errors)] if len(errors) else []
-            prefix = f"{shard:08d}-{self.attempt}"
-            files = [
-                f"{folder}/{_write_part(self.storage, join(self.dest, folder), table, prefix)}"
-                for folder, table in tables
-            ]
-            anomalies = pc.sum(results["is_anomalous"]).as_py() or 0
-            counts = {"scored": len(results), "anomalies": anomalies, "errors": len(errors)}
-            written.append({"shard": shard, "files": files} | counts)
+        shards = pc.divide(rows["position"], self.rows_per_shard)
+        written = [
+            self._write(shard, rows.filter(pc.equal(shards, shard))) for shard in sorted(pc.unique(shards).to_pylist())
+        ]
         return pa.Table.from_pylist(written, schema=WRITTEN_SCHEMA)
+
+    def _write(self, shard: int, rows: pa.Table) -> dict[str, Any]:
+        """Write one shard's rows; returns its `WRITTEN_SCHEMA` row."""
+        failed = pc.is_valid(rows["error_type"])
+        results = rows.filter(pc.invert(failed)).select(RESULTS_SCHEMA.names).cast(RESULTS_SCHEMA)
+        errors = rows.filter(failed).select(ERRORS_SCHEMA.names).cast(ERRORS_SCHEMA)
+        tables = [(join(RESULTS, *folder_of(category)), table) for category, table in _by_category(results)]
+        tables += [(ERRORS, errors)] if len(errors) else []
+        prefix = f"{shard:08d}-{self.attempt}"
+        return {
+            "shard": shard,
+            "scored": len(results),
+            "anomalies": pc.sum(results["is_anomalous"]).as_py() or 0,
+            "errors": len(errors),
+            "files": [f"{folder}/{_write_part(self.run, folder, table, prefix)}" for folder, table in tables],
+        }
 
 
 def folder_of(category: str | None) -> tuple[str, ...]:
-    """The folder below results/ for a category, () for none.
+    """The folder in results/ for a category, () for none.
 
-    Its name is the category's own with odd characters as %XX: no "=", which readers take for a column of partitions,
-    and no leading "." or "_", which they pass over. A name too long for a disk is cut and told apart by a hash.
+    Its name is the category's own with odd characters as %XX: no "=", which readers take for a partition column, and no
+    leading "." or "_", which they skip. A name too long for a disk is cut and made unique by a hash.
     """
     if not category:
         return ()
-    name = re.sub(r"^[._]|[^\w.~ -]", lambda found: "".join(f"%{byte:02X}" for byte in found[0].encode()), category)
+    name = re.sub(r"^[._]|[^\w.~ -]", lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode()), category)
     if len(name.encode()) > LONGEST_NAME:
         digest = hashlib.sha256(category.encode()).hexdigest()[:16]
         name = f"{name.encode()[: LONGEST_NAME // 2].decode(errors='ignore')}-{digest}"
     return (name,)
 
 
+def complete(run: Run, record: dict[str, Any]) -> None:
+    """Finish a run. Both datasets exist even if one has no rows; run.json, the ``record``, is written last."""
+    for name, schema, count in ((RESULTS, RESULTS_SCHEMA, "scored"), (ERRORS, ERRORS_SCHEMA, "errors")):
+        if record["counts"][count] == 0:
+            _write_part(run, name, schema.empty_table(), "none")
+    run.storage.write(run.path(COMPLETE), (json.dumps(record, indent=1) + "\n").encode())
+
+
 def _by_category(results: pa.Table) -> Iterator[tuple[str | None, pa.Table]]:
-    for name in pc.unique(results["category"]).to_pylist():
-        of_name = pc.is_null(results["category"]) if name is None else pc.equal(results["category"], name)
-        yield name, results.filter(of_name)
+    for category in pc.unique(results["category"]).to_pylist():
+        column = results["category"]
+        yield category, results.filter(pc.is_null(column) if category is None else pc.equal(column, category))
 
 
-def _write_part(storage: Storage, folder: str, table: pa.Table, prefix: str) -> str:
-    """Write one file and return its name."""
+def _write_part(run: Run, folder: str, table: pa.Table, prefix: str) -> str:
+    """Write one file into a folder of the run and return its name."""
     ids = "\n".join(sorted(table["image_id"].to_pylist()))
     name = f"part-{prefix}-{hashlib.sha256(ids.encode()).hexdigest()[:16]}.parquet"
     stream = io.BytesIO()
     pq.write_table(table, stream, compression="zstd")
-    storage.write(join(folder, name), stream.getvalue())
+    run.storage.write(run.path(folder, name), stream.getvalue())
     return name
-
-
-def complete(dest: str, storage: Storage, run: dict[str, Any]) -> None:
-    """Close a run: a reader finds both datasets even if one has no rows; run.json comes last."""
-    for name, schema, count in ((RESULTS, RESULTS_SCHEMA, "scored"), (ERRORS, ERRORS_SCHEMA, "errors")):
-        if run["counts"][count] == 0:
-            _write_part(storage, join(dest, name), schema.empty_table(), "none")
-    storage.write(join(dest, COMPLETE), (json.dumps(run, indent=1) + "\n").encode())

@@ -1,4 +1,4 @@
-"""`glad score --method nearest`: the memory of good patches, made once per job and shared by its actors."""
+"""`glad score --method nearest`: the memory of good patches, built once per job and shared by its actors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from cluster.storage import Storage, is_s3, local_path
+from cluster.storage import Storage
 from glad_core.bundle.model import load_bundle
 from glad_core.calibration import conformal_quantile, images_needed
 from glad_core.engine import nearest
@@ -21,55 +21,63 @@ from pipelines.archive.sources import list_source
 from pipelines.models.find import local_bundle
 
 MAX_IMAGES = 500
-BATCH = 8
-HELD_OUT_SHARE = 0.2
+BATCH = 8  # images per call of the networks
+HELD_OUT_SHARE = 0.2  # of the images, for the threshold
 TARGET_FPR = 0.05
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Remembered patches [M, D] and, where good images sufficed, a threshold that 5 % of good images exceed."""
+    """Remembered patches [M, D] and a threshold that 5 % of good images exceed, None if there were too few images."""
 
     patches: Tensor
     threshold: float | None
 
 
-def build_memory(good: str, model_location: str, storage: Storage, place: str, device: str, seed: int) -> int:
-    """Make the memory of up to 500 good images and write it to ``place``; returns how many images it holds.
+def build_memory(good: str, bundle: str, storage: Storage, out: str, device: str, seed: int) -> int:
+    """Build the memory from up to `MAX_IMAGES` good images and write it to ``out``; returns how many images it holds.
 
-    A fifth of the images is held out for the threshold.
+    Args:
+        good: source of the good images.
+        bundle: location of the bundle whose features are compared.
 
     Raises:
         GladError: fewer than two readable images in ``good``.
     """
-    model = load_bundle(local_bundle(model_location, storage), device)
-    source = good if is_s3(good) else local_path(good)
-    images: list[np.ndarray] = []
-    for row in list_source(source, None, storage):
-        if len(images) == MAX_IMAGES:
-            break
-        try:
-            images.append(decode(fetch(storage, row), model.settings.resolution).pixels)
-        except ImageError:
-            continue  # a bad file among the good images; it would not be scored either
+    model = load_bundle(local_bundle(bundle, storage), device)
+    images = _read(good, model.settings.resolution, storage)
     if len(images) < 2:
         raise GladError(f"{good}: {len(images)} readable good images; at least two are needed, better 50")
     order = np.random.default_rng(seed).permutation(len(images))
     held_out = max(1, round(len(images) * HELD_OUT_SHARE))
     fit = [images[index] for index in order[held_out:]]
-    parts = [nearest.patch_features(model, to_tensor(fit[i : i + BATCH])) for i in range(0, len(fit), BATCH)]
+    parts = [
+        nearest.patch_features(model, to_tensor(fit[start : start + BATCH])) for start in range(0, len(fit), BATCH)
+    ]
     patches = nearest.remember(torch.cat(parts).flatten(0, 1), seed)
     requests = [Request(str(index), images[index]) for index in order[:held_out]]
-    scores = [image.score for image in nearest.detect_nearest(model, patches, requests)]
+    scores = [detection.score for detection in nearest.detect_nearest(model, patches, requests)]
     tensors = {"patches": patches.half().cpu().contiguous()}
     if len(scores) >= images_needed(TARGET_FPR):
         tensors["threshold"] = torch.tensor([conformal_quantile(scores, TARGET_FPR)], dtype=torch.float64)
-    storage.write(place, save(tensors))
+    storage.write(out, save(tensors))
     return len(fit)
 
 
-def read_memory(place: str, storage: Storage) -> Memory:
-    """What `build_memory` wrote."""
-    tensors = load(storage.read(place))
+def read_memory(location: str, storage: Storage) -> Memory:
+    """Read what `build_memory` wrote."""
+    tensors = load(storage.read(location))
     threshold = tensors.get("threshold")
     return Memory(tensors["patches"], None if threshold is None else float(threshold[0]))
+
+
+def _read(good: str, resolution: int, storage: Storage) -> list[np.ndarray]:
+    images: list[np.ndarray] = []
+    for row in list_source(good, None, storage):
+        if len(images) == MAX_IMAGES:
+            break
+        try:
+            images.append(decode(fetch(storage, row), resolution).pixels)
+        except ImageError:
+            continue  # a bad file among the good images; scoring would not judge it either
+    return images

@@ -11,13 +11,14 @@ from rich import progress as rich_progress
 from rich.console import Console
 
 LINE_EVERY = 10.0  # seconds
-SILENCE = 15.0  # seconds without an image, after which it is asked why
+SILENCE = 15.0  # seconds without an image until the reason is printed
 
 
 class Progress:
-    """Context manager; `update` is told totals, not differences. ``before`` images were done by an earlier attempt.
+    """Context manager that shows the totals given to `update`. ``before`` images were done by an earlier attempt.
 
-    While no image comes, ``waiting_for`` is asked for a line that says why, and it is printed where it has changed.
+    If no image is finished for `SILENCE` seconds, it prints the line that ``waiting_for`` returns, and again whenever
+    that line has changed.
     """
 
     def __init__(
@@ -33,11 +34,11 @@ class Progress:
             rich_progress.TextColumn("{task.fields[rate]}"),
             rich_progress.TextColumn("eta"),
             rich_progress.TimeRemainingColumn(),
-            rich_progress.TextColumn("{task.fields[found]}"),
+            rich_progress.TextColumn("{task.fields[totals]}"),
             console=console,
             disable=not console.is_terminal,
         )
-        self.task = self.bar.add_task("scoring", total=images, rate="", found="")
+        self.task = self.bar.add_task("scoring", total=images, rate="", totals="")
 
     def __enter__(self) -> Progress:
         self.bar.start()
@@ -50,26 +51,26 @@ class Progress:
         self.ended.set()
         self.bar.stop()
 
-    def _explain_silence(self) -> None:
-        said = None
-        while not self.ended.wait(SILENCE / 4):
-            if time.monotonic() - self.last_image < SILENCE:
-                said = None
-                continue
-            reason = self.waiting_for()
-            if reason not in (None, said) and not self.ended.is_set():
-                self.console.print(reason, highlight=False, soft_wrap=True)
-            said = reason
-
     def update(self, done: int, anomalies: int, errors: int) -> None:
-        """``done`` images are finished, ``errors`` of them without a verdict."""
+        """Show that ``done`` images are finished, ``errors`` of them without a verdict."""
         now = self.last_image = time.monotonic()
         rate = (done - self.before) / max(now - self.started, 1e-9)
-        found = f"{anomalies} anomalies, {errors} errors"
-        self.bar.update(self.task, completed=done, rate=f"{rate:.1f} images/s", found=found)
+        totals = f"{anomalies} anomalies, {errors} errors"
+        self.bar.update(self.task, completed=done, rate=f"{rate:.1f} images/s", totals=totals)
         if not self.console.is_terminal and now - self.last_line >= LINE_EVERY:
             self.last_line = now
             left = (self.images - done) / max(rate, 1e-9)
             self.console.print(
-                f"{done} of {self.images} images, {rate:.1f} images/s, {left:.0f} s left, {found}", highlight=False
+                f"{done} of {self.images} images, {rate:.1f} images/s, {left:.0f} s left, {totals}", highlight=False
             )
+
+    def _explain_silence(self) -> None:
+        printed = None
+        while not self.ended.wait(SILENCE / 4):
+            if time.monotonic() - self.last_image < SILENCE:
+                printed = None
+                continue
+            reason = self.waiting_for()
+            if reason not in (None, printed) and not self.ended.is_set():
+                self.console.print(reason, highlight=False, soft_wrap=True)
+            printed = reason

@@ -20,18 +20,19 @@ from rich.markup import escape
 
 from cluster import session
 from cluster.storage import Storage, StorageError, is_s3, join, local_path
-from glad_core.bundle.glad_json import read_manifest, update_settings
+from glad_core.bundle.glad_json import read_description, update_settings
 from glad_core.bundle.model import load_bundle
 from glad_core.bundle.settings import Profile, Settings
 from glad_core.calibration import choose_steps, conformal_quantile, images_needed, judged_images
+from glad_core.engine.process import set_up
 from glad_core.errors import GladError
-from glad_core.synthesis import ForegroundMode
+from glad_core.foreground import ForegroundMode
 from pipelines.archive.decode import ImageError, decode, fetch
 from pipelines.archive.sources import list_source
 from pipelines.models.find import SMALL, local_bundle
 from pipelines.runs.feedback import require_marks
+from pipelines.runs.run import Run
 from pipelines.runs.schema import RESULTS, read_run
-from pipelines.score.actor import set_up
 from pipelines.score.actor_plan import ActorWishes, plan_actors
 from pipelines.score.job import score
 from pipelines.score.request import ScoreRequest
@@ -70,8 +71,8 @@ def calibrate(request: CalibrateRequest, console: Console) -> str:
     if request.out.exists():
         raise GladError(f"{request.out} already exists: choose another --out or remove it")
     base = local_bundle(request.model, storage)
-    manifest = read_manifest(base)
-    settings = Settings.parse(manifest.settings, str(base))
+    description = read_description(base)
+    settings = Settings.parse(description.settings, str(base))
     needed = images_needed(request.target_fpr)
     with tempfile.TemporaryDirectory(dir=_parent(request.out)) as folder:
         made = Path(folder) / "bundle"
@@ -90,8 +91,8 @@ def calibrate(request: CalibrateRequest, console: Console) -> str:
         elif not request.threshold_only:
             raise GladError("a finished run fixes T and δ: add --threshold-only, or give the good images themselves")
         scores, judged_by, defects = _scores(run, storage, request.feedback)
-        if request.run is not None and judged_by != {manifest.model_id}:
-            raise GladError(f"{run} was scored by {', '.join(sorted(judged_by))}, --model is {manifest.model_id}")
+        if request.run is not None and judged_by != {description.model_id}:
+            raise GladError(f"{run} was scored by {', '.join(sorted(judged_by))}, --model is {description.model_id}")
         if len(scores) < needed:
             raise GladError(
                 f"{len(scores)} good images: a false-positive rate of {request.target_fpr:g} needs at least {needed}; "
@@ -135,7 +136,7 @@ def _steps(request: CalibrateRequest, base: str, settings: Settings, storage: St
     session.connect(request.address)
     import ray
 
-    weights = sum(entry.size for entry in read_manifest(local_bundle(base, storage)).files.values())
+    weights = sum(entry.size for entry in read_description(local_bundle(base, storage)).files.values())
     room = plan_actors(session.resources(), ActorWishes(address=request.address), weights)
     gpu = room.num_gpus > 0
     cpus = max(session.node_cpus()) if request.address is None and not gpu else room.num_cpus
@@ -199,7 +200,7 @@ def _scores(run: str, storage: Storage, with_feedback: bool) -> tuple[list[float
     judged_by = set(table["model_id"].to_pylist())
     if not with_feedback:
         return table["score"].to_pylist(), judged_by, []
-    said = {row["image_id"]: row["verdict"] for row in require_marks(folder, storage)}
+    said = {row["image_id"]: row["verdict"] for row in require_marks(Run(folder, storage))}
     rows = table.to_pylist()
     alarms = [row["image_id"] for row in rows if row["is_anomalous"]]
     unmarked = sum(image_id not in said for image_id in alarms)

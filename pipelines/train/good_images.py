@@ -21,6 +21,7 @@ from glad_core.errors import GladError, did_you_mean
 from glad_core.training.recipe import Part, Recipe
 from pipelines.archive.decode import FETCH_THREADS, IMAGE_SUFFIXES, ImageError, Picture, decode, fetch
 from pipelines.runs.feedback import require_marks
+from pipelines.runs.run import Run
 
 if TYPE_CHECKING:
     import torch  # not for all: finding and surveying images starts seconds sooner without
@@ -115,7 +116,7 @@ def curated(
 
 
 def _marked(run: str | None, verdict: str, storage: Storage) -> list[dict[str, Any]]:
-    marks = [] if run is None else require_marks(run, storage)
+    marks = [] if run is None else require_marks(Run.at(run, storage))
     return sorted((row for row in marks if row["verdict"] == verdict), key=lambda row: row["uri"])
 
 

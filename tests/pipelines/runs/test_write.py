@@ -4,13 +4,11 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.storage import Storage
 from glad_core.errors import GladError
 from pipelines.runs.commits import sweep
-from pipelines.runs.schema import ERRORS_SCHEMA, RESULTS_SCHEMA, SCORED_SCHEMA, read_run
+from pipelines.runs.run import Run
+from pipelines.runs.schema import ERRORS_SCHEMA, RESULTS_SCHEMA, SCORED_SCHEMA
 from pipelines.runs.write import ResultsWriter, complete, folder_of
-
-STORAGE = Storage()
 
 
 def scored(image_id, anomalous=True, position=0):
@@ -37,7 +35,7 @@ def failed(image_id, position=0):
 
 def test_a_block_is_split_by_shard_into_results_and_errors_and_says_what_it_wrote(tmp_path):
     rows = [scored("a", position=2), failed("b", 3), scored("c", False, 4), scored("d", None, 5)]
-    stage = ResultsWriter(STORAGE, str(tmp_path), 4, "try1")
+    stage = ResultsWriter(Run.at(str(tmp_path)), 4, "try1")
     first, second = stage(pa.Table.from_pylist(rows, schema=SCORED_SCHEMA)).to_pylist()
     assert {name: first[name] for name in ("shard", "scored", "anomalies", "errors")} == {
         "shard": 0,
@@ -61,12 +59,12 @@ def test_a_block_is_split_by_shard_into_results_and_errors_and_says_what_it_wrot
 
 def test_a_retried_block_replaces_its_own_file_and_no_other_attempt_s(tmp_path):
     rows = pa.Table.from_pylist([scored("a"), scored("b", position=1)], schema=SCORED_SCHEMA)
-    stage = ResultsWriter(STORAGE, str(tmp_path), 8, "try1")
+    stage = ResultsWriter(Run.at(str(tmp_path)), 8, "try1")
     assert stage(rows).to_pylist() == stage(rows).to_pylist()
     assert stage(rows.slice(0, 0)).num_rows == 0
     assert len(list((tmp_path / "results").iterdir())) == 1
     assert not (tmp_path / "errors").exists()
-    ResultsWriter(STORAGE, str(tmp_path), 8, "try2")(rows)
+    ResultsWriter(Run.at(str(tmp_path)), 8, "try2")(rows)
     assert len(list((tmp_path / "results").iterdir())) == 2
 
 
@@ -75,7 +73,7 @@ ODD = ["bolt", "a=b", "../up", "_hidden", ".dot", "ü 日本", "x" * 300, "%", "
 
 def test_each_category_has_a_folder_of_its_own_that_every_reader_finds(tmp_path):
     rows = [scored(str(n), position=n) | {"category": name} for n, name in enumerate([*ODD, None])]
-    stage = ResultsWriter(STORAGE, str(tmp_path), 16, "try1")
+    stage = ResultsWriter(Run.at(str(tmp_path)), 16, "try1")
     (shard,) = stage(pa.Table.from_pylist(rows, schema=SCORED_SCHEMA)).to_pylist()
     assert shard["scored"] == len(rows)
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.parquet")} == set(shard["files"])
@@ -88,7 +86,7 @@ def test_each_category_has_a_folder_of_its_own_that_every_reader_finds(tmp_path)
         assert table.schema.equals(RESULTS_SCHEMA)
         found = [(row["image_id"], row["category"]) for row in table.to_pylist()]
         assert sorted(row for row in found if row[1]) == expected
-    assert sweep([], str(tmp_path), STORAGE) == len(rows)  # nothing was committed
+    assert sweep(Run.at(str(tmp_path)), []) == len(rows)  # nothing was committed
     assert not list(tmp_path.rglob("*.parquet"))
 
 
@@ -100,14 +98,14 @@ def test_a_folder_s_name_belongs_to_one_category():
 
 def test_a_complete_run_has_both_datasets_even_if_empty(tmp_path):
     with pytest.raises(GladError, match="no finished run"):
-        read_run(str(tmp_path), STORAGE)
+        _ = Run.at(str(tmp_path)).record
     (tmp_path / "started.json").write_text("{}")
     with pytest.raises(GladError, match="not finished"):
-        read_run(str(tmp_path), STORAGE)
-    complete(str(tmp_path), STORAGE, {"counts": {"scored": 0, "errors": 0}})
+        _ = Run.at(str(tmp_path)).record
+    complete(Run.at(str(tmp_path)), {"counts": {"scored": 0, "errors": 0}})
     assert pq.read_table(tmp_path / "results").schema.equals(RESULTS_SCHEMA)
     assert len(pq.read_table(tmp_path / "errors")) == 0
-    assert read_run(str(tmp_path), STORAGE)["counts"] == {"scored": 0, "errors": 0}
+    assert Run.at(str(tmp_path)).record["counts"] == {"scored": 0, "errors": 0}
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(GladError, match="damaged"):
-        read_run(str(tmp_path), STORAGE)
+        _ = Run.at(str(tmp_path)).record

@@ -1,0 +1,142 @@
+"""The start of a scoring job: check the request, then list the archive, or read the list of the run that is resumed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cluster import session
+from cluster.storage import Storage, StorageError, absolute
+from glad_core.engine.search import search_of
+from glad_core.errors import GladError
+from pipelines.archive import sources
+from pipelines.archive.listing import PART_ROWS, list_remotely
+from pipelines.models.find import Models, find_models
+from pipelines.runs.commits import Plan, make_plan, read_plan, release
+from pipelines.runs.run import Run
+from pipelines.runs.schema import MANIFEST, MEMORY
+from pipelines.score.actor import KEPT_MODELS, ActorSettings
+from pipelines.score.actor_plan import ActorPlan, plan_actors
+from pipelines.score.record import identity
+from pipelines.score.request import ScoreRequest
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked request: the run folder to write, the archive's absolute location, the bundles, and the identity."""
+
+    request: ScoreRequest
+    run: Run
+    source: str
+    models: Models
+    identity: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What is known once the archive is listed. ``memory`` is where the good patches of the nearest method are."""
+
+    plan: Plan
+    actors: ActorPlan
+    memory: str | None
+
+
+def check(request: ScoreRequest) -> Job:
+    """Find every mistake in the request that can be found without a model or an image in memory.
+
+    Raises:
+        GladError, StorageError: one line about the mistake.
+    """
+    storage = Storage.from_environment()
+    run, source = Run.at(request.out, storage), absolute(request.source)
+    if source == run.location or run.location.startswith(source.rstrip("/") + "/"):
+        raise GladError(f"{run.location} lies inside the archive {source}: choose an --out outside of it")
+    models = find_models(request.model, storage)
+    searches = {key: search_of(settings, request.search) for key, settings in models.settings().items()}
+    if (request.method == "nearest") != (request.good is not None):
+        raise GladError("--method nearest and --good FOLDER go together: it compares with those good images")
+    if request.method == "nearest" and "" not in models.bundles:
+        raise GladError(f"{request.model} is a registry: --method nearest takes one bundle, for its features")
+    if storage.kind(source) == "none" and not sources.WILDCARDS.search(source):
+        raise GladError(f"{source}: no such file or folder; name a folder, a glob, a list of URIs or tar shards")
+    return Job(request, run, source, models, identity(request, source, models, searches))
+
+
+def open_run(job: Job, new: bool) -> Opened:
+    """Connect to Ray, plan the actors and list the archive, unless the run has its list already.
+
+    Args:
+        new: the run folder was claimed just now; it is released if anything fails, for the corrected command.
+
+    Raises:
+        GladError, StorageError, SessionError: one line.
+    """
+    request, run = job.request, job.run
+    plan = read_plan(run)
+    try:
+        session.connect(request.address)
+        session.warm_up_ray_data()
+        actors = plan_actors(session.resources(), request.wishes, _weights(job.models))
+        if plan is None:
+            plan = _list(job)
+        memory = _remember(job, actors) if request.good is not None else None
+    except BaseException:
+        if new:
+            release(run)
+        raise
+    return Opened(plan, actors, memory)
+
+
+def actor_settings(job: Job, opened: Opened) -> ActorSettings:
+    """What every actor of the job is told."""
+    request, actors = job.request, opened.actors
+    return ActorSettings(
+        models=job.models,
+        storage=job.run.storage,
+        seed=request.seed,
+        maps=request.maps,
+        reconstructions=request.reconstructions,
+        gpu=actors.num_gpus > 0,
+        threads=actors.threads,
+        slots=actors.slots,
+        search=request.search,
+        precision=request.precision,
+        compiled=request.compiled,
+        memory=opened.memory,
+        run=opened.plan.run,
+    )
+
+
+def _weights(models: Models) -> int:
+    """Bytes of the weights that an actor holds at most: of the largest bundles that it keeps at a time."""
+    sizes = [sum(entry.size for entry in description.files.values()) for description in models.descriptions.values()]
+    return sum(sorted(sizes)[-KEPT_MODELS:])
+
+
+def _list(job: Job) -> Plan:
+    run = job.run
+    folder = run.path(MANIFEST)
+    run.storage.delete_folder(folder)  # left by a listing that was interrupted
+    several = bool(job.models.categories)
+    listed = list_remotely(job.source, job.request.category, run.storage, folder, several)
+    return make_plan(run, listed.rows, listed.duplicates, PART_ROWS)
+
+
+def _remember(job: Job, actors: ActorPlan) -> str:
+    """Have a task with an actor's resources build the memory of good patches; returns where it is."""
+    import ray
+
+    from pipelines.score.patch_memory import build_memory
+
+    request, run = job.request, job.run
+    assert request.good is not None
+    file = run.path(MEMORY)
+    if run.has(MEMORY):  # left by an attempt that was interrupted
+        return file
+    task: Any = ray.remote(num_cpus=actors.num_cpus, num_gpus=actors.num_gpus)(build_memory)
+    device = "cuda" if actors.num_gpus else "cpu"
+    try:
+        ray.get(task.remote(absolute(request.good), job.models.bundles[""], run.storage, file, device, request.seed))
+    except ray.exceptions.RayError as error:
+        raise session.root_cause(error, GladError, StorageError) from None
+    return file

@@ -1,0 +1,97 @@
+"""What a scoring job leaves on record: its identity, run.json, and the table at its end."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from glad_core.bundle.glad_json import versions
+from glad_core.engine.search import Search
+from pipelines.models.find import Models
+from pipelines.runs.run import Run
+from pipelines.runs.schema import ERRORS, RESULTS
+from pipelines.score.actor_plan import ActorPlan
+from pipelines.score.request import Counts, ScoreRequest
+
+PACKAGES = ("glad-ray", "ray", "torch", "diffusers", "timm", "pyarrow")
+
+
+def identity(request: ScoreRequest, source: str, models: Models, searches: dict[str, Search]) -> dict[str, Any]:
+    """Everything that decides the results: only a command with the same identity may resume a run.
+
+    Args:
+        source: the archive's absolute location.
+        searches: how the stop step is searched for, by bundle.
+    """
+    fixed = ("category", "method", "good", "seed", "maps", "reconstructions", "precision", "compiled")
+    return {
+        "source": source,
+        "models": {key: description.model_id for key, description in models.descriptions.items()},
+        "search": searches,
+    } | {name: getattr(request, name) for name in fixed}
+
+
+def run_record(
+    request: ScoreRequest,
+    identity: dict[str, Any],
+    run: Run,
+    models: Models,
+    actors: ActorPlan,
+    counts: Counts,
+    started: datetime,
+    seconds: float,
+) -> dict[str, Any]:
+    """run.json: what was scored, with which settings, and what came of it."""
+    steps = request.method == "glad"  # the nearest-neighbour method has none
+    return {
+        "schema_version": 1,
+        "source": identity["source"],
+        "out": run.location,
+        "model": request.model,
+        # By category; the key "" is the one bundle for all images.
+        "models": {
+            key: {"model_id": description.model_id, "category": description.category, "settings": description.settings}
+            | {"search": identity["search"][key] if steps else None}
+            | {"calibration": _calibration(description.provenance) if steps else None}
+            for key, description in models.descriptions.items()
+        },
+        "method": request.method,
+        "request": {"seed": request.seed, "batch_size": actors.slots, "maps": request.maps}
+        | {"reconstructions": request.reconstructions, "category": request.category, "max_errors": request.max_errors}
+        | {"precision": request.precision, "compiled": request.compiled},
+        "actors": asdict(actors),
+        "counts": asdict(counts),
+        "versions": versions(*PACKAGES),
+        "host": os.uname().nodename,
+        "started": started.isoformat(timespec="seconds"),
+        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 3),
+    }
+
+
+def _calibration(provenance: dict[str, Any]) -> dict[str, Any] | None:
+    """Number of good images and target false-positive rate behind the threshold; None if the bundle has no record."""
+    images = provenance.get("calibration_images", provenance.get("held_out_images"))
+    if images is None or "target_fpr" not in provenance:
+        return None
+    return {"images": images, "target_fpr": provenance["target_fpr"]}
+
+
+def print_counts(run: Run, counts: Counts, seconds: float, console: Console) -> None:
+    """The table that ends a job."""
+    table = Table(show_header=False)
+    table.add_row("images", str(counts.images))
+    anomalies = "- (the bundle has no threshold)" if counts.anomalies is None else str(counts.anomalies)
+    table.add_row("anomalies", anomalies)
+    table.add_row("errors", str(counts.errors) + (f" (see {run.path(ERRORS)})" if counts.errors else ""))
+    if counts.duplicates:
+        table.add_row("listed twice", f"{counts.duplicates} (scored once)")
+    table.add_row("images/s", f"{counts.images / max(seconds, 1e-9):.2f}")
+    table.add_row("results", escape(run.path(RESULTS)))
+    console.print(table, highlight=False)

@@ -1,0 +1,67 @@
+"""The sizes of a job's batches, for archives and clusters of any size."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.archive.listing import PART_ROWS
+from pipelines.runs.commits import Plan
+from pipelines.score.actor_plan import ActorPlan
+from pipelines.score.batch_sizes import LEAST_STORE, MAX_TASKS, Images, batch_sizes
+
+IMAGES = Images(resolution=128, maps="token", reconstructions=False)
+
+
+def plan_of(images: int, rows_per_shard: int = 8) -> Plan:
+    return Plan(images, duplicates=0, rows_per_shard=rows_per_shard, run="r", listed=(images,))
+
+
+def actors_of(actors: int, slots: int = 16, grows: bool = False, decoders: int | None = 2) -> ActorPlan:
+    return ActorPlan(actors, 0.75, 0.0, 1, slots, None if grows else decoders, grows)
+
+
+@given(
+    images=st.integers(1, 20_000),
+    rows=st.sampled_from([8, 16, 128, 512]),
+    actors=st.integers(1, 40),
+    slots=st.integers(1, 64),
+    grows=st.booleans(),
+    data=st.data(),
+)
+def test_every_missing_image_is_decoded_once_and_no_size_is_zero(images, rows, actors, slots, grows, data):
+    plan = plan_of(images, rows)
+    done = data.draw(st.sets(st.integers(0, plan.shards - 1), max_size=plan.shards - 1))
+    sizes = batch_sizes(plan, done, actors_of(actors, slots, grows), IMAGES, alone=not grows)
+    positions = [position for first, last in sizes.stretches for position in range(first, last)]
+    assert positions == [position for position in range(images) if position // rows not in done]
+    assert all(first // PART_ROWS == (last - 1) // PART_ROWS for first, last in sizes.stretches)
+    assert 1 <= sizes.tasks <= min(MAX_TASKS, len(sizes.stretches))
+    assert 1 <= sizes.actors <= actors
+    assert 1 <= sizes.images_per_call <= slots
+    assert sizes.block_bytes >= sizes.images_per_call * 128 * 128 * 3
+    assert sizes.calls_in_flight >= sizes.calls >= 2
+    # Ray Data enlarges a pool only if so many calls are in flight.
+    assert not grows or sizes.calls_in_flight >= 1.75 * sizes.calls
+    assert 1 <= sizes.writers <= max(2, sizes.actors)
+
+
+def test_a_small_archive_is_shared_out_to_all_actors():
+    sizes = batch_sizes(plan_of(64), set(), actors_of(2), IMAGES, alone=True)
+    assert (sizes.actors, sizes.images_per_call, sizes.calls) == (2, 4, 8)
+    assert batch_sizes(plan_of(8), set(), actors_of(4), IMAGES, alone=True).actors == 1
+    assert batch_sizes(plan_of(64), set(range(7)), actors_of(4), IMAGES, alone=True).actors == 1
+
+
+def test_a_large_archive_has_blocks_of_several_calls():
+    sizes = batch_sizes(plan_of(100_000, 512), set(), actors_of(2, slots=8), IMAGES, alone=True)
+    assert sizes.images_per_call == 8
+    assert sizes.block_bytes == 64 * 128 * 128 * 3
+    assert sizes.calls == 2
+
+
+def test_the_object_store_is_limited_only_on_this_machine():
+    plan, actors = plan_of(1000, 16), actors_of(2)
+    assert batch_sizes(plan, set(), actors, IMAGES, alone=False).store_bytes is None
+    small = batch_sizes(plan, set(), actors, Images(32, "token", False), alone=True).store_bytes
+    large = batch_sizes(plan, set(), actors, Images(512, "full", True), alone=True).store_bytes
+    assert small == LEAST_STORE
+    assert large > 3 * 2 * 128 * 512 * 512 * 3  # both decoding tasks' images, three times
