@@ -99,7 +99,7 @@ def engine_run(engine: Engine, requests: Sequence[Request], found: Found) -> Ite
             if isinstance(verdict, Exception):
                 raise verdict
             found[request.image_id] = (verdict.stop_step, verdict.score)
-        walked = sum(slot.k / len(engine.ts) for slot in engine.live)
+        walked = sum(slot.k / len(engine.chain.timesteps) for slot in engine.live)
         yield (len(found) + walked) / len(requests)
 
 

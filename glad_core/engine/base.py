@@ -1,4 +1,4 @@
-"""Who is let in: images wait, a bounded number is in flight, and a failure costs only the image that caused it."""
+"""A queue of images in front of a model: a bounded number is in flight, and a failure costs only its own image."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ Verdict = tuple[Request, Detection | Exception]
 
 
 class Queue(ABC):
-    """Images that wait, and a failure that costs only the image that caused it. Subclasses say what the work is.
+    """Images that wait and images in flight; a subclass defines the work.
 
-    After a failure everything in flight goes back and only half as many are let in, down to one: an image that breaks
-    its batch is told apart, and a batch too large for the device's memory shrinks; no other image is lost.
+    After a failure all images in flight return to the queue and half as many are admitted, down to one. So an image
+    that breaks its batch is found and reported alone, a batch too large for the device's memory shrinks, and no other
+    image is lost.
     """
 
     def __init__(self, model: Model, slots: int) -> None:
         self.model, self.slots = model, slots
-        self.limit = slots  # images let in; fewer after a failure
+        self.limit = slots  # images in flight at most; fewer after a failure
         self.waiting: deque[Request] = deque()
-        self.coming: list[Request] = []
+        self.entering: list[Request] = []  # admitted, not yet worked on
 
     @property
     def occupancy(self) -> float:
@@ -47,36 +48,36 @@ class Queue(ABC):
         return bool(self.waiting or self.in_flight())
 
     def tick(self) -> list[Verdict]:
-        """A piece of work; returns the images that got finished, and those that failed, in any order."""
+        """Do one piece of work; returns the images that it finished and those that failed, in any order."""
         try:
             with torch.inference_mode():
-                done = self.work()
+                verdicts = self.work()
         except Exception as error:
-            return self._give_way(error)
-        if done:
+            return self._after_failure(error)
+        if verdicts:
             self.limit = min(self.slots, 2 * self.limit)
-        return done
+        return verdicts
 
     def admit(self) -> None:
-        """Move waiting images to ``coming``, as many as there is room for."""
-        room = self.limit - len(self.in_flight())
-        self.coming += [self.waiting.popleft() for _ in range(max(0, min(len(self.waiting), room)))]
+        """Move waiting images to ``entering``, as many as the limit allows."""
+        free = self.limit - len(self.in_flight())
+        self.entering += [self.waiting.popleft() for _ in range(max(0, min(len(self.waiting), free)))]
 
     def in_flight(self) -> list[Request]:
-        """What a failure sends back."""
-        return self.coming
+        """The requests that return to the queue after a failure."""
+        return self.entering
 
     @abstractmethod
     def work(self) -> list[Verdict]:
-        """`admit` images and bring those in flight forward; returns the finished ones."""
+        """`admit` images and advance those in flight; returns the finished ones."""
 
     def drop(self) -> None:
-        """Forget what is in flight."""
-        self.coming = []
+        """Forget the images in flight."""
+        self.entering = []
 
-    def _give_way(self, error: Exception) -> list[Verdict]:
+    def _after_failure(self, error: Exception) -> list[Verdict]:
         if self.model.device.type == "cuda":
-            torch.cuda.synchronize()  # a device that no longer answers raises here: this engine is dead
+            torch.cuda.synchronize()  # raises if the device no longer answers: this engine is dead
             torch.cuda.empty_cache()
         failed = self.in_flight()
         self.drop()
@@ -91,7 +92,7 @@ class Queue(ABC):
 
 
 def run(engine: Queue, requests: Iterable[Request]) -> Iterator[Verdict]:
-    """All requests through the engine; verdicts as they come, in any order.
+    """Send all requests through the engine; yields verdicts as they come, in any order.
 
     Raises:
         GladError: a request does not fit the bundle.
@@ -99,7 +100,7 @@ def run(engine: Queue, requests: Iterable[Request]) -> Iterator[Verdict]:
     source = iter(requests)
     more = True
     while more or engine.busy:
-        # One slotful ahead, so that an archive need not be in memory.
+        # At most one slotful waits, so that an archive need not fit in memory.
         while more and len(engine.waiting) < engine.slots:
             request = next(source, None)
             if request is None:
@@ -111,5 +112,5 @@ def run(engine: Queue, requests: Iterable[Request]) -> Iterator[Verdict]:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """CUDA has an exception for it; the CPU allocator only a text."""
+    """CUDA raises an exception of its own for this; the CPU allocator only differs in the message."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

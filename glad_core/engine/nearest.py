@@ -77,9 +77,9 @@ class NearestEngine(Queue):
         """One batch."""
         self.admit()
         verdicts: list[Verdict] = list(
-            zip(self.coming, detect_nearest(self.model, self.memory, self.coming), strict=True)
+            zip(self.entering, detect_nearest(self.model, self.memory, self.entering), strict=True)
         )
-        self.coming = []
+        self.entering = []
         return verdicts
 
 

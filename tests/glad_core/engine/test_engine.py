@@ -170,7 +170,7 @@ def test_a_failure_that_passes_loses_nothing_and_slots_come_back(model, requests
 
 
 def test_a_tick_with_nothing_to_do_does_nothing(model, monkeypatch):
-    monkeypatch.setattr(Engine, "_give_way", lambda self, error: pytest.fail(f"failed on nothing: {error}"))
+    monkeypatch.setattr(Engine, "_after_failure", lambda self, error: pytest.fail(f"failed on nothing: {error}"))
     engine = Engine(model, 2)
     assert engine.tick() == []
     assert not engine.busy
