@@ -23,7 +23,8 @@ from pipeline import QUIET, NullActor, long_folder
 
 from cluster import session
 from pipelines.runs.schema import COMPLETE
-from pipelines.score import dataflow, job
+from pipelines.score import dataflow, job, open_run
+from pipelines.score.request import ScoreRequest
 
 
 class CutOff(BaseException):
@@ -52,7 +53,7 @@ def main(
     figures: dict[str, Any] = {"images": images}
     moments: dict[str, float] = {}
     listings = 0
-    list_remotely, run_dataflow = job.list_remotely, job.run_dataflow
+    list_remotely, run_dataflow = open_run.list_remotely, job.run_dataflow
 
     def timed_listing(*args: Any) -> Any:
         nonlocal listings
@@ -66,10 +67,10 @@ def main(
         return run_dataflow(*args)
 
     dataflow.GladActor, job.Progress = NullActor, Moments  # type: ignore[misc, assignment]
-    job.list_remotely, job.run_dataflow = timed_listing, timed_dataflow
+    open_run.list_remotely, job.run_dataflow = timed_listing, timed_dataflow
     with tempfile.TemporaryDirectory() as name:
         archive, out = long_folder(Path(name), images), Path(name) / "out"
-        request = job.ScoreRequest(str(archive), str(out))
+        request = ScoreRequest(str(archive), str(out))
         session.connect()
         Moments.cut = round(share * images)
         try:

@@ -1,9 +1,14 @@
-"""Finding results of a run by filter, sort and page: deciding columns are scanned, only the rows asked for are read."""
+"""Searching a run's results by filter, sort order and page.
+
+Only the columns that decide are scanned. Whole rows are read for one page alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
+from operator import and_
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -11,16 +16,14 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 from pydantic import BaseModel, ConfigDict, Field
 
-from cluster.storage import Storage, clear_errors, join
-from pipelines.archive.decode import FETCH_THREADS
-from pipelines.runs.schema import RESULTS, RESULTS_SCHEMA
+from pipelines.runs.run import Run
 
 HELD = 65_536  # candidates kept before the worst are dropped
+READERS = 8  # files read at a time
 
-# How far an image is above its threshold, so that categories with thresholds of their own compare; where a run has
-# none, the score.
-_above = pc.divide(pads.field("score"), pads.field("threshold"))
-MARGIN = pc.coalesce(_above, pads.field("score"))
+# Score over threshold, so that categories with thresholds of their own compare; the score in a run without threshold.
+_ratio = pc.divide(pads.field("score"), pads.field("threshold"))
+MARGIN = pc.coalesce(_ratio, pads.field("score"))
 SORTS = {
     "margin": (MARGIN, "descending"),
     "margin_up": (MARGIN, "ascending"),
@@ -31,7 +34,7 @@ SORTS = {
 
 
 class Query(BaseModel):
-    """Which results, in which order. ``low`` and ``high`` bound the score; ``first``, ``count``: the page."""
+    """Which results, in which order. ``low`` and ``high`` bound the score; ``first`` and ``count`` choose the page."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -49,95 +52,93 @@ class Query(BaseModel):
 
 
 class Place(BaseModel):
-    """Where a result is: its file and its id."""
+    """Where a result is stored: its file and its image id."""
 
     file: str
     image_id: str
 
 
-def open_results(folder: str, storage: Storage) -> pads.Dataset:
-    """The results of a finished run; what was not committed has been swept by then."""
-    filesystem, path = storage.resolve(join(folder, RESULTS))
-    with clear_errors(folder, storage):
-        return pads.dataset(path, filesystem=filesystem, schema=RESULTS_SCHEMA)
-
-
-def search(dataset: pads.Dataset, query: Query, marks: dict[str, str] | None = None) -> tuple[int, list[Place]]:
-    """How many results fit, and where those of the page are, in order; ties by image id.
+def search(results: pads.Dataset, query: Query, marks: dict[str, str] | None = None) -> tuple[int, list[Place]]:
+    """Number of results that match, and where those of the page are stored, in order; ties by image id.
 
     Args:
-        marks: image id to what a person said of it (`pipelines.runs.feedback`).
+        results: `Run.results`.
+        marks: people's verdicts by image id (`pipelines.runs.feedback`).
     """
     key, order = SORTS[query.sort]
     columns = {"key": key, "image_id": pads.field("image_id")}
-    wanted = query.first + query.count
-    keys = [("key", order), ("image_id", "descending")]
+    end = query.first + query.count
+    sort_keys = [("key", order), ("image_id", "descending")]
 
-    def best(parts: list[pa.RecordBatch]) -> pa.Table:
-        table = pa.Table.from_batches(parts).combine_chunks()
-        return table.take(pc.select_k_unstable(table, min(wanted, len(table)), sort_keys=keys))
+    def best(batches: list[pa.RecordBatch]) -> pa.Table:
+        table = pa.Table.from_batches(batches).combine_chunks()
+        return table.take(pc.select_k_unstable(table, min(end, len(table)), sort_keys=sort_keys))
 
-    total, held, parts = 0, 0, []
-    for part in dataset.scanner(columns=columns, filter=_filter(query, marks or {})).scan_batches():
-        batch = part.record_batch
+    total, held, batches = 0, 0, []
+    for tagged in results.scanner(columns=columns, filter=_filter(query, marks or {})).scan_batches():
+        batch = tagged.record_batch
         if not len(batch):
             continue
         total += len(batch)
         held += len(batch)
-        parts.append(batch.append_column("file", pa.array([part.fragment.path] * len(batch), pa.string())))
-        if held > max(HELD, 4 * wanted):
-            parts = best(parts).to_batches()
-            held = wanted
+        batches.append(batch.append_column("file", pa.array([tagged.fragment.path] * len(batch), pa.string())))
+        if held > max(HELD, 4 * end):
+            batches = best(batches).to_batches()
+            held = end
     if total == 0:
         return 0, []
-    page = best(parts).slice(query.first).to_pylist()
+    page = best(batches).slice(query.first).to_pylist()
     return total, [Place(file=row["file"], image_id=row["image_id"]) for row in page]
 
 
-def read_rows(dataset: pads.Dataset, places: list[Place], columns: list[str] | None = None) -> list[dict[str, Any]]:
-    """The rows at these places, in their order, whole or some columns; one file at a time in each thread."""
-    by_file: dict[str, list[str]] = {}
+def read_rows(results: pads.Dataset, places: list[Place], columns: list[str] | None = None) -> list[dict[str, Any]]:
+    """The rows stored there, in that order, whole or some columns.
+
+    Raises:
+        KeyError: no such result.
+    """
+    ids_by_file: dict[str, list[str]] = {}
     for place in places:
-        by_file.setdefault(place.file, []).append(place.image_id)
-    fragments = {part.path: part for part in dataset.get_fragments() if part.path in by_file}
+        ids_by_file.setdefault(place.file, []).append(place.image_id)
+    fragments = {fragment.path: fragment for fragment in results.get_fragments() if fragment.path in ids_by_file}
 
     def read(file: str) -> list[dict[str, Any]]:
-        wanted = pads.field("image_id").isin(by_file[file])
-        return fragments[file].to_table(schema=dataset.schema, columns=columns, filter=wanted).to_pylist()
+        chosen = pads.field("image_id").isin(ids_by_file[file])
+        return fragments[file].to_table(schema=results.schema, columns=columns, filter=chosen).to_pylist()
 
-    with ThreadPoolExecutor(FETCH_THREADS) as pool:
-        rows = {row["image_id"]: row for part in pool.map(read, by_file) for row in part}
+    with ThreadPoolExecutor(READERS) as pool:
+        rows = {row["image_id"]: row for part in pool.map(read, ids_by_file) for row in part}
     return [rows[place.image_id] for place in places]
 
 
 def _filter(query: Query, marks: dict[str, str]) -> pc.Expression | None:
-    parts = []
+    conditions = []
     if query.text:
-        parts.append(pc.match_substring(pads.field("uri"), query.text, ignore_case=True))
+        conditions.append(pc.match_substring(pads.field("uri"), query.text, ignore_case=True))
     if query.category:
-        parts.append(pads.field("category") == query.category)
+        conditions.append(pads.field("category") == query.category)
     if query.verdict:
         anomalous = pc.coalesce(pads.field("is_anomalous"), pa.scalar(False))
-        parts.append(anomalous if query.verdict == "anomalous" else ~anomalous)
+        conditions.append(anomalous if query.verdict == "anomalous" else ~anomalous)
     if query.reason:
-        parts.append(pads.field("stop_reason") == query.reason)
+        conditions.append(pads.field("stop_reason") == query.reason)
     if query.low is not None:
-        parts.append(pads.field("score") >= query.low)
+        conditions.append(pads.field("score") >= query.low)
     if query.high is not None:
-        parts.append(pads.field("score") <= query.high)
+        conditions.append(pads.field("score") <= query.high)
     if query.ids:
-        parts.append(pads.field("image_id").isin(list(query.ids)))
+        conditions.append(pads.field("image_id").isin(list(query.ids)))
     if query.mark:
-        parts.append(_marked(query.mark, marks))
-    if not parts:
-        return None
-    whole = parts[0]
-    for part in parts[1:]:
-        whole = whole & part
-    return whole
+        conditions.append(_marked(query.mark, marks))
+    return reduce(and_, conditions) if conditions else None
 
 
 def _marked(mark: str, marks: dict[str, str]) -> pc.Expression:
-    ids: Collection[str] = [name for name, said in marks.items() if mark in (said, "unmarked")]
-    found = pads.field("image_id").isin(pa.array(ids, pa.string()))
-    return ~found if mark == "unmarked" else found
+    """Results with this mark, or without any (``unmarked``)."""
+    ids: Collection[str] = [image_id for image_id, verdict in marks.items() if mark in (verdict, "unmarked")]
+    marked = pads.field("image_id").isin(pa.array(ids, pa.string()))
+    return ~marked if mark == "unmarked" else marked
+
+
+def open_results(folder: str, storage: Any) -> pads.Dataset:
+    return Run(folder, storage).results()

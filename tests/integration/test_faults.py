@@ -93,7 +93,7 @@ def test_actor_and_driver_killed_then_the_same_command(tmp_path, archive, tiny_b
         assert driver.wait(300) == 0, log.read_text()
     finally:
         driver.kill()
-    assert "going on after" in log.read_text()
+    assert "resuming after" in log.read_text()
     for name, data in kept.items():
         assert (out / "commits" / name).read_bytes() == data, "a committed shard was done again"
     assert content(out) == content(calm)

@@ -49,7 +49,7 @@ def test_a_full_disk_and_room_again(tmp_path, small_disk, tiny_bundle):
     ballast.unlink()
     outcome = CliRunner().invoke(app, [str(word) for word in words])
     assert outcome.exit_code == 0, outcome.output
-    assert "going on after" in outcome.stdout
+    assert "resuming after" in outcome.stdout
     assert all(path.read_bytes() == data for path, data in kept.items())
     uris = pq.read_table(out / "results")["uri"].to_pylist()
     assert sorted(uri[-7:] for uri in uris) == [f"{index:03d}.png" for index in range(IMAGES)]

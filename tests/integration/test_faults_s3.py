@@ -18,6 +18,7 @@ from cluster.storage import Storage, StorageError
 from pipelines.archive.decode import fetch
 from pipelines.cli.main import app
 from pipelines.runs.commits import read_commits
+from pipelines.runs.run import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 AWAY = 20  # seconds
@@ -70,7 +71,7 @@ def check(storage, images):
 
 
 def commits(storage):
-    return len(read_commits("s3://verdicts/run", storage))
+    return len(read_commits(Run("s3://verdicts/run", storage)))
 
 
 def test_a_server_that_is_gone_for_twenty_seconds(tmp_path, photos_of_a_job, tiny_bundle, monkeypatch):
