@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from glad_core.errors import GladError, did_you_mean
 
 Profile = Literal["exact", "fast"]
+Precision = Literal["off", "bf16", "fp16"]  # of the networks' matrix products; off is float32
 
 
 class FrozenSettings(BaseModel):

@@ -1,9 +1,4 @@
-"""What a run leaves in DEST: results/, errors/, manifest/ (Parquet) and run.json, which comes last.
-
-results/ has one row per judged image (`RESULTS_SCHEMA`): those of a category in a folder named after it, those without
-one directly in results/. errors/*.parquet has one row per image that was not judged. run.json says by its presence that
-the run is complete. `pipelines.runs.commits` sees to it that no image is lost or doubled.
-"""
+"""Names and Parquet schemas of what a run folder holds; docs/results-schema.md explains the columns to users."""
 
 from __future__ import annotations
 
@@ -18,7 +13,7 @@ from glad_core.errors import GladError
 
 RESULTS, ERRORS, MANIFEST = "results", "errors", "manifest"
 STARTED, PLAN, COMMITS, COMPLETE = "started.json", "plan.json", "commits", "run.json"
-MEMORY = "memory.safetensors"  # of a run with the nearest-neighbour method
+MEMORY = "memory.safetensors"  # good patches, in a run with --method nearest
 
 RESULTS_SCHEMA = pa.schema(
     [
@@ -50,7 +45,7 @@ ERRORS_SCHEMA = pa.schema(
         ("message", pa.string()),
     ]
 )
-# What the scoring stage puts out: a result or an error in every row, and the image's place in the manifest.
+# Output of the scoring stage: a result or an error in every row, and the image's position in the manifest.
 SCORED_SCHEMA = pa.schema(
     [
         *RESULTS_SCHEMA,
@@ -58,7 +53,7 @@ SCORED_SCHEMA = pa.schema(
         ("position", pa.int64()),
     ]
 )
-# What the writing stage puts out: a row for each shard it has written some images of (`shards.Written`).
+# Output of the writing stage: a row for each shard that it wrote images of (`commits.Written`).
 WRITTEN_SCHEMA = pa.schema(
     [
         ("shard", pa.int64()),

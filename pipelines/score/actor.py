@@ -11,7 +11,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,11 +19,14 @@ from PIL import Image
 
 from cluster.quick_imports import quick_imports
 from cluster.storage import Storage
+from glad_core.bundle.settings import Precision
 from glad_core.engine.process import set_up
+from glad_core.engine.search import Search
 from pipelines.models.find import Models, local_bundle
 from pipelines.runs.schema import SCORED_SCHEMA
 from pipelines.score.actor_metrics import ActorMetrics
 from pipelines.score.engine_thread import EngineThread
+from pipelines.score.request import Maps
 
 KEPT_MODELS = 4  # bundles an actor holds at a time
 
@@ -42,13 +45,13 @@ class ActorSettings:
     models: Models
     storage: Storage
     seed: int
-    maps: Literal["token", "full"]
+    maps: Maps
     reconstructions: bool
     gpu: bool
     threads: int
     slots: int = 8
-    search: Literal["scan", "guarded"] | None = None
-    precision: Literal["off", "bf16", "fp16"] = "off"
+    search: Search | None = None
+    precision: Precision = "off"
     compiled: bool = False
     memory: str | None = None
     run: str = ""

@@ -12,7 +12,7 @@ CPU_SHARE = 0.75  # of a core per CPU actor: two actors and two tasks fit on two
 MODEL_COPIES = 3  # memory of one actor, as multiples of the weights on disk: float32 from float16, and activations
 CPU_SLOTS = 16  # images in flight: more make a UNet call no faster, since its weights are read once for all of them
 GPU_SLOTS = 8  # full-size networks and 8 images of 512 x 512 take 17 GB in float32
-ACTOR_MEMORY = 2**30  # and what torch and Ray take before any weights
+ACTOR_MEMORY = 2**30  # bytes that torch and Ray take before any weights
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,8 @@ class ActorWishes:
 class ActorPlan:
     """``actors`` processes with ``num_cpus`` and ``num_gpus`` each, computing with ``threads`` threads.
 
-    Each has ``slots`` images in flight. ``decoders`` tasks decode at a time, None for as many as there is room for.
-
-    Where the plan ``grows`` they are the first ones: more come while images wait and the cluster has room.
+    Each has ``slots`` images in flight. ``decoders`` tasks decode at a time; None leaves their number to Ray Data. If
+    the plan ``grows``, Ray Data adds actors while images wait and the cluster has room.
     """
 
     actors: int
@@ -54,16 +53,17 @@ class ActorPlan:
 
 
 def plan_actors(available: dict[str, float], wishes: ActorWishes, weights: int) -> ActorPlan:
-    """What was asked for, and for the rest what fits: every GPU, or every core as far as memory goes.
+    """The user's wishes, completed by what fits: every GPU, or every core as far as memory allows.
 
-    On a cluster ``--actors`` is a number that waits for room; without it the plan begins with what fits now and grows.
+    On a cluster, --actors is a fixed number that waits for room; without it the plan starts with what fits now and
+    grows.
 
     Args:
-        available: the cluster's resources, as `session.resources` counts them.
-        weights: bytes of the bundle.
+        available: `session.resources` of the machine or cluster.
+        weights: bytes of the bundle's files.
 
     Raises:
-        GladError: more than this machine has. A cluster may grow, so there nothing is refused.
+        GladError: more than this machine has. A cluster may grow, so nothing is refused there.
     """
     cpus, gpus = available.get("CPU", 1.0), available.get("GPU", 0.0)
     num_gpus = (1.0 if session.gpus(available) else 0.0) if wishes.num_gpus is None else wishes.num_gpus
@@ -84,7 +84,7 @@ def plan_actors(available: dict[str, float], wishes: ActorWishes, weights: int) 
             )
     grows = wishes.address is not None and wishes.actors is None
     slots = wishes.batch_size or (GPU_SLOTS if num_gpus else CPU_SLOTS)
-    # One for every core left. Each is a process, and what starts with the actors holds them up.
+    # One for every core left, no more: each is a process, and processes that start beside the actors slow them down.
     decoders = None if grows else max(actors, int(cpus - actors * num_cpus))
     return ActorPlan(actors, num_cpus, num_gpus, max(1, round(num_cpus)), slots, decoders, grows)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass
-from typing import Literal
 
 from pipelines.archive.listing import PART_ROWS
 from pipelines.runs.commits import Plan
 from pipelines.score.actor_plan import ActorPlan
+from pipelines.score.request import Maps
 
 SHARDS_PER_TASK = 8  # decoded by one task, up to `IMAGES_PER_TASK` images
 IMAGES_PER_TASK = 128
@@ -25,7 +25,7 @@ class Images:
     """What decides an image's size on its way: the largest resolution R of the models, and what is stored of it."""
 
     resolution: int
-    maps: Literal["token", "full"]
+    maps: Maps
     reconstructions: bool
 
     @property

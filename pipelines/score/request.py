@@ -1,13 +1,17 @@
-"""What `glad score` is asked, and what it answers."""
+"""The request of a `glad score`, and the counts it returns."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from glad_core.bundle.settings import Precision
 from glad_core.engine.search import Search
 from pipelines.models.find import SMALL
 from pipelines.score.actor_plan import ActorWishes
+
+Maps = Literal["token", "full"]  # resolution of stored maps: the ViT's tokens, or the full size
+Method = Literal["glad", "nearest"]
 
 
 class TooManyErrors(Exception):
@@ -16,9 +20,9 @@ class TooManyErrors(Exception):
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """What the user asked for; None where the machine decides. ``num_cpus`` and ``num_gpus`` are per actor.
+    """The options of `glad score`; None leaves the choice to the machine. See its --help for each.
 
-    ``good`` holds the images that ``nearest`` remembers.
+    ``batch_size``, ``num_cpus`` and ``num_gpus`` are per actor. ``good`` are the good images of method ``nearest``.
     """
 
     source: str
@@ -31,25 +35,28 @@ class ScoreRequest:
     num_gpus: float | None = None
     seed: int = 0
     max_errors: int | None = None
-    maps: Literal["token", "full"] = "token"
+    maps: Maps = "token"
     reconstructions: bool = False
     address: str | None = None
     overwrite: bool = False
-    method: Literal["glad", "nearest"] = "glad"
+    method: Method = "glad"
     good: str | None = None
     search: Search | None = None
-    precision: Literal["off", "bf16", "fp16"] = "off"
+    precision: Precision = "off"
     compiled: bool = False
 
     @property
     def wishes(self) -> ActorWishes:
-        """What of the request is about actors."""
+        """The part of the request that is about actors."""
         return ActorWishes(self.actors, self.num_cpus, self.num_gpus, self.batch_size, self.address)
 
 
 @dataclass(frozen=True)
 class Counts:
-    """``images`` in the manifest = ``scored`` + ``errors``; ``anomalies`` of those scored, None without a threshold."""
+    """``images`` in the manifest = ``scored`` + ``errors``. ``anomalies`` are among the scored, None without a threshold.
+
+    ``duplicates`` were listed more than once and scored once.
+    """
 
     images: int
     scored: int
