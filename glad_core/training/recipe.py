@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from glad_core.bundle.settings import FrozenSettings
+from glad_core.bundle.settings import FrozenSettings, Precision
 
 Part = Literal["unet", "dino", "vae"]
 
@@ -29,7 +29,7 @@ class Recipe(FrozenSettings):
     max_timestep: int = Field(1000, ge=1, le=1000, description="timesteps are drawn below this")
     keep: float = Field(0.01, ge=0, description="λ of the DINO adaptation: pull towards the features as they were")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="keep an exponential moving average of the weights")
-    autocast: Literal["off", "bf16", "fp16"] = Field("off", description="precision of the networks' matrix products")
+    autocast: Precision = Field("off", description="precision of the networks' matrix products")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, a third more time")
     optimizer: Literal["adamw", "adamw8bit", "muon"] = Field(
         "adamw", description="adamw8bit needs bitsandbytes and a GPU; muon is for networks trained from nothing"

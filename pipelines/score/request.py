@@ -53,7 +53,7 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class Counts:
-    """``images`` in the manifest = ``scored`` + ``errors``. ``anomalies`` are among the scored, None without a threshold.
+    """``images`` of the manifest = ``scored`` + ``errors``. ``anomalies`` of the scored, None without a threshold.
 
     ``duplicates`` were listed more than once and scored once.
     """
