@@ -22,7 +22,7 @@ from throughput import boards
 
 from cluster.storage import Storage
 from glad_core.bundle.model import Model, load_bundle
-from glad_core.calibration import SELECTION_IMAGES, START_STEPS, choose_steps, conformal_quantile
+from glad_core.calibration import SELECTION_IMAGES, START_STEPS, Calibrator, conformal_quantile
 from glad_core.engine.base import run
 from glad_core.engine.engine import Engine
 from glad_core.image_metrics import image_metrics
@@ -76,7 +76,7 @@ def automatic_against_best(
     good = [pixels[example.uri] for example in train]
     table: dict[str, float] = {}
     for start_step in start_steps:
-        automatic = choose_steps(model, good, start_steps=(start_step,))
+        automatic = Calibrator(model, start_steps=(start_step,)).choose_steps(good)
         for factor in FACTORS:
             tried = automatic.model_copy(update={"delta": automatic.delta * factor})
             value = image_metrics(scores(replace(model, settings=tried), requests), labels)["AUROC"]

@@ -19,10 +19,9 @@ from sklearn.metrics import roc_auc_score
 from glad_core.bundle.glad_json import read_description
 from glad_core.bundle.model import load_bundle
 from glad_core.bundle.settings import Settings
-from glad_core.calibration import map_at_full_size
 from glad_core.image_metrics import image_metrics
 from glad_core.images import resize
-from glad_core.judge import detect
+from glad_core.judge import detect, map_at_full_size
 from glad_core.verdict import Request
 from pipelines.demo.boards import DEFECTS, board_rng, make_board
 from pipelines.models.find import SMALL_BUNDLE
@@ -59,7 +58,7 @@ def main(
             found |= {result.image_id: result for result in detect(model, requests[start : start + BATCH])}
         ordered = [found[request.image_id] for request in requests]
         scores = np.array([result.score for result in ordered])
-        maps = np.stack([map_at_full_size(model, result).numpy() for result in ordered])
+        maps = np.stack([map_at_full_size(model.settings, result).numpy() for result in ordered])
         figures[name] = {
             "i_auroc": round(image_metrics(scores, labels)["AUROC"], 4),
             "p_auroc": round(roc_auc_score(masks.ravel(), maps.ravel()), 4),

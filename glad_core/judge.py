@@ -17,6 +17,7 @@ from torch import Tensor
 
 from glad_core import adaptive, features, scoring
 from glad_core.bundle.model import Model
+from glad_core.bundle.settings import Settings
 from glad_core.foreground import object_mask
 from glad_core.verdict import Detection, Request, check_request
 
@@ -34,6 +35,12 @@ def image_noise(image_id: str, seed: int, shape: tuple[int, ...]) -> tuple[Tenso
 def full_size_only(model: Model) -> bool:
     """Whether the map has pixel-resolution terms (v, foreground) and so cannot be kept at token resolution."""
     return model.settings.pixel_weight_v > 0 or model.settings.foreground_mode != 3
+
+
+def map_at_full_size(settings: Settings, detection: Detection) -> Tensor:
+    """The map that the image score was taken from, float32 [D, D]."""
+    kept = torch.from_numpy(detection.anomaly_map).float()
+    return kept if kept.shape[0] == settings.feature_resolution else scoring.full_size_map(kept[None], settings)[0]
 
 
 def final_token_map(model: Model, test_B3RR: Tensor, reconstruction_B3RR: Tensor) -> tuple[Tensor, Tensor]:

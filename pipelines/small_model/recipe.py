@@ -27,7 +27,7 @@ from glad_core import schedule
 from glad_core.bundle.glad_json import update_settings
 from glad_core.bundle.model import AUTOCAST, load_bundle, load_vit, save_bundle
 from glad_core.bundle.settings import Settings
-from glad_core.calibration import calibrate
+from glad_core.calibration import Calibrator
 from glad_core.images import to_tensor
 from glad_core.training import samples
 from glad_core.training.loop import TrainState, fine_tune
@@ -162,7 +162,7 @@ def bundle_stage(work: Path, out: Path) -> str:
     }
     save_bundle(out, settings=SETTINGS, overwrite=True, **parts)
     held_out = [board_picture(index) for index in HELD_OUT_BOARDS]
-    settings = calibrate(load_bundle(out), held_out, start_steps=(250, 350, 450, 550))
+    settings = Calibrator(load_bundle(out), start_steps=(250, 350, 450, 550)).calibrate(held_out)
     LOG.info("bundle: %s", settings)
     return update_settings(out, settings, {})
 

@@ -23,7 +23,7 @@ from cluster.storage import Storage, StorageError, is_s3, join, local_path
 from glad_core.bundle.glad_json import read_description, update_settings
 from glad_core.bundle.model import load_bundle
 from glad_core.bundle.settings import Profile, Settings
-from glad_core.calibration import choose_steps, conformal_quantile, images_needed, judged_images
+from glad_core.calibration import Calibrator, conformal_quantile, images_needed, judged_images
 from glad_core.engine.process import set_up
 from glad_core.errors import GladError
 from glad_core.foreground import ForegroundMode
@@ -183,7 +183,7 @@ def steps_from(
             skipped.append(f"{row['uri']}: {error}")
     if not good:
         raise GladError(f"none of the good images can be read; the first: {skipped[0]}")
-    return choose_steps(model, good, profile=profile, foreground_mode=foreground_mode, seed=seed), skipped
+    return Calibrator(model, profile, foreground_mode, seed=seed).choose_steps(good), skipped
 
 
 def _scores(run: str, storage: Storage, with_feedback: bool) -> tuple[list[float], set[str], list[float]]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from glad_core.bundle.glad_json import read_description
 from glad_core.bundle.model import Model, is_half, load_bundle, load_vit, save_derived
-from glad_core.calibration import calibrate, judged_images
+from glad_core.calibration import Calibrator, judged_images
 from pipelines.models.find import local_bundle
 from pipelines.train.good_images import Survey, read_pixels
 from pipelines.train.side_by_side import tell
@@ -38,15 +38,8 @@ def finish(job: TrainJob, seen: Survey, checkpoint: Any, deliver: Deliver, event
         done += count
         tell(events, job.name, "calibrate", done=done, total=total)
 
-    settings = calibrate(
-        model,
-        held_out,
-        categories=[image.category for image in seen.held_out],
-        foreground_mode=job.recipe.foreground_mode,
-        target_fpr=job.target_fpr,
-        seed=job.recipe.seed,
-        on_image=judged,
-    )
+    calibrator = Calibrator(model, foreground_mode=job.recipe.foreground_mode, seed=job.recipe.seed, on_image=judged)
+    settings = calibrator.calibrate(held_out, [image.category for image in seen.held_out], job.target_fpr)
     description = read_description(base)
     provenance = {
         "run": job.run_id(seen),

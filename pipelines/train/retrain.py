@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster import session
-from cluster.storage import Storage, join
+from cluster.storage import Storage, absolute, join
 from pipelines.models import registry
 from pipelines.models.find import local_bundle
 from pipelines.train.good_images import DATA_CPUS, Survey, good_images, read_pixels
@@ -25,7 +25,7 @@ from pipelines.train.side_by_side import follow
 from pipelines.train.spec import Outcome, TrainJob, clear_work
 
 if TYPE_CHECKING:
-    from glad_core.calibration import Comparison
+    from glad_core.model_comparison import ModelComparison
 
 WORK = ".work"  # in the registry: runs under way; a leading dot, so it is no category
 
@@ -47,7 +47,7 @@ def retrain(request: RetrainRequest, console: Console) -> bool:
         GladError, StorageError, SessionError: a mistake in what was asked, one line, before any work.
     """
     storage = Storage.from_environment()
-    home = registry.absolute(request.train.out)
+    home = absolute(request.train.out)
     found = good_images(request.train.dataset, request.train.category or "all", storage)
     jobs = {name: plan_job(request.train, [name], storage, name=name, work="") for name in found}
     claim_work(storage, join(home, WORK))
@@ -112,11 +112,11 @@ def publish_and_promote(
     return Outcome(words, version)
 
 
-def _gate(made: Path, before: str, job: TrainJob, seen: Survey, margin: float) -> Comparison:
+def _gate(made: Path, before: str, job: TrainJob, seen: Survey, margin: float) -> ModelComparison:
     """New against current on the same held-out good images and synthetic anomalies."""
     from glad_core.bundle.model import load_bundle
-    from glad_core.calibration import compare
+    from glad_core.model_comparison import compare_models
 
     new, old = (load_bundle(place, job.device) for place in (made, local_bundle(before, job.storage)))
     good_new, good_old = (read_pixels(seen.held_out, model.settings.resolution, job.storage) for model in (new, old))
-    return compare(new, old, good_new, good_old, job.recipe.foreground_mode, margin)
+    return compare_models(new, old, good_new, good_old, job.recipe.foreground_mode, margin)

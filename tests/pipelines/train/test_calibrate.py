@@ -27,7 +27,7 @@ def test_how_many_images_a_target_needs():
 def test_a_bundle_is_calibrated_on_good_images(tmp_path: Path, tiny_bundle, photos, ray_session, monkeypatch) -> None:
     # On the cluster, where the GPUs are: workers import the module anew and do not see this.
     monkeypatch.setattr(
-        "pipelines.train.calibrate.choose_steps", lambda *_, **__: pytest.fail("in the calling process")
+        "pipelines.train.calibrate.Calibrator", lambda *_, **__: pytest.fail("in the calling process")
     )
     out = tmp_path / "calibrated"
     made = run("calibrate", photos, "--model", tiny_bundle, "--out", out, "--target-fpr", 0.1)
