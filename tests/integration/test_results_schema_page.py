@@ -25,9 +25,9 @@ def monday(tmp_path_factory, tiny_bundle, photos, ray_session):
     """A folder with a run called monday in it: twelve photos, two files that are none."""
     folder = tmp_path_factory.mktemp("schema")
     for index, photo in enumerate(sorted(photos.rglob("*.png"))):
-        place = folder / "photos" / f"{index}.png"
-        place.parent.mkdir(exist_ok=True)
-        place.write_bytes(photo.read_bytes())
+        copy = folder / "photos" / f"{index}.png"
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(photo.read_bytes())
     (folder / "photos/empty.png").write_bytes(b"")
     (folder / "photos/page.png").write_bytes(b"<html>")
     words = ["score", folder / "photos", "--model", tiny_bundle, "--out", folder / "monday"]
@@ -85,10 +85,10 @@ def test_the_examples_read_from_s3(monday, s3_server, monkeypatch):
     storage = Storage.from_environment()
     for path in (monday / "monday").rglob("*.parquet"):
         storage.write(f"s3://verdicts/monday/{path.relative_to(monday / 'monday')}", path.read_bytes())
-    (found,) = (run(text) for kind, text in BLOCKS if kind == "python s3")
-    assert len(found["images"]) == 12
-    assert found["best"].item() == found["images"].score.min()
-    assert found["worst"] == [(found["images"].score.max(),)]
+    (names,) = (run(text) for kind, text in BLOCKS if kind == "python s3")
+    assert len(names["images"]) == 12
+    assert names["best"].item() == names["images"].score.min()
+    assert names["worst"] == [(names["images"].score.max(),)]
 
 
 def run(text):
