@@ -1,102 +1,180 @@
-"""S3 by three clients, as no one of them does it all: pyarrow reads and writes, botocore lists page by page (pyarrow's
-listing arrives as a whole), and s3fs writes only where there is nothing yet (pyarrow cannot send If-None-Match)."""
+"""The S3 back end of `cluster.storage`. Three clients share the work, since none does it all: pyarrow reads and writes,
+botocore lists page by page (pyarrow returns a listing as a whole), and s3fs writes only if there is no such object yet
+(pyarrow cannot send If-None-Match)."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Self
 from urllib.parse import urlparse
 
 import pyarrow.fs as pafs
 
-if TYPE_CHECKING:
-    from cluster.storage import Storage
+ATTEMPTS, PATIENT_ATTEMPTS = 3, 12  # per request to S3; with doubling waits, twelve outlast 50 seconds
+COPY_CHUNK = 8 * 2**20  # bytes per request and in memory while a file is copied
+
+
+@dataclass(frozen=True)
+class Connection:
+    """How to reach an S3 server. The secrets stay out of the repr, hence out of logs.
+
+    Attributes:
+        endpoint: URL of the server; None for AWS itself.
+        access_key: with ``secret_key`` and ``session_token`` the credentials; None for those of the machine.
+        region: None for the machine's.
+        attempts: of one request before it fails.
+    """
+
+    endpoint: str | None = None
+    access_key: str | None = field(default=None, repr=False)
+    secret_key: str | None = field(default=None, repr=False)
+    session_token: str | None = field(default=None, repr=False)
+    region: str | None = None
+    attempts: int = ATTEMPTS
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """Read AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN and AWS_REGION.
+
+        A missing setting falls back to the AWS default chain on the machine that connects.
+        """
+        env = os.environ.get
+        return cls(
+            endpoint=env("AWS_ENDPOINT_URL_S3") or env("AWS_ENDPOINT_URL") or None,
+            access_key=env("AWS_ACCESS_KEY_ID") or None,
+            secret_key=env("AWS_SECRET_ACCESS_KEY") or None,
+            session_token=env("AWS_SESSION_TOKEN") or None,
+            region=env("AWS_REGION") or env("AWS_DEFAULT_REGION") or None,
+        )
+
+    def patient(self) -> Self:
+        """The same for a running job: it waits most of a minute for a server that is gone or overloaded.
+
+        Before a job runs, a wrong endpoint is the likelier reason, and the user should hear of it soon.
+        """
+        return replace(self, attempts=PATIENT_ATTEMPTS)
 
 
 @lru_cache(maxsize=8)
-def filesystem(storage: Storage) -> pafs.S3FileSystem:
-    """What reads and writes."""
+def filesystem(connection: Connection, background_writes: bool = True) -> pafs.S3FileSystem:
+    """Reads and writes objects. Writes in the background are faster, but a slow server leaves them all in memory."""
     options: dict[str, Any] = {
         "connect_timeout": 5,
         "request_timeout": 60,
+        "background_writes": background_writes,
         "check_directory_existence_before_creation": False,
         # Waits double from 25 ms on: after an outage of any length at most as long again is lost. (The SDK's standard
         # strategy draws its waits at random and gives up early when many requests fail at once.)
-        "retry_strategy": pafs.AwsDefaultS3RetryStrategy(max_attempts=storage.attempts),
+        "retry_strategy": pafs.AwsDefaultS3RetryStrategy(max_attempts=connection.attempts),
     }
-    if storage.access_key:
-        options |= {"access_key": storage.access_key, "secret_key": storage.secret_key or ""}
-        if storage.session_token:
-            options["session_token"] = storage.session_token
-    if storage.region or storage.endpoint:
-        options["region"] = storage.region or "us-east-1"
-    if storage.endpoint:
-        endpoint = urlparse(storage.endpoint if "://" in storage.endpoint else f"http://{storage.endpoint}")
+    if connection.access_key:
+        options |= {"access_key": connection.access_key, "secret_key": connection.secret_key or ""}
+        if connection.session_token:
+            options["session_token"] = connection.session_token
+    if connection.region or connection.endpoint:
+        options["region"] = connection.region or "us-east-1"
+    if connection.endpoint:
+        endpoint = urlparse(connection.endpoint if "://" in connection.endpoint else f"http://{connection.endpoint}")
         options |= {"scheme": endpoint.scheme, "endpoint_override": endpoint.netloc}
     return pafs.S3FileSystem(**options)
 
 
-def keys(storage: Storage, bucket: str, prefix: str, delimiter: str = "") -> Iterator[tuple[str, Any]]:
+def keys(connection: Connection, bucket: str, prefix: str, delimiter: str = "") -> Iterator[tuple[str, Any]]:
     """Objects below a prefix as (rest of the key, size), page by page.
 
-    With a delimiter a folder's objects are one entry, of size None.
+    With a delimiter, a folder's objects are one entry of size None.
+
+    Raises:
+        OSError: as the server answers.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
     below = f"{prefix}/" if prefix else ""
     try:
-        pages = _listing(storage).get_paginator("list_objects_v2")
+        pages = _listing(connection).get_paginator("list_objects_v2")
         for page in pages.paginate(Bucket=bucket, Prefix=below, Delimiter=delimiter):
-            found = [(item["Key"], item["Size"]) for item in page.get("Contents", []) if not item["Key"].endswith("/")]
-            if delimiter:  # the server has put the two kinds of this page apart
+            objects = page.get("Contents", [])
+            entries = [(item["Key"], item["Size"]) for item in objects if not item["Key"].endswith("/")]
+            if delimiter:  # the server lists objects and folders of a page apart
                 folders = [(item["Prefix"], None) for item in page.get("CommonPrefixes", [])]
-                found = sorted(found + folders, key=lambda entry: entry[0].encode())
-            for key, size in found:
+                entries = sorted(entries + folders, key=lambda entry: entry[0].encode())
+            for key, size in entries:
                 yield key[len(below) :].removesuffix(delimiter or "/"), size
     except (BotoCoreError, ClientError) as error:
         raise OSError(str(error)) from error
 
 
 @lru_cache(maxsize=8)
-def _listing(storage: Storage) -> Any:
+def _listing(connection: Connection) -> Any:
     import botocore.session
     from botocore.config import Config
 
     return botocore.session.get_session().create_client(
         "s3",
-        region_name=storage.region or ("us-east-1" if storage.endpoint else None),
-        endpoint_url=storage.endpoint,
-        aws_access_key_id=storage.access_key,
-        aws_secret_access_key=storage.secret_key,
-        aws_session_token=storage.session_token,
+        region_name=connection.region or ("us-east-1" if connection.endpoint else None),
+        endpoint_url=connection.endpoint,
+        aws_access_key_id=connection.access_key,
+        aws_secret_access_key=connection.secret_key,
+        aws_session_token=connection.session_token,
         config=Config(
-            retries={"mode": "standard", "total_max_attempts": storage.attempts},
+            retries={"mode": "standard", "total_max_attempts": connection.attempts},
             connect_timeout=5,
-            s3={"addressing_style": "path"} if storage.endpoint else {},
+            s3={"addressing_style": "path"} if connection.endpoint else {},
         ),
     )
 
 
-def create(storage: Storage, path: str, data: bytes) -> None:
-    """Write an object only if there is none. Raises FileExistsError, or OSError as the server answers."""
+def create(connection: Connection, path: str, data: bytes) -> bool:
+    """Write an object only if there is none: True for the one caller that made it, False for everyone else.
+
+    Raises:
+        OSError: as the server answers.
+    """
     from botocore.exceptions import BotoCoreError
 
     try:
-        _creating(storage).pipe_file(path, data, mode="create")
-    except BotoCoreError as error:  # what s3fs does not make an OSError of: no connection, no credentials
+        _creating(connection).pipe_file(path, data, mode="create")
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if "PreconditionFailed" in str(error) or "pre-conditions" in str(error):
+            return False
+        raise
+    except BotoCoreError as error:  # s3fs makes no OSError of: no connection, no credentials
         raise OSError(str(error)) from error
+    return True
 
 
 @lru_cache(maxsize=8)
-def _creating(storage: Storage) -> Any:
+def _creating(connection: Connection) -> Any:
     import s3fs
 
     return s3fs.S3FileSystem(
-        key=storage.access_key,
-        secret=storage.secret_key,
-        token=storage.session_token,
-        endpoint_url=storage.endpoint,
-        config_kwargs={"retries": {"mode": "standard", "max_attempts": storage.attempts}},
-        client_kwargs={"region_name": storage.region or "us-east-1"} if storage.endpoint else {},
+        key=connection.access_key,
+        secret=connection.secret_key,
+        token=connection.session_token,
+        endpoint_url=connection.endpoint,
+        config_kwargs={"retries": {"mode": "standard", "max_attempts": connection.attempts}},
+        client_kwargs={"region_name": connection.region or "us-east-1"} if connection.endpoint else {},
     )
+
+
+def publish(connection: Connection, folder: Path, path: str, last: str) -> None:
+    """Copy a local folder to ``path`` (``bucket/prefix``), a chunk at a time; the file ``last`` follows all others.
+
+    Raises:
+        OSError: as the server answers.
+    """
+    names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    for name in [name for name in names if name != last] + [last]:
+        pafs.copy_files(
+            str(folder / name),
+            f"{path}/{name}",
+            source_filesystem=pafs.LocalFileSystem(),
+            destination_filesystem=filesystem(connection, background_writes=False),
+            chunk_size=COPY_CHUNK,
+        )

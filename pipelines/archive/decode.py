@@ -172,8 +172,8 @@ def fetch(storage: Storage, row: dict[str, Any]) -> bytes:
         raise ImageError("missing", f"{place}: no such file") from error
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and is_outage(error):
-            raise StorageError(explain(place, storage, error)) from error
-        raise ImageError("unreadable", explain(place, storage, OSError(str(error)))) from error
+            raise StorageError(explain(place, storage.endpoint, error)) from error
+        raise ImageError("unreadable", explain(place, storage.endpoint, OSError(str(error)))) from error
     if not data:
         raise ImageError("empty", "the file has no bytes")
     return data

@@ -154,11 +154,11 @@ def registry_list(registry: Registry, as_json: Json = False) -> None:
     """Every category's current version."""
     from pipelines.models import registry as models
 
-    rows = models.listed(registry)
+    rows = models.category_rows(registry)
     if as_json:
         print_json({"categories": rows})
     else:
-        models.print_list(rows, Console())
+        models.print_categories(rows, Console())
 
 
 @registries.command("show", epilog="Example: glad registry show models screw")
@@ -166,7 +166,7 @@ def registry_show(registry: Registry, category: Category, as_json: Json = False)
     """A category's versions."""
     from pipelines.models import registry as models
 
-    rows = models.described(registry, category)
+    rows = models.version_rows(registry, category)
     if as_json:
         print_json({"versions": rows})
     else:
@@ -178,20 +178,20 @@ def registry_promote(
     registry: Registry, category: Category, version: Annotated[str, typer.Argument(help="Version to score with")]
 ) -> None:
     """Make a version the current one."""
-    from cluster.storage import Storage
+    from cluster.storage import Storage, absolute
     from pipelines.models import registry as models
 
-    models.promote(models.absolute(registry), category, version, Storage.from_environment(), "by hand")
+    models.promote(absolute(registry), category, version, Storage.from_environment(), "by hand")
     Console().print(f"{category}: {version} is current", highlight=False)
 
 
 @registries.command("rollback", epilog="Example: glad registry rollback models screw")
 def registry_rollback(registry: Registry, category: Category) -> None:
     """Make the version before the current one current again."""
-    from cluster.storage import Storage
+    from cluster.storage import Storage, absolute
     from pipelines.models import registry as models
 
-    chosen = models.rollback(models.absolute(registry), category, Storage.from_environment())
+    chosen = models.rollback(absolute(registry), category, Storage.from_environment())
     Console().print(f"{category}: {chosen.version} is current again", highlight=False)
 
 

@@ -1,7 +1,7 @@
-"""A model registry that is just storage: REGISTRY/<category>/<version>/ bundles and REGISTRY/<category>/current.json.
+"""A model registry in plain storage: bundles in REGISTRY/<category>/<version>/, and REGISTRY/<category>/current.json.
 
-A version is a bundle's model id, so it never changes once it is there. ``current.json`` names the version that scores,
-and those that did before, newest first; it is replaced as a whole.
+A version is named by its bundle's model id, so its content never changes. ``current.json`` names the version that
+scores and the earlier ones, newest first; it is replaced as a whole.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.storage import Storage, is_s3, join, local_path
+from cluster.storage import Storage, absolute, join
 from glad_core.bundle.glad_json import GLAD_JSON, Description, read_description
 from glad_core.errors import GladError, did_you_mean
 
@@ -25,7 +25,7 @@ CURRENT = "current.json"
 
 @dataclass(frozen=True)
 class Current:
-    """Which version scores a category, since when and why, and which did before (newest first)."""
+    """The version that scores a category, since when (ISO 8601, UTC) and why, and the earlier ones, newest first."""
 
     version: str
     since: str
@@ -34,7 +34,7 @@ class Current:
 
 
 def is_registry(location: str, storage: Storage) -> bool:
-    """Whether a folder holds categories with a current version (and is no bundle itself)."""
+    """Whether a folder is no bundle and holds at least one category with a current version."""
     if storage.kind(join(location, GLAD_JSON)) == "file":
         return False
     return any(storage.kind(join(location, name, CURRENT)) == "file" for name in storage.folders(location))
@@ -53,7 +53,7 @@ def categories(registry: str, storage: Storage) -> list[str]:
 
 
 def versions(registry: str, category: str, storage: Storage) -> list[str]:
-    """Complete versions of a category: a bundle's description is its last file to arrive."""
+    """Complete versions of a category, sorted. (A bundle's description is its last file to arrive.)"""
     folder = join(registry, category)
     names = [name for name in storage.folders(folder) if not name.startswith(".")]
     return [name for name in names if storage.kind(join(folder, name, GLAD_JSON)) == "file"]
@@ -65,40 +65,40 @@ def description(registry: str, category: str, version: str, storage: Storage) ->
     Raises:
         GladError: no such version, or a damaged description.
     """
-    known = versions(registry, category, storage)
-    if version not in known:
-        raise GladError(f"{join(registry, category)} has no version '{version}'{did_you_mean(version, known)}")
-    place = join(registry, category, version, GLAD_JSON)
+    names = versions(registry, category, storage)
+    if version not in names:
+        raise GladError(f"{join(registry, category)} has no version '{version}'{did_you_mean(version, names)}")
+    path = join(registry, category, version, GLAD_JSON)
     try:
-        return Description.model_validate_json(storage.read(place))
+        return Description.model_validate_json(storage.read(path))
     except ValueError as error:
-        raise GladError(f"{place}: damaged; remove this version and train it again") from error
+        raise GladError(f"{path}: damaged; remove this version and train it again") from error
 
 
 def current(registry: str, category: str, storage: Storage) -> Current | None:
-    """The category's current version, None where none was promoted yet.
+    """The category's current version; None if none was promoted yet.
 
     Raises:
         GladError: a damaged current.json.
     """
-    place = join(registry, category, CURRENT)
-    if storage.kind(place) != "file":
+    path = join(registry, category, CURRENT)
+    if storage.kind(path) != "file":
         return None
     try:
-        return Current(**json.loads(storage.read(place)))
+        return Current(**json.loads(storage.read(path)))
     except (ValueError, TypeError) as error:
-        raise GladError(f"{place}: damaged; `glad registry promote {registry} {category} VERSION` writes it") from error
+        raise GladError(f"{path}: damaged; `glad registry promote {registry} {category} VERSION` writes it") from error
 
 
-def publish(made: Path, registry: str, category: str, storage: Storage) -> str:
-    """Add a bundle as a version; one that is there already stays as it is. Returns the version."""
-    version = read_description(made).model_id
-    storage.publish(made, join(registry, category, version), GLAD_JSON)
+def publish(bundle: Path, registry: str, category: str, storage: Storage) -> str:
+    """Add a bundle as a version and return the version; an existing one stays as it is."""
+    version = read_description(bundle).model_id
+    storage.publish(bundle, join(registry, category, version), GLAD_JSON)
     return version
 
 
 def promote(registry: str, category: str, version: str, storage: Storage, reason: str) -> Current:
-    """Make a version the current one, in one step for every reader; the one before is remembered.
+    """Make a version the current one, in one step for every reader; the former one becomes the newest earlier one.
 
     Raises:
         GladError: no such version.
@@ -115,7 +115,7 @@ def rollback(registry: str, category: str, storage: Storage) -> Current:
     """Make the version before the current one current again.
 
     Raises:
-        GladError: there is none.
+        GladError: there is no earlier version.
     """
     now = current(registry, category, storage)
     if now is None or not now.earlier:
@@ -128,80 +128,80 @@ def rollback(registry: str, category: str, storage: Storage) -> Current:
 
 
 def current_bundles(registry: str, storage: Storage) -> dict[str, str]:
-    """Where each category's current bundle is.
+    """Location of each category's current bundle.
 
     Raises:
         GladError: no category has one.
     """
-    found = {name: current(registry, name, storage) for name in storage.folders(registry)}
-    bundles = {name: join(registry, name, chosen.version) for name, chosen in found.items() if chosen is not None}
+    chosen = {name: current(registry, name, storage) for name in storage.folders(registry)}
+    bundles = {name: join(registry, name, now.version) for name, now in chosen.items() if now is not None}
     if not bundles:
         raise GladError(f"{registry}: no category has a current version; promote one with `glad registry promote`")
     return bundles
 
 
-def absolute(registry: str) -> str:
-    """A registry's location without a trailing slash, absolute where it is local."""
-    return registry.rstrip("/") if is_s3(registry) else local_path(registry)
-
-
-def listed(location: str) -> list[dict[str, Any]]:
-    """Every category with its current version, since when and why (None where none was promoted), and all versions.
+def category_rows(location: str) -> list[dict[str, Any]]:
+    """A row per category: its name, current version, since when and why (None if there is none), and all versions.
 
     Raises:
         GladError: no such registry.
     """
-    storage = Storage.from_environment()
-    home = absolute(location)
+    storage, registry = Storage.from_environment(), absolute(location)
     rows = []
-    for name in categories(home, storage):
-        now = current(home, name, storage)
-        told: dict[str, str | None] = {"current": None, "since": None, "reason": None}
-        if now is not None:
-            told = {"current": now.version, "since": now.since, "reason": now.reason}
-        rows.append({"category": name, **told, "versions": versions(home, name, storage)})
+    for name in categories(registry, storage):
+        now = current(registry, name, storage)
+        rows.append(
+            {
+                "category": name,
+                "current": now.version if now else None,
+                "since": now.since if now else None,
+                "reason": now.reason if now else None,
+                "versions": versions(registry, name, storage),
+            }
+        )
     return rows
 
 
-def described(location: str, category: str) -> list[dict[str, Any]]:
-    """A category's versions: ``state`` (current, earlier, or None), and what each was trained on and with.
+def version_rows(location: str, category: str) -> list[dict[str, Any]]:
+    """A row per version of a category: ``state`` (current, earlier or None), number of good images, main settings.
 
     Raises:
         GladError: no such category.
     """
-    storage = Storage.from_environment()
-    home = absolute(location)
-    known = versions(home, category, storage)
-    if not known:
-        raise GladError(f"{home} has no category '{category}'{did_you_mean(category, categories(home, storage))}")
-    now = current(home, category, storage)
+    storage, registry = Storage.from_environment(), absolute(location)
+    names = versions(registry, category, storage)
+    if not names:
+        near = did_you_mean(category, categories(registry, storage))
+        raise GladError(f"{registry} has no category '{category}'{near}")
+    now = current(registry, category, storage)
+    states = dict.fromkeys(now.earlier, "earlier") | {now.version: "current"} if now else {}
     rows = []
-    for version in known:
-        facts = description(home, category, version, storage)
-        state = "current" if now and version == now.version else ("earlier" if now and version in now.earlier else None)
-        values = {name: facts.settings.get(name) for name in ("threshold", "start_step", "delta")}
-        rows.append({"version": version, "state": state, "good_images": facts.provenance.get("good_images"), **values})
+    for name in names:
+        bundle = description(registry, category, name, storage)
+        settings = {setting: bundle.settings.get(setting) for setting in ("threshold", "start_step", "delta")}
+        good_images = bundle.provenance.get("good_images")
+        rows.append({"version": name, "state": states.get(name), "good_images": good_images, **settings})
     return rows
 
 
-def print_list(rows: list[dict[str, Any]], console: Console) -> None:
-    """What `listed` found, as a table."""
+def print_categories(rows: list[dict[str, Any]], console: Console) -> None:
+    """The rows of `category_rows` as a table."""
     table = Table("category", "current", "since", "versions", "why")
     for row in rows:
-        told = (row["current"] or "-", row["since"] or "-", str(len(row["versions"])), row["reason"] or "none promoted")
-        table.add_row(row["category"], *map(escape, told))
+        count, reason = str(len(row["versions"])), row["reason"] or "none promoted"
+        table.add_row(*map(escape, (row["category"], row["current"] or "-", row["since"] or "-", count, reason)))
     console.print(table)
 
 
 def print_versions(rows: list[dict[str, Any]], console: Console) -> None:
-    """What `described` found, as a table."""
-    table = Table("version", "state", "good images", "threshold", "T", "δ")
+    """The rows of `version_rows` as a table."""
+    table = Table("version", "state", "good images", "threshold", "start_step", "delta")
     for row in rows:
-        told = [
+        cells = [
             "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
             for value in row.values()
         ]
-        table.add_row(*told)
+        table.add_row(*cells)
     console.print(table)
 
 

@@ -1,0 +1,128 @@
+"""The local back end of `cluster.storage`: whatever pyarrow's file system of this machine does not do itself."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import pyarrow.fs as pafs
+
+from cluster.storage_errors import StorageError, explain
+
+
+@lru_cache(maxsize=1)
+def filesystem() -> pafs.LocalFileSystem:
+    return pafs.LocalFileSystem()
+
+
+def walk(folder: str, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Every regular file below ``folder`` as (``prefix`` and relative path, bytes), in order of path."""
+    for name, size in level(folder):
+        if size is None:
+            yield from walk(f"{folder}/{name}", f"{prefix}{name}/")
+        else:
+            yield prefix + name, size
+
+
+def level(folder: str) -> Iterator[tuple[str, int | None]]:
+    """Files and folders directly in ``folder`` as (name, bytes; None for a folder), in order of name.
+
+    Hidden entries, pipes, sockets and links to folders are left out.
+
+    Raises:
+        StorageError: the folder cannot be listed; the message names it, not the folder the walk began with.
+    """
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise StorageError(explain(folder, None, error)) from error
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            yield entry.name, None
+            continue
+        try:
+            status = entry.stat()
+        except OSError:  # a dangling link: listed, so that it ends among the errors
+            yield entry.name, 0
+            continue
+        if stat.S_ISREG(status.st_mode):
+            yield entry.name, status.st_size
+
+
+def write(path: str, data: bytes) -> None:
+    """Write a whole file, replacing an existing one; a reader never sees half of it."""
+    with _written_beside(path, data) as partial:
+        partial.replace(path)
+
+
+def create(path: str, data: bytes) -> bool:
+    """Write a file only if there is none: True for the one caller that made it, False for everyone else.
+
+    Raises:
+        StorageError: the file system has no hard links.
+    """
+    with _written_beside(path, data) as partial:
+        try:
+            os.link(partial, path)  # the whole file or none, and only if there is none
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise StorageError(
+                    f"{path}: this file system has no hard links, which a run needs for its bookkeeping; "
+                    "choose a folder on another one, or s3://"
+                ) from error
+            raise
+    return True
+
+
+def publish(folder: Path, target: Path, last: str) -> bool:
+    """Copy ``folder`` to ``target`` whole or not at all; False if a ``target`` with the file ``last`` was first."""
+    try:
+        with whole_folder(target) as partial:
+            shutil.copytree(folder, partial, dirs_exist_ok=True)
+            partial.chmod(0o755)  # mkdtemp makes it private
+    except OSError:
+        if not (target / last).is_file():
+            raise
+        return False
+    return True
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A new folder to fill, which becomes ``target`` at the end; after an error nothing of it remains.
+
+    Raises:
+        OSError: ``target`` cannot be made, also because another process made it first.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield partial
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _written_beside(path: str, data: bytes) -> Iterator[Path]:
+    """``data`` in a hidden file in the folder of ``path``, removed at the end if it is still there."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.part")
+    try:
+        partial.write_bytes(data)
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)  # a full disk needs the room

@@ -1,0 +1,124 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_bucket
+
+from cluster import s3
+from cluster.storage import Storage, StorageError
+
+
+def test_settings_come_from_the_environment_and_secrets_stay_out_of_the_repr(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith("AWS_"):
+            monkeypatch.delenv(name)
+    assert s3.Connection.from_environment() == s3.Connection()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://somewhere:1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "the-id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "the-secret")
+    connection = s3.Connection.from_environment()
+    assert (connection.endpoint, connection.access_key, connection.secret_key) == (
+        "http://somewhere:1",
+        "the-id",
+        "the-secret",
+    )
+    assert "the-secret" not in repr(connection)
+    assert "the-id" not in repr(connection)
+
+
+def test_clients_are_kept_per_connection():
+    here, there = (s3.Connection(f"http://127.0.0.1:{port}", "id", "secret") for port in (1, 2))
+    assert s3.filesystem(here) is s3.filesystem(s3.Connection("http://127.0.0.1:1", "id", "secret"))
+    assert s3.filesystem(here) is not s3.filesystem(there)
+    assert s3.filesystem(here) is not s3.filesystem(here.patient())
+
+
+@pytest.fixture
+def bucket(s3_server, monkeypatch):
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    make_bucket(s3_server, "copies")
+    return "s3://copies"
+
+
+@pytest.mark.slow
+def test_a_bundle_goes_up_and_comes_down_unchanged(bucket, tmp_path):
+    storage = Storage.from_environment()
+    contents = {"glad.json": b"{}", "unet/weights": os.urandom(2 * s3.COPY_CHUNK + 1), "empty": b"", ".hidden": b"x"}
+    for name, data in contents.items():
+        (tmp_path / "made" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "made" / name).write_bytes(data)
+    assert storage.publish(tmp_path / "made", f"{bucket}/models/v1", "glad.json")
+    assert not storage.publish(tmp_path / "made", f"{bucket}/models/v1", "glad.json")
+    assert storage.read(f"{bucket}/models/v1/.hidden") == b"x"  # publishing copies everything, walking skips it
+    storage.fetch(f"{bucket}/models/v1", tmp_path / "cache" / "copy")
+    copy = {name: (tmp_path / "cache" / "copy" / name).read_bytes() for name in contents if name != ".hidden"}
+    assert copy == {name: data for name, data in contents.items() if name != ".hidden"}
+    assert not (tmp_path / "cache" / "copy" / ".hidden").exists()
+
+
+@pytest.mark.slow
+def test_the_last_file_arrives_last(bucket, tmp_path, monkeypatch):
+    storage = Storage.from_environment()
+    for name in ("glad.json", "z"):
+        (tmp_path / name).write_text(name)
+    copy = s3.pafs.copy_files
+
+    def fails_at_z(source, *arguments, **options):
+        if source.endswith("z"):
+            raise OSError("AWS Error ACCESS_DENIED during PutObject")
+        copy(source, *arguments, **options)
+
+    monkeypatch.setattr(s3.pafs, "copy_files", fails_at_z)
+    with pytest.raises(StorageError, match="refused the credentials") as error:
+        storage.publish(tmp_path, f"{bucket}/models/v2", "glad.json")
+    assert "\n" not in str(error.value)
+    assert storage.kind(f"{bucket}/models/v2/glad.json") == "none"
+
+
+@pytest.mark.slow
+def test_a_bundle_that_is_gone_or_forbidden_is_one_line(bucket, tmp_path):
+    storage = Storage.from_environment()
+    stranger = Storage(storage.endpoint, "nobody", "nothing", region="us-east-1")
+    for reader, uri, words in (
+        (storage, "s3://no-such-bucket-here/v1", "no bucket 'no-such-bucket-here'"),
+        (stranger, f"{bucket}/models/v1", "refused the credentials"),
+    ):
+        with pytest.raises(StorageError, match=words) as error:
+            reader.fetch(uri, tmp_path / "cache" / "copy")
+        assert "\n" not in str(error.value)
+        assert list((tmp_path / "cache").iterdir()) == []
+
+
+COPY = """
+import sys
+from pathlib import Path
+from cluster.storage import Storage
+
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+
+storage, folder, uri = Storage.from_environment(), Path(sys.argv[1]), sys.argv[2]
+storage.kind(uri)
+before = peak()
+storage.publish(folder, uri, "glad.json")
+storage.fetch(uri, folder.with_name("copy"))
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_large_file_is_copied_in_little_memory(bucket, tmp_path):
+    size = 128 * 2**20
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "glad.json").write_text("{}")
+    with (tmp_path / "made" / "weights").open("wb") as weights:
+        weights.truncate(size)
+    command = [sys.executable, "-c", COPY, str(tmp_path / "made"), f"{bucket}/models/large"]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    assert int(outcome.stdout) < size / 2
+    assert (tmp_path / "copy" / "weights").stat().st_size == size
+    Storage.from_environment().delete_folder(f"{bucket}/models/large")
