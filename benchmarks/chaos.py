@@ -1,11 +1,11 @@
-"""Twenty kill -9 during one job, and what is in the results afterwards.
+"""What the results hold after twenty kill -9 during one job.
 
     python benchmarks/chaos.py [--json] [--images 2000] [--kills 20]
 
-Archive and results lie on a real S3 server; the cluster is a head and two worker nodes on this machine. An actor, the
-driver and a node are killed in turn, at random moments; after the driver's death the same command is given again, after
-a node's another one is added. Then every image must be in the results once, with the very content that an undisturbed
-run gives (one image in flight at a time, so that not even rounding differs).
+Archive and results are on a real S3 server; the cluster is a head and two worker nodes on this machine. An actor, the
+driver and a node are killed in turn, at random moments. After the driver's death the same command is given again; after
+a node's a new node is added. At the end the results must hold every image once, with exactly the content of an
+undisturbed run (one image in flight at a time, so that not even rounding differs).
 """
 
 import io
@@ -38,7 +38,7 @@ ARCHIVE, UNDISTURBED, DISTURBED = "s3://photos/archive", "s3://verdicts/undistur
 
 
 def fill(storage: Storage, images: int) -> None:
-    """Small smooth pictures, and a broken one in fifty."""
+    """Write small smooth pictures; one in fifty is broken."""
     rng = np.random.default_rng(0)
     for index in range(images):
         stream = io.BytesIO()
@@ -49,13 +49,13 @@ def fill(storage: Storage, images: int) -> None:
 
 
 def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
-    """A driver, in a process of its own."""
+    """Start a driver in a process of its own."""
     with log.open("ab") as output:
         return subprocess.Popen(command, stdout=output, stderr=output)
 
 
 def kill_actor() -> bool:
-    """kill -9 a process of our cluster that runs the model."""
+    """kill -9 an actor of our cluster; returns whether there was one."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
@@ -67,7 +67,7 @@ def kill_actor() -> bool:
 
 
 def rows(storage: Storage, out: str) -> dict[str, list[dict[str, Any]]]:
-    """Every row of both datasets by image, without the times."""
+    """All rows of results and errors by image, without their times."""
     found: dict[str, list[dict[str, Any]]] = {}
     for name in ("results", "errors"):
         filesystem, path = storage.resolve(f"{out}/{name}")
@@ -80,10 +80,10 @@ def rows(storage: Storage, out: str) -> dict[str, list[dict[str, Any]]]:
 
 def main(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
-    images: Annotated[int, typer.Option(help="in the archive")] = 2000,
-    kills: Annotated[int, typer.Option(help="of actor, driver and node in turn")] = 20,
+    images: Annotated[int, typer.Option(help="images in the archive")] = 2000,
+    kills: Annotated[int, typer.Option(help="kills, of actor, driver and node in turn")] = 20,
     pause: Annotated[float, typer.Option(help="seconds between two kills, on average")] = 12.0,
-    seed: Annotated[int, typer.Option(help="of the moments")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of the moments")] = 0,
 ) -> None:
     """Measure and print."""
     random.seed(seed)
@@ -124,7 +124,7 @@ def main(
                     continue
                 what = ("actor", "driver", "node")[figures["kills"] % 3]
                 if what == "actor" and not kill_actor():
-                    continue  # none has been started yet
+                    continue  # none has started yet
                 if what == "driver":
                     driver.kill()
                     driver.wait()
@@ -139,7 +139,7 @@ def main(
         finally:
             cluster.shutdown()
         expected, found = rows(storage, UNDISTURBED), rows(storage, DISTURBED)
-        counts = Counter(len(of) for of in found.values())
+        counts = Counter(len(rows_of_image) for rows_of_image in found.values())
         figures["lost"] = len(expected.keys() - found.keys())
         figures["duplicated"] = sum(count for times, count in counts.items() if times > 1)
         figures["content_equal"] = expected == found

@@ -4,10 +4,10 @@
     python benchmarks/inference_memory.py --measure    # one image for real on this CPU, random weights, minutes
 
 The engine's own calls (encode, UNet, comparison, final comparison) run on fake tensors, which have shapes and no data;
-PyTorch's MemTracker adds up what is alive. The largest call is the peak: between calls an image in flight keeps some
+PyTorch's MemTracker adds up the live tensors. The largest call is the peak; between calls an image in flight keeps some
 megabytes of latents. Workspaces of the convolution library and the CUDA context (about 1 GB each) are not counted.
 
-Times are estimates: the multiply-accumulates of the calls, as PyTorch counts them, at that share of a card's peak which
+Times are estimates: the multiply-accumulates of the calls, as PyTorch counts them, at the share of a card's peak that
 an H200 reached.
 """
 
@@ -48,13 +48,13 @@ CARDS = {
     "A100": (19.5, 312),
     "H100 SXM": (67, 989),
 }
-SHARES = (0.46, 0.25)  # what an H200 (67 and 989 as well) made of it: the calls in docs/full-size.md
+SHARES = (0.46, 0.25)  # of these that an H200 (67 and 989 as well) reached, see the calls in docs/full-size.md
 # A good image at T = 750, S = 25: comparisons of the guarded search (measured, docs/speed.md), and down to min_step.
 COMPARISONS = {"guarded": 1.3, "every step": 14}
 
 
 def peak(model: Model, call: Callable[[], Any]) -> float:
-    """Bytes alive at most during a call, the networks' weights left out."""
+    """Largest number of live bytes during a call, without the networks' weights."""
     tracker = MemTracker()
     tracker.track_external(model.unet, model.vae, model.features)
     with tracker:
@@ -83,14 +83,14 @@ def calls(model: Model, slots: int) -> dict[str, Callable[[], Any]]:
 
 
 def macs(call: Callable[[], Any]) -> float:
-    """Multiply-accumulates of a call; attention is counted only where it is spelled out."""
+    """Multiply-accumulates of a call, with plain attention, since PyTorch counts no fused one."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops() / 2
 
 
 def measured(resolution: int) -> tuple[float, float]:
-    """Bytes by which this process grows for one image in the engine, and the seconds the image takes."""
+    """Growth of this process in bytes by one image in the engine, and the seconds the image takes."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # One step of one image, compared and concluded: more steps would take longer, not more memory.
     settings = Settings(resolution=resolution, feature_resolution=resolution, inference_steps=1, min_step=1000)
@@ -116,10 +116,10 @@ def main(
         grown, seconds = measured(resolution)
         print(json.dumps({"resolution": resolution, "slots": 1, "grown_gb": grown / GB, "seconds": seconds}))
         return
-    # The tracker takes only weights that could be trained; of those autocast would keep its casts, which it does not
-    # of a bundle's.
+    # The tracker counts only weights that require gradients. Autocast would cache casts of those, which it
+    # never does for a bundle's weights.
     torch.set_autocast_cache_enabled(False)
-    # timm computes with values while it builds, so this network is real.
+    # timm computes with values while it builds a network, so this one is no fake tensor.
     vit = create_vit("vit_base_patch8_224.dino").requires_grad_(True)
     rows, work = [], {}
     for name, dtype in (("off", None), ("bf16", torch.bfloat16)):

@@ -21,13 +21,13 @@ from conftest import find_weed, make_bucket, serve_s3
 
 from cluster import session
 from cluster.storage import Storage
-from pipelines.score.job import list_remotely
+from pipelines.archive.listing import list_remotely
 
 WRITERS = 8
 
 
 def measured(source: str, storage: Storage, folder: Path, images: int) -> float:
-    """Entries a second; the faster of two listings, the first of which also starts Ray's workers."""
+    """Entries per second of the faster of two listings; the first one also starts Ray's workers."""
     seconds = []
     for attempt in range(2):
         started = time.perf_counter()
@@ -38,11 +38,11 @@ def measured(source: str, storage: Storage, folder: Path, images: int) -> float:
 
 
 def fill(storage: Storage, objects: int, folders: int) -> str:
-    """So many small objects in folders of equal size."""
+    """Write small objects into folders of equal size; returns the location of the archive."""
     each = objects // folders
     with ThreadPoolExecutor(WRITERS) as pool:
-        places = (f"s3://photos/line/{index // each:03d}/{index:06d}.png" for index in range(objects))
-        list(pool.map(lambda place: storage.write(place, b"small"), places))
+        uris = (f"s3://photos/line/{index // each:03d}/{index:06d}.png" for index in range(objects))
+        list(pool.map(lambda uri: storage.write(uri, b"small"), uris))
     return "s3://photos/line"
 
 
@@ -50,23 +50,23 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
     images: Annotated[int, typer.Option(help="files on the disk, in folders of a thousand; 0 for none")] = 200_000,
     objects: Annotated[int, typer.Option(help="objects on S3; 0 for none")] = 40_000,
-    folders: Annotated[int, typer.Option(help="that the objects lie in")] = 20,
+    folders: Annotated[int, typer.Option(help="folders of these objects")] = 20,
 ) -> None:
     """Measure and print."""
     figures: dict[str, float] = {"images": images, "objects": objects, "folders": folders}
     with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
+        folder = Path(name)
         session.connect()
         if images:
             figures["local_objects_per_s"] = measured(
-                str(long_folder(place, images)), Storage(), place / "local", images
+                str(long_folder(folder, images)), Storage(), folder / "local", images
             )
         if objects:
-            with serve_s3(find_weed(), place) as environment:
+            with serve_s3(find_weed(), folder) as environment:
                 make_bucket(environment, "photos")
                 storage = Storage(environment["AWS_ENDPOINT_URL"], "glad-test", "glad-test-secret", region="us-east-1")
                 source = fill(storage, objects, folders)
-                figures["s3_objects_per_s"] = measured(source, storage, place / "s3", objects)
+                figures["s3_objects_per_s"] = measured(source, storage, folder / "s3", objects)
     print(json.dumps(figures) if as_json else "\n".join(f"{name:24} {value:.6g}" for name, value in figures.items()))
 
 

@@ -1,4 +1,4 @@
-"""Evaluation: all seven metrics of a set as large as MVTec-AD's test set, and PRO against the published way.
+"""Time and memory of seven metrics of a set as large as MVTec-AD's test set; PRO against the published computation.
 
     python benchmarks/metrics.py [--json]
 
@@ -32,7 +32,7 @@ PUBLISHED_IMAGES = 100
 
 
 def scene(number: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """A smooth random map, float16, higher in its blobs, and the blobs' mask; None for a good image."""
+    """A smooth random map, float16, with higher blobs, and the blobs' mask; None for a good image."""
     rng = np.random.default_rng(number)
     field = ndimage.zoom(rng.random((32, 32)).astype(np.float32), SIDE / 32, order=1)
     field += 0.05 * rng.random((SIDE, SIDE), dtype=np.float32)
@@ -59,23 +59,23 @@ def count(folder: Path, numbers: range) -> tuple[PixelCounts, list[tuple[float, 
     counts, images = PixelCounts(), []
     for number in numbers:
         anomaly_map = np.load(folder / f"{number}.map.npy")
-        place = folder / f"{number}.mask.npy"
-        counts.add(anomaly_map, np.load(place) if place.exists() else None)
+        mask = folder / f"{number}.mask.npy"
+        counts.add(anomaly_map, np.load(mask) if mask.exists() else None)
         top = np.partition(anomaly_map.ravel(), -250)[-250:]
-        images.append((float(top.astype(np.float32).mean()), place.exists()))
+        images.append((float(top.astype(np.float32).mean()), mask.exists()))
     return counts, images, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def published_pro(maps: np.ndarray, masks: np.ndarray, thresholds: int = 200) -> float:
-    """PRO by thresholding the whole set again and again and looping over the regions of every image."""
+    """PRO by applying every threshold to the whole set and looping over the regions of every image."""
     low, high = maps.min(), maps.max()
     overlaps, rates = [], []
     for level in np.arange(low, high, (high - low) / thresholds):
         binary = maps > level
         shares = []
         for image, mask in zip(binary, masks, strict=True):
-            labelled, found = ndimage.label(mask, structure=np.ones((3, 3)))
-            for number in range(1, found + 1):
+            labelled, regions = ndimage.label(mask, structure=np.ones((3, 3)))
+            for number in range(1, regions + 1):
                 rows, columns = np.nonzero(labelled == number)
                 shares.append(image[rows, columns].sum() / len(rows))
         overlaps.append(np.mean(shares))

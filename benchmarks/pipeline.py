@@ -3,12 +3,13 @@
     python benchmarks/pipeline.py [--json]
 
 ray_overhead           seconds of `glad score` with one actor (from the first task to the last file, start of the actor
-                       included) over those of the bare engine on the same images, already decoded (ready, not started;
-                       mean of a run before the job and one after it, since machines drift)
-two_actors_over_one    images/s with two actors over one
-driver_rss_growth_mb   how much the driver grows over 50,000 images (list + decode + write, with a null model)
-rate_last_over_first   images/s over the last tenth of these images over the first tenth, from the first file on
-rate_second            images/s over the second tenth: the first also holds what was decoded while actors were starting
+                       included), divided by those of the bare engine on the same images, already decoded (its start not
+                       included; mean of a run before the job and one after it, since a machine's speed drifts)
+two_actors_over_one    images/s with two actors, divided by those with one
+driver_rss_growth_mb   growth of the driver's memory over 50,000 images (list, decode and write, with a null model)
+rate_last_over_first   images/s of the last tenth of these images, divided by those of the first tenth after the first
+                       file
+rate_second            images/s of the second tenth; the first includes what was decoded while actors started
 """
 
 import json
@@ -48,7 +49,7 @@ SEEN: list[tuple[float, int, float]] = []  # time, images done, the driver's mem
 
 
 class NullActor:
-    """Takes a decoded image and says nothing, at once; stands where `GladActor` does."""
+    """A null model in the place of `GladActor`: an empty result for every image, at once."""
 
     def __init__(self, settings: Any) -> None:
         self.row = {"model_id": "null", "score": 0.0, "stop_reason": "none", "steps": [], "seconds": 0.0}
@@ -60,7 +61,7 @@ class NullActor:
 
 
 class Watch(score_job.Progress):
-    """The job's progress, kept in `SEEN`."""
+    """Records the job's progress in `SEEN`."""
 
     def update(self, done: int, anomalies: int, errors: int) -> None:
         SEEN.append((time.perf_counter(), done, psutil.Process().memory_info().rss / 1e6))
@@ -88,8 +89,8 @@ def bare_engine(archive: Path) -> float:
 
 def main(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
-    images: Annotated[int, typer.Option(help="for overhead and actors")] = 500,
-    archive_images: Annotated[int, typer.Option(help="of the long archive")] = 50_000,
+    images: Annotated[int, typer.Option(help="scored with a model; 0 leaves that out")] = 500,
+    archive_images: Annotated[int, typer.Option(help="scored with the null model; 0 leaves that out")] = 50_000,
 ) -> None:
     """Measure and print."""
     torch.set_num_threads(1)
@@ -118,7 +119,7 @@ def main(
 
 
 def long_folder(folder: Path, images: int) -> Path:
-    """So many images in folders of a thousand, most of them hard links."""
+    """An archive of ``images`` files in folders of a thousand, most of them hard links."""
     archive = folder / "long"
     for index in range(images):
         place = archive / f"{index // 1000:03d}" / f"{index:06d}.png"
@@ -147,7 +148,7 @@ def long_archive(folder: Path, images: int) -> dict[str, float]:
         low, high = (np.interp(share * images, times[:, 1], times[:, 0]) for share in (first, last))
         return (last - first) * images / (high - low)
 
-    start = times[0, 1] / images  # the first file written: what came before is starting up
+    start = times[0, 1] / images  # the first file written; before it the job starts up
     return {
         "null_images_per_s": images / (times[-1, 0] - started),
         "driver_rss_growth_mb": max(rss for _, _, rss in SEEN) - before,

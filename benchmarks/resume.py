@@ -1,14 +1,14 @@
-"""How soon a job that was cut off at 90 % goes on: its start over the time that listing the archive took.
+"""How soon a job that was interrupted at 90 % resumes, compared with the time that listing its archive took.
 
     python benchmarks/resume.py [--json] [--images 200000]
 
-The archive is a local tree of hard links, the model a null one. The first driver ends once nine tenths are committed.
+The archive is a local tree of hard links, the model a null one. The first driver ends when nine tenths are committed.
 
-listing_seconds        of the task that lists the archive into the manifest, in the first run
-resume_seconds         from the start of the second `glad score` to its handing the missing shards to Ray Data: checks,
-                       bundle, plan, commits; Ray runs already, as on a cluster
-resume_over_listing    the second over the first
-first_images_seconds   from the start of the second `glad score` to its first new commit, Ray Data's own start included
+listing_seconds        of listing the archive into the manifest, in the first run
+resume_seconds         from the start of the second `glad score` until Ray Data gets the missing shards: checks, bundle,
+                       plan, commits; Ray runs already, as on a cluster
+resume_over_listing    the second divided by the first
+first_images_seconds   from the start of the second `glad score` to its first new commit, start of Ray Data included
 listed_again           whether the second run listed the archive
 """
 
@@ -32,7 +32,7 @@ class CutOff(BaseException):
 
 
 class Moments(job.Progress):
-    """When the job first said how far it is, and, in the first run, the cut."""
+    """Records the first progress of the job; interrupts the first run at ``cut`` images."""
 
     cut: int | None = None
     first: float | None = None
@@ -46,8 +46,8 @@ class Moments(job.Progress):
 
 def main(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
-    images: Annotated[int, typer.Option(help="in the archive")] = 200_000,
-    share: Annotated[float, typer.Option(help="done when the first driver ends")] = 0.9,
+    images: Annotated[int, typer.Option(help="images in the archive")] = 200_000,
+    share: Annotated[float, typer.Option(help="share that is finished when the first driver ends")] = 0.9,
 ) -> None:
     """Measure and print."""
     figures: dict[str, Any] = {"images": images}

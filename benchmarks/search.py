@@ -1,13 +1,13 @@
-"""How often each way of searching finds the stop step that comparing every step finds, and how much it compares.
+"""How often each way to search finds the stop step that comparing every step finds, and how many steps it compares.
 
     python benchmarks/search.py [--json]                                     demo boards, the small bundle
     python benchmarks/search.py --dataset DATASET/CATEGORY --model BUNDLE    any test set
     python benchmarks/search.py --golden FOLDER                              the random models of the golden numbers
 
-Every image is walked once and compared at every step; the strategies are then played on its scores. `guarded` has its
-bound from the bundle; on the golden models from the other images of a case, as there are no more. `gate` never compares
-an image whose score is not guessed to have passed δ, and searches the others as `guarded`. `from the end` is `guarded`
-without its guess of where to begin.
+Every image is denoised once and compared at every step; the strategies are then simulated on its scores. `guarded`
+takes its bound from the bundle; with the golden models from the other images of the case, since there are no more.
+`gate` never compares an image whose score is not predicted to pass δ, and searches the others as `guarded` does.
+`from the end` is `guarded` without its prediction of where to begin.
 """
 
 import json
@@ -41,12 +41,12 @@ Curve = list[float]
 
 @dataclass(frozen=True)
 class Walked:
-    """The step scores of one image down to min_step, none of them stopped by δ."""
+    """The step scores of one image down to min_step, without a stop at δ."""
 
     curve: Curve
     delta: float
     fall: float
-    guessed: list[float] | None = None  # None where the bundle has no guess
+    guessed: list[float] | None = None  # None if the bundle cannot predict scores
 
 
 def walked(model: Model, requests: Sequence[Request]) -> list[Walked]:
@@ -65,7 +65,7 @@ def walked(model: Model, requests: Sequence[Request]) -> list[Walked]:
 
 
 def play(curve: Curve, choose: Callable[[dict[int, float]], int | None], delta: float) -> tuple[int | None, int]:
-    """Stop place and number of comparisons of one strategy on one image."""
+    """Index of the stop step, and number of comparisons, of one strategy on one image."""
     scores: dict[int, float] = {}
     while (k := choose(scores)) is not None:
         scores[k] = curve[k]
@@ -73,7 +73,7 @@ def play(curve: Curve, choose: Callable[[dict[int, float]], int | None], delta: 
 
 
 def every_second(size: int, delta: float) -> Callable[[dict[int, float]], int | None]:
-    """From the first step on every second one; the one left out before a crossing is looked at."""
+    """Every second step from the first on; before a crossing also the step left out."""
 
     def choose(scores: dict[int, float]) -> int | None:
         crossing = first_crossing(scores, delta)
@@ -86,7 +86,7 @@ def every_second(size: int, delta: float) -> Callable[[dict[int, float]], int | 
 
 
 def bisection(size: int, delta: float) -> Callable[[dict[int, float]], int | None]:
-    """As if scores only rose."""
+    """The guarded search with a bound of 0, which assumes that scores only rise."""
     return lambda scores: next_comparison(scores, size, delta, 0.0)
 
 
@@ -154,7 +154,7 @@ def main(
     dataset: Annotated[str | None, typer.Option(help="one category with ground truth")] = None,
     golden: Annotated[Path | None, typer.Option(help="folder of golden numbers")] = None,
     boards_of_a_kind: Annotated[
-        int, typer.Option(help="demo boards: so many of each defect, four times as many good")
+        int, typer.Option(help="demo boards: number of each kind of defect; four times as many are good")
     ] = 50,
 ) -> None:
     """Measure and print."""

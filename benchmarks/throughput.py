@@ -2,17 +2,17 @@
 
     python benchmarks/throughput.py [--json] [--bundle BUNDLE] [--size sd --resolution 64] [--device cuda]
 
-untuned    the baseline before the C library is told to keep buffers
-baseline   the released code's loop written plainly: a fixed batch, all of it compared at every step until the last
-           image of it has stopped; networks as loaded, buffers kept as in the engine's actors
+untuned    the baseline before the C library keeps buffers
+baseline   the released code's loop written plainly: a fixed batch, all of it compared at every step until its last
+           image has stopped; networks as loaded, buffers kept as in the engine's actors
 scan       the engine, every step compared
-guarded    the engine, comparisons after the walk where the bound leaves doubt
+guarded    the engine, only those steps compared that could be the first to exceed δ
 fast       the engine, one UNet call instead of steps
 
-All but the first take turns, a step of the one that lags most at a time, and so do the bare network calls that the
-engine is held to: a machine's speed drifts by a tenth within a minute. Calls are counted and timed where the networks
-are called; FLOPs are torch's count for one row of each call. All of it on the demo's 60 test boards (20 good, 40 with
-defects) in random order, and, for the FLOPs of an archive, on 99 good boards and one with a defect.
+A machine's speed drifts by a tenth within a minute. Therefore all but the first method take turns, always a step of the
+one that is furthest behind; so do the bare network calls that the engine is compared with. Network calls are counted
+and timed one by one; FLOPs are torch's count for one row of each call. The images are the demo's 60 test boards (20
+good, 40 with defects) in random order; the FLOPs of an archive are those of 99 good boards and one with a defect.
 """
 
 import copy
@@ -57,7 +57,7 @@ PARTS = {"unet": "UNet", "encode": "VAE", "decode": "VAE", "steps": "DINO", "fin
 
 
 def published_loop(model: Model, requests: Sequence[Request], batch: int, found: Found) -> Iterator[float]:
-    """Stop step and score of every image, by the released code's loop; yields the share done after every step."""
+    """Stop step and score of every image, by the released code's loop; yields the share finished after every step."""
     s, alphas = model.settings, model.alphas
     steps = schedule.timesteps(s.start_step, s.inference_steps)
     for start in range(0, len(requests), batch):
@@ -91,7 +91,7 @@ def published_loop(model: Model, requests: Sequence[Request], batch: int, found:
 
 
 def engine_run(engine: Engine, requests: Sequence[Request], found: Found) -> Iterator[float]:
-    """The same by the engine; yields the share done after every tick."""
+    """The same by the engine; yields the share finished after every tick."""
     for request in requests:
         engine.submit(request)
     while engine.busy:
@@ -104,7 +104,7 @@ def engine_run(engine: Engine, requests: Sequence[Request], found: Found) -> Ite
 
 
 def network_calls(model: Model) -> dict[str, Callable[[int], Any]]:
-    """The calls every method is made of, each with so many rows."""
+    """The network calls that all methods consist of; each takes its number of rows."""
     s, vae = model.settings, model.vae
     side = s.resolution // model.vae_factor
 
@@ -131,7 +131,7 @@ def network_calls(model: Model) -> dict[str, Callable[[int], Any]]:
 
 @dataclass
 class Spent:
-    """Seconds in all, and rows and seconds of every network call."""
+    """Total seconds, and rows and seconds of every network call."""
 
     total: float = 0.0
     rows: Counter[str] = field(default_factory=Counter)
@@ -139,7 +139,7 @@ class Spent:
 
 
 def clock(model: Model) -> float:
-    """Now, in seconds, when the device has done what it was told."""
+    """The time in seconds, once the device has finished all calls so far."""
     if model.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -147,7 +147,7 @@ def clock(model: Model) -> float:
 
 @contextmanager
 def measured(model: Model, spent: Spent) -> Iterator[None]:
-    """Put down what is spent inside."""
+    """Record the time and the network calls of the block in ``spent``."""
 
     def watched(name: Callable[..., str], call: Callable[..., Any], first: int) -> Callable[..., Any]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -172,11 +172,11 @@ def measured(model: Model, spent: Spent) -> Iterator[None]:
         spent.total += clock(model) - started
         features.patch_tokens = tokens
         for network, method in ((model.unet, "forward"), (model.vae, "encode"), (model.vae, "decode")):
-            delattr(network, method)  # the class's own again
+            delattr(network, method)  # back to the class's own
 
 
 def take_turns(methods: Mapping[str, tuple[Model, Iterator[float]]]) -> dict[str, Spent]:
-    """All methods to their end, always a step of the one that has done the smallest share."""
+    """Run all methods to their end, always a step of the one that has finished the smallest share."""
     spent = {name: Spent() for name in methods}
     share = dict.fromkeys(methods, 0.0)
     while share:
@@ -202,7 +202,7 @@ def flops_per_row(model: Model) -> dict[str, int]:
 
 
 def seconds_per_row(model: Model, call: Callable[[int], Any], batch: int, repeats: int) -> float:
-    """Mean time of one row of a network call; the mean, since what is held to it is a sum over many calls as well."""
+    """Mean seconds of one row of a network call; the mean, since it is compared with a sum over many calls."""
     call(batch)
     started = clock(model)
     for _ in range(repeats):
@@ -215,14 +215,14 @@ def best_batches(model: Model, largest: int) -> dict[str, int]:
     sizes = [batch for batch in BATCHES if batch <= largest]
     best = {}
     for name, call in network_calls(model).items():
-        # Sizes in turn, thrice: a machine that is slow for a moment should not decide.
+        # Three rounds over all sizes, so that a machine that is slow for a moment does not decide.
         rounds = [[seconds_per_row(model, call, batch, 5) for batch in sizes] for _ in range(3)]
         best[name] = min(zip(map(min, *rounds), sizes, strict=True))[1]
     return best
 
 
 def bare_calls(model: Model, batches: Mapping[str, int]) -> Iterator[float]:
-    """Every network call at its best batch size with nothing else around it; yields the share done after a round."""
+    """Every network call at its best batch size and nothing else; yields the share finished after a round."""
     calls, rounds = network_calls(model), 40
     for done in range(rounds):
         for name, batch in batches.items():
@@ -233,7 +233,7 @@ def bare_calls(model: Model, batches: Mapping[str, int]) -> Iterator[float]:
 def stable_diffusion(
     vit: VisionTransformer, settings: Settings, device: torch.device, autocast: torch.dtype | None
 ) -> Model:
-    """Networks of Stable Diffusion v1-4 in size, random weights; scores mean nothing, times and memory do."""
+    """Networks of the size of Stable Diffusion v1-4, random weights: good for times and memory, not for scores."""
     torch.manual_seed(0)
     with device:
         vae = AutoencoderKL(
@@ -263,7 +263,7 @@ def stable_diffusion(
 
 
 def boards(resolution: int, kinds: Sequence[str | None]) -> list[Request]:
-    """Boards nobody trained on; None is a good one."""
+    """Boards that no model was trained on, one per kind of defect given; None is a good one."""
     return [
         Request(f"{index}", resize(make_board(board_rng(2, kind or "good", index), kind)[0], resolution))
         for index, kind in enumerate(kinds)
@@ -275,17 +275,17 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
     bundle: Annotated[Path, typer.Option(help="model to measure")] = SMALL_BUNDLE,
     size: Annotated[str, typer.Option(help="small: --bundle; sd: Stable Diffusion sizes, random weights")] = "small",
-    resolution: Annotated[int, typer.Option(help="of --size sd")] = 64,
+    resolution: Annotated[int, typer.Option(help="side of the images with --size sd, pixels")] = 64,
     images: Annotated[int, typer.Option(help="test boards, at most 60")] = 60,
-    batch: Annotated[int, typer.Option(help="of the baseline")] = 8,
-    slots: Annotated[int | None, typer.Option(help="of the engine; 16 on a CPU and 8 on a GPU by default")] = None,
-    fast_step: Annotated[int, typer.Option(help="T of the fast profile")] = 150,
+    batch: Annotated[int, typer.Option(help="images per batch of the baseline")] = 8,
+    slots: Annotated[int | None, typer.Option(help="images in flight; 16 on a CPU, 8 on a GPU by default")] = None,
+    fast_step: Annotated[int, typer.Option(help="start step T of the fast profile")] = 150,
     threads: Annotated[int, typer.Option(help="torch threads")] = 1,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="where the networks run")] = "cpu",
-    precision: Annotated[Literal["off", "bf16", "fp16"], typer.Option(help="of the network calls, everywhere")] = "off",
+    precision: Annotated[Literal["off", "bf16", "fp16"], typer.Option(help="of all network calls")] = "off",
 ) -> None:
     """Measure and print."""
-    set_up(gpu=True, threads=threads)  # as a GPU's actor also on a CPU: buffers are kept only after `untuned`
+    set_up(gpu=True, threads=threads)  # so that a CPU's buffers are kept only after `untuned`
     random.seed(0)
     if size == "small":
         plain = load_bundle(bundle, device, autocast=AUTOCAST[precision])
@@ -327,7 +327,7 @@ def main(
         | {"bare": (model, bare_calls(model, best))}
     )
     bare = spent.pop("bare")
-    flops = {id(used): flops_per_row(used) for used in (plain, model)}  # the engine's networks do the same for less
+    flops = {id(used): flops_per_row(used) for used in (plain, model)}  # the engine's networks need fewer
 
     figures: dict[str, Any] = {"images": images, "model": bundle.name if size == "small" else f"sd {resolution}"}
     figures |= {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "precision": precision}
