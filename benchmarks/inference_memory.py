@@ -130,9 +130,9 @@ def main(
             weights = 4 * sum(parameter.numel() for network in networks for parameter in network.parameters())
             work = {call: macs(run) for call, run in calls(model, 1).items()}
             for slots in SLOTS:
-                of = {call: peak(model, run) / GB for call, run in calls(model, slots).items()}
-                total = weights / GB + max(of.values())
-                rows.append({"precision": name, "slots": slots, "weights": weights / GB} | of | {"total": total})
+                peaks = {call: peak(model, run) / GB for call, run in calls(model, slots).items()}
+                total = weights / GB + max(peaks.values())
+                rows.append({"precision": name, "slots": slots, "weights": weights / GB} | peaks | {"total": total})
     seconds = estimated(work)
     if as_json:
         macs_T = {call: count / 1e12 for call, count in work.items()}

@@ -79,8 +79,8 @@ def every_second(size: int, delta: float) -> Callable[[dict[int, float]], int | 
         crossing = first_crossing(scores, delta)
         if crossing is not None:
             return crossing - 1 if crossing > 0 and crossing - 1 not in scores else None
-        places = [*range(0, size, 2), size - 1]
-        return next((k for k in places if k not in scores), None)
+        steps = [*range(0, size, 2), size - 1]
+        return next((k for k in steps if k not in scores), None)
 
     return choose
 
@@ -99,7 +99,7 @@ def play_all(images: Sequence[Walked]) -> dict[str, dict[str, Any]]:
             curve, delta, fall, guess, size = image.curve, image.delta, image.fall, image.guessed, len(image.curve)
             if name == "gate" and guess is None:
                 continue
-            wanted, _ = play(curve, lambda s, n=size, d=delta: next_comparison(s, n, d, None), delta)
+            expected, _ = play(curve, lambda s, n=size, d=delta: next_comparison(s, n, d, None), delta)
             choose = {
                 "scan": lambda s, n=size, d=delta: next_comparison(s, n, d, None),
                 "guarded": lambda s, n=size, d=delta, f=fall, g=guess: next_comparison(s, n, d, f, g),
@@ -110,8 +110,8 @@ def play_all(images: Sequence[Walked]) -> dict[str, dict[str, Any]]:
                     None if expected_crossing({}, g, d) is None else next_comparison(s, n, d, f, g)
                 ),
             }[name]
-            found, comparisons = play(curve, choose, delta)
-            outcomes.append((wanted is not None, found == wanted, comparisons))
+            stop, comparisons = play(curve, choose, delta)
+            outcomes.append((expected is not None, stop == expected, comparisons))
         for kind, triggered in (("triggered", True), ("not triggered", False)):
             of_kind = [
                 (agrees, comparisons) for is_triggered, agrees, comparisons in outcomes if is_triggered is triggered
@@ -173,8 +173,8 @@ def main(
         images = walked(loaded, requests)
     table = play_all(images)
     drawn = Table("strategy", "images", "", "same stop step", "comparisons")
-    for name, of in table.items():
-        for kind, figures in of.items():
+    for name, kinds in table.items():
+        for kind, figures in kinds.items():
             drawn.add_row(
                 name, str(figures["images"]), kind, f"{figures['agreement']:.4f}", f"{figures['comparisons']:.2f}"
             )
