@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from glad_core.errors import GladError, did_you_mean
 
 Profile = Literal["exact", "fast"]
+Search = Literal["scan", "guarded"]  # how the stop step is found, `glad_core.engine.search`
 Precision = Literal["off", "bf16", "fp16"]  # of the networks' matrix products; off is float32
 
 

@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 
-from glad_core.bundle.settings import Settings
+from glad_core.bundle.settings import Search, Settings
 from glad_core.errors import GladError
 
-Search = Literal["scan", "guarded"]
 Guess = tuple[float, float, float, float]
 
 TINY = 1e-6  # smaller scores and departures are taken for this one, which has a logarithm

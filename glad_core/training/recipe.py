@@ -9,6 +9,7 @@ from pydantic import Field
 from glad_core.bundle.settings import FrozenSettings, Precision
 
 Part = Literal["unet", "dino", "vae"]
+Optimizer = Literal["adamw", "adamw8bit", "muon"]
 
 
 class Recipe(FrozenSettings):
@@ -31,7 +32,7 @@ class Recipe(FrozenSettings):
     ema_decay: float | None = Field(None, gt=0, lt=1, description="keep an exponential moving average of the weights")
     autocast: Precision = Field("off", description="precision of the networks' matrix products")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, a third more time")
-    optimizer: Literal["adamw", "adamw8bit", "muon"] = Field(
+    optimizer: Optimizer = Field(
         "adamw", description="adamw8bit needs bitsandbytes and a GPU; muon is for networks trained from nothing"
     )
     seed: int = Field(0, ge=0, description="of the order, the anomalies, timesteps and noise")

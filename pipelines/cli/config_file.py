@@ -1,4 +1,4 @@
-"""glad.yaml: options of commands, read into click's `default_map`, and where each option's value came from.
+"""glad.yaml: options of commands, read into click's `default_map`, and the origin of each option's value.
 
 score:
   batch-size: 16
@@ -18,7 +18,7 @@ import yaml
 
 from glad_core.errors import GladError, did_you_mean
 
-SOURCES = {"COMMANDLINE": "flag", "ENVIRONMENT": "environment", "DEFAULT_MAP": "file", "DEFAULT": "default"}
+ORIGINS = {"COMMANDLINE": "flag", "ENVIRONMENT": "environment", "DEFAULT_MAP": "file", "DEFAULT": "default"}
 
 
 def read(path: Path, ctx: typer.Context) -> dict[str, Any]:
@@ -34,51 +34,51 @@ def read(path: Path, ctx: typer.Context) -> dict[str, Any]:
         raise GladError(f"{path}: {reason}; name a YAML file with the options of commands") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise GladError(f"{path}: not YAML{where}: {getattr(error, 'problem', error)}; correct it there") from error
-    return _section(content or {}, ctx.command, ctx, f"{path}: ", "")
+        line = f" at line {mark.line + 1}" if mark else ""
+        raise GladError(f"{path}: not YAML{line}: {getattr(error, 'problem', error)}; correct it there") from error
+    return _section(content or {}, ctx.command, ctx, str(path), "")
 
 
-def _section(content: Any, command: Any, ctx: typer.Context, where: str, prefix: str) -> dict[str, Any]:
-    """One command's options, or one group's sections."""
+def _section(content: Any, command: Any, ctx: typer.Context, file: str, parents: str) -> dict[str, Any]:
+    """The options of one command, or the sections of a group of commands. ``parents``: names before it, as `bundle.`"""
     if not isinstance(content, dict):
-        raise GladError(f"{where}'{prefix.rstrip('.')}' has to be a table of names and values")
+        raise GladError(f"{file}: '{parents.rstrip('.')}' has to be a table of names and values")
     groups = getattr(command, "commands", None)
     if groups is not None:
         for name in content:
             if name not in groups:
                 hint = did_you_mean(str(name), groups)
-                raise GladError(f"{where}no command has the section '{prefix}{name}'{hint}")
+                raise GladError(f"{file}: no command has the section '{parents}{name}'{hint}")
         return {
-            name: _section(inner or {}, groups[name], ctx, where, f"{prefix}{name}.") for name, inner in content.items()
+            name: _section(inner or {}, groups[name], ctx, file, f"{parents}{name}.") for name, inner in content.items()
         }
     known = {key_of(parameter): parameter for parameter in _settable(command)}
     values = {}
     for name, value in content.items():
-        parameter = known.get(str(name).replace("_", "-"))
-        if parameter is None:
-            raise GladError(f"{where}unknown key '{prefix}{name}'{did_you_mean(str(name).replace('_', '-'), known)}")
+        key = str(name).replace("_", "-")
+        if key not in known:
+            raise GladError(f"{file}: unknown key '{parents}{name}'{did_you_mean(key, known)}")
         if value is not None:
-            values[parameter.name] = _checked(value, parameter, ctx, f"{where}{prefix}{name}: ")
+            _check(value, known[key], ctx, f"{file}: {parents}{name}")
+            values[known[key].name] = value
     return values
 
 
-def _checked(value: Any, parameter: Any, ctx: typer.Context, where: str) -> Any:
-    """The value, if click takes it."""
-    flag = getattr(parameter, "is_flag", False)
-    if isinstance(value, list | dict) or isinstance(value, bool) != flag:
-        raise GladError(f"{where}'{value}' is not {'true or false' if flag else 'one value of the right kind'}")
+def _check(value: Any, parameter: Any, ctx: typer.Context, key: str) -> None:
+    """Raise GladError, beginning with ``key``, unless click accepts the value."""
+    is_flag = getattr(parameter, "is_flag", False)
+    if isinstance(value, list | dict) or isinstance(value, bool) != is_flag:
+        raise GladError(f"{key}: '{value}' is not {'true or false' if is_flag else 'one value of the right kind'}")
     try:
         parameter.process_value(ctx, value)
     except typer.BadParameter as error:
-        raise GladError(f"{where}'{value}': {error.message}") from error
-    return value
+        raise GladError(f"{key}: '{value}': {error.message}") from error
 
 
 def key_of(parameter: Any) -> str:
-    """What a parameter is called in the file: the flag without dashes, or the argument's name."""
-    long = [name for name in parameter.opts if name.startswith("--")]
-    return (long[0].removeprefix("--") if long else parameter.name).replace("_", "-")
+    """Name of a parameter in the file: the flag without dashes, or the argument's name."""
+    flags = [name for name in parameter.opts if name.startswith("--")]
+    return (flags[0].removeprefix("--") if flags else parameter.name).replace("_", "-")
 
 
 def _settable(command: Any) -> list[Any]:
@@ -86,53 +86,55 @@ def _settable(command: Any) -> list[Any]:
 
 
 def effective(ctx: typer.Context, words: list[str]) -> list[dict[str, Any]]:
-    """What a command would be run with: ``command``, ``setting``, ``value`` and ``from`` of each of its parameters.
+    """The settings a command would run with: ``command``, ``setting``, ``value`` and ``from`` of every parameter.
 
     Args:
-        words: a command and any options for it, as they would follow `glad`; empty: every command.
+        words: a command and options for it, as they would follow `glad`; empty: every command.
 
     Raises:
         GladError: no such command, no such option of it, or a value that does not fit.
     """
-    top = ctx.find_root()
-    return _effective(top.command, top, words, [])
+    root = ctx.find_root()
+    return _effective(root.command, root, words, [])
 
 
-def _effective(command: Any, ctx: Any, words: list[str], called: list[str]) -> list[dict[str, Any]]:
+def _effective(command: Any, ctx: Any, words: list[str], names: list[str]) -> list[dict[str, Any]]:
+    """Rows of one command or of a group's commands. ``names``: the command's own, as [bundle, create]."""
     groups = getattr(command, "commands", None)
     if groups is None:
-        _understood(command, ctx, words, f"{' '.join(called)}: ")
+        _check_words(command, ctx, words, " ".join(names))
         return [
             {
-                "command": " ".join(called),
+                "command": " ".join(names),
                 "setting": key_of(parameter),
-                "value": getattr(ctx.params[parameter.name], "value", ctx.params[parameter.name]),
-                "from": SOURCES[ctx.get_parameter_source(parameter.name).name],
+                "value": ctx.params[parameter.name],
+                "from": _origin(ctx, parameter),
             }
             for parameter in _settable(command)
         ]
-    chosen = words[:1] or sorted(groups)
     rows = []
-    for name in chosen:
+    for name in words[:1] or sorted(groups):
         if name not in groups:
-            raise GladError(f"no command '{' '.join([*called, name])}'{did_you_mean(name, groups)}")
-        inner = groups[name]
-        rest = words[1:]
-        # Parsed as a group, the words after it would be taken for the group's own.
+            raise GladError(f"no command '{' '.join([*names, name])}'{did_you_mean(name, groups)}")
+        inner, rest = groups[name], words[1:]
+        # A group would take the words that follow for its own, so it gets none of them.
         arguments = [] if hasattr(inner, "commands") else rest
         context = inner.make_context(name, [*arguments], parent=ctx, resilient_parsing=True)
-        rows += _effective(inner, context, rest, [*called, name])
+        rows += _effective(inner, context, rest, [*names, name])
     return rows
 
 
-def _understood(command: Any, ctx: Any, words: list[str], where: str) -> None:
-    """Raise GladError for options that click passes over when it may not fail for those that are missing."""
-    known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+def _origin(ctx: Any, parameter: Any) -> str:
+    return ORIGINS[ctx.get_parameter_source(parameter.name).name]
+
+
+def _check_words(command: Any, ctx: Any, words: list[str], name: str) -> None:
+    """Raise GladError for options that do not fit; click ignores them while it may not fail for missing ones."""
+    known = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
     for word in words:
-        name = word.partition("=")[0]
-        if name.startswith("--") and name not in known:
-            raise GladError(f"{where}no option {name}{did_you_mean(name, sorted(known))}")
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and flag not in known:
+            raise GladError(f"{name}: no option {flag}{did_you_mean(flag, sorted(known))}")
     for parameter in _settable(command):
-        given = SOURCES[ctx.get_parameter_source(parameter.name).name] != "default"
-        if given and ctx.params[parameter.name] is None:
-            raise GladError(f"{where}what is given for '{key_of(parameter)}' does not fit; `glad {where[:-2]} --help`")
+        if _origin(ctx, parameter) != "default" and ctx.params[parameter.name] is None:
+            raise GladError(f"{name}: the value of '{key_of(parameter)}' does not fit; see `glad {name} --help`")

@@ -1,4 +1,4 @@
-"""`glad doctor`: what of machine, installation, Ray and storage is not as GLAD needs it, and what to do."""
+"""The checks of `glad doctor`: installation, devices, machine, Ray cluster and storage, each with advice if wrong."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from cluster import session
 from cluster.storage import Storage, StorageError, join
 
 DISTRIBUTION = "glad-ray"
-DISK_GB, MEMORY_GB, OPEN_FILES = 5.0, 4.0, 4096  # below these small archives work and large ones may not
+DISK_GB, MEMORY_GB, OPEN_FILES = 5.0, 4.0, 4096  # with less, small archives work but large ones may fail
 COLOURS = {"ok": "green", "warning": "yellow", "wrong": "red"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at: ``wrong`` stops a job, ``warning`` may. ``advice`` is empty where all is well."""
+    """The outcome of one check: ``wrong`` stops a job, ``warning`` may stop one. ``advice`` is empty if ``ok``."""
 
     what: str
     state: Literal["ok", "warning", "wrong"]
@@ -38,7 +38,7 @@ class Finding:
 
 
 def examine(address: str | None, location: str | None) -> list[Finding]:
-    """Everything but what nobody asked for: a cluster and a storage location are looked at where given."""
+    """Checks packages, devices and this machine; also the cluster and the storage location, if given."""
     findings = [*packages(), *devices(), *machine()]
     if address is not None:
         findings.append(cluster(address))
@@ -48,25 +48,25 @@ def examine(address: str | None, location: str | None) -> list[Finding]:
 
 
 def packages() -> list[Finding]:
-    """Python and every package GLAD needs, against the ranges in the installed metadata."""
+    """Checks Python and every required package against the version ranges in the installed metadata."""
     try:
-        about = metadata.metadata(DISTRIBUTION)
+        distribution = metadata.metadata(DISTRIBUTION)
     except metadata.PackageNotFoundError:
         return [Finding("glad-ray", "wrong", "not installed", "pip install it, or `make` its environment")]
-    found = [Finding("glad-ray", "ok", about["Version"])]
+    findings = [Finding("glad-ray", "ok", distribution["Version"])]
     python = platform.python_version()
-    wanted = about["Requires-Python"] or ""
-    fits = SpecifierSet(wanted).contains(python)
-    found.append(Finding("Python", "ok" if fits else "wrong", python, "" if fits else f"install Python {wanted}"))
+    versions = distribution["Requires-Python"] or ""
+    fits = SpecifierSet(versions).contains(python)
+    findings.append(Finding("Python", "ok" if fits else "wrong", python, "" if fits else f"install Python {versions}"))
     for line in metadata.requires(DISTRIBUTION) or []:
         requirement = Requirement(line)
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            found.append(package(requirement))
-    return found
+            findings.append(package(requirement))
+    return findings
 
 
 def package(requirement: Requirement) -> Finding:
-    """One requirement against what is installed."""
+    """Checks the installed version of one package."""
     advice = f"pip install '{requirement}'"
     try:
         version = metadata.version(requirement.name)
@@ -78,36 +78,39 @@ def package(requirement: Requirement) -> Finding:
 
 
 def devices() -> list[Finding]:
-    """What PyTorch can compute on and in which precisions."""
+    """Lists the devices of PyTorch with their precisions, and checks that each GPU computes."""
     import torch
 
-    found = [Finding("device cpu", "ok", f"{torch.get_num_threads()} threads, float32 bfloat16")]
+    findings = [Finding("device cpu", "ok", f"{torch.get_num_threads()} threads, float32 bfloat16")]
     for number in range(torch.cuda.device_count()):
-        of = torch.cuda.get_device_properties(number)
-        names = f"{of.name}, {of.total_memory / 1e9:.0f} GB, float32 float16"
-        names += " bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else ""
-        found.append(_runs(f"device cuda:{number}", names))
+        gpu = torch.cuda.get_device_properties(number)
+        properties = f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB, float32 float16"
+        properties += " bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else ""
+        findings.append(_gpu(f"cuda:{number}", properties))
     if torch.backends.mps.is_available():
-        found.append(_runs("device mps", "float32 float16"))
-    if len(found) == 1 and shutil.which("nvidia-smi"):
+        findings.append(_gpu("mps", "float32 float16"))
+    if len(findings) == 1 and shutil.which("nvidia-smi"):
         advice = "install the PyTorch build for this driver: https://pytorch.org/get-started/locally"
-        found.append(Finding("device cuda", "warning", "an NVIDIA driver, but PyTorch sees no GPU", advice))
-    return found
+        findings.append(Finding("device cuda", "warning", "an NVIDIA driver, but PyTorch sees no GPU", advice))
+    return findings
 
 
-def _runs(what: str, names: str) -> Finding:
-    """A GPU that is listed may still refuse to work: one small product on it."""
+def _gpu(device: str, properties: str) -> Finding:
+    """Computes one small product: a GPU that PyTorch lists may still refuse to work."""
     import torch
 
+    what = f"device {device}"
     try:
-        torch.ones(8, 8, device=what.removeprefix("device ")).matmul(torch.ones(8, 8, device=what[7:])).sum().item()
+        ones = torch.ones(8, 8, device=device)
+        ones.matmul(ones).sum().item()
     except RuntimeError as error:
-        return Finding(what, "wrong", str(error).splitlines()[0], "check the driver; run with CUDA_VISIBLE_DEVICES=")
-    return Finding(what, "ok", names)
+        advice = "check the driver; to do without the GPU, set CUDA_VISIBLE_DEVICES to nothing"
+        return Finding(what, "wrong", str(error).splitlines()[0], advice)
+    return Finding(what, "ok", properties)
 
 
 def machine() -> list[Finding]:
-    """Disk, memory and open files."""
+    """Checks disk space, memory and the limit of open files."""
     free = shutil.disk_usage(tempfile.gettempdir()).free / 1e9
     memory = psutil.virtual_memory().available / 1e9  # the machine's; a container's limit may be lower
     files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -118,32 +121,36 @@ def machine() -> list[Finding]:
     ]
 
 
-def _enough(what: str, has: float, needs: float, unit: str, advice: str) -> Finding:
-    shown = f"{has:.1f} {unit}" if isinstance(has, float) else f"{has} {unit}"
-    return Finding(what, "ok", shown) if has >= needs else Finding(what, "warning", shown, advice)
+def _enough(what: str, amount: float, least: float, unit: str, advice: str) -> Finding:
+    shown = f"{amount:.1f} {unit}" if isinstance(amount, float) else f"{amount} {unit}"
+    return Finding(what, "ok", shown) if amount >= least else Finding(what, "warning", shown, advice)
 
 
 def cluster(address: str) -> Finding:
-    """Whether a Ray cluster answers, and what it has."""
+    """Checks that a Ray cluster answers, and lists its CPUs and GPUs."""
     try:
         session.connect(address)
     except session.SessionError as error:
         return Finding("Ray cluster", "wrong", str(error), "is it up (`ray status` there)? is the port reachable?")
-    has = session.resources()
-    return Finding("Ray cluster", "ok", f"{address}: {has.get('CPU', 0):g} CPUs, {has.get('GPU', 0):g} GPUs")
+    resources = session.resources()
+    cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
+    return Finding("Ray cluster", "ok", f"{address}: {cpus:g} CPUs, {gpus:g} GPUs")
 
 
 def storage(location: str, access: Storage) -> Finding:
-    """Whether a file can be written, read back, created only once, and deleted at ``location``."""
+    """Checks that a file at ``location`` can be written, read, not created a second time, and deleted."""
     probe = join(location, f".glad-doctor-{uuid.uuid4().hex}")
     try:
         access.write(probe, b"probe")
         try:
             if access.read(probe) != b"probe":
-                return Finding("storage", "wrong", f"{location}: other bytes came back than went in", "use another")
+                return Finding("storage", "wrong", f"{location}: returns other bytes than were written", "use another")
             if access.create(probe, b"second"):
                 return Finding(
-                    "storage", "wrong", f"{location}: overwrites where it must not", "it has to honour If-None-Match"
+                    "storage",
+                    "wrong",
+                    f"{location}: creates a file that exists already",
+                    "use an S3 server that honours If-None-Match",
                 )
         finally:
             access.delete_file(probe)
@@ -152,14 +159,15 @@ def storage(location: str, access: Storage) -> Finding:
     return Finding("storage", "ok", f"{location}: written, read, not overwritten, deleted")
 
 
-def report(findings: list[Finding], console: Console) -> None:
+def print_table(findings: list[Finding], console: Console) -> None:
     """Print the findings as a table."""
     table = Table("what", "state", "found", "what to do")
-    for of in findings:
-        table.add_row(of.what, f"[{COLOURS[of.state]}]{of.state}[/]", *map(escape, (of.found, of.advice)))
+    for finding in findings:
+        state = f"[{COLOURS[finding.state]}]{finding.state}[/]"
+        table.add_row(finding.what, state, escape(finding.found), escape(finding.advice))
     console.print(table, highlight=False)
 
 
 def as_result(findings: list[Finding]) -> dict[str, Any]:
-    """The findings for `--json`."""
-    return {"python": sys.executable, "findings": [asdict(of) for of in findings]}
+    """The result that `--json` prints."""
+    return {"python": sys.executable, "findings": [asdict(finding) for finding in findings]}

@@ -1,92 +1,97 @@
-"""Commands about jobs on a cluster: submit, and `glad jobs ...`. `pipelines.cli.main` adds them to `glad`."""
+"""Commands about a cluster: submit, jobs, cluster check."""
 
 from __future__ import annotations
 
-import json
 import os
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from typer.core import TyperGroup
 
 from cluster import jobs
 from glad_core.errors import GladError
-from pipelines.cli.models import STOPPED
+from pipelines.cli.errors import STOPPED
+from pipelines.cli.options import Json, print_json
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
+commands = typer.Typer()
+jobs_app = typer.Typer(no_args_is_help=True, help="List, follow, stop and repeat submitted jobs.")
+cluster_app = typer.Typer(no_args_is_help=True, help="Check cluster files.")
+
 Server = Annotated[
     str | None,
-    typer.Option(
-        help="Dashboard of the cluster, http://host:8265; RAY_API_SERVER_ADDRESS or this machine's by default"
-    ),
+    typer.Option(help="URL of the cluster's dashboard; default: RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265"),
 ]
 Job = Annotated[str, typer.Argument(help="Id of the job, raysubmit_...")]
-PLACES = ("source", "dataset", "out", "model", "base", "good", "run", "textures", "results", "plain")
+Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Print the job's output until it ends")]
+# Parameters of commands that hold a location, which the nodes of a cluster have to find as well.
+LOCATIONS = ("source", "dataset", "out", "model", "base", "good", "run", "textures", "exclude", "include", "storage")
 
 
+@commands.command(epilog="Example: glad submit -- score s3://photos/line-4 --out s3://verdicts/monday")
 def submit(
-    command: Annotated[list[str], typer.Argument(help="After --: the command, without `glad`")],
+    ctx: typer.Context,
+    command: Annotated[list[str], typer.Argument(help="The command to run, after -- and without `glad`")],
     address: Server = None,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow what the job prints to its end")] = True,
+    wait: Wait = True,
 ) -> None:
-    """Run a command on a cluster through Ray Jobs, and print what it prints; keys stay here."""
-    words = check(command)
+    """Run a command on a cluster as a Ray job and print its output. Credentials are not sent."""
+    words = check(command, ctx.find_root().command)
     console = Console()
     with jobs.job_client(address) as client:
         job = jobs.submit(client, words)
         console.print(f"{job}: glad {escape(' '.join(words))}", highlight=False, soft_wrap=True)
         if any(name in os.environ for name in jobs.SECRETS):
-            console.print("keys in this environment stay here; the nodes need a role or keys of their own")
-        done = not wait or _follow(client, job, console)
-    if not done:
+            console.print("credentials in this environment are not sent; the nodes need a role or keys of their own")
+        succeeded = not wait or _follow(client, job, console)
+    if not succeeded:
         raise typer.Exit(STOPPED)
 
 
-def check(command: list[str]) -> list[str]:
-    """The words of a command that can run as a job, told to use the cluster it runs on.
+def check(command: list[str], root: Any) -> list[str]:
+    """The words of a command that can run as a job, with the option to use the cluster it runs on.
+
+    Args:
+        root: the `glad` command group.
 
     Raises:
-        GladError: no such command, one that starts no job, or a place that the cluster would not find.
+        GladError: no such command, one that starts no job, or a location that the cluster would not find.
     """
-    from pipelines.cli.main import app
-
-    known = typer.main.get_command(app)
-    assert isinstance(known, TyperGroup)
-    able = {
-        name: found
-        for name, found in known.commands.items()
-        if name != "submit" and any(parameter.name == "address" for parameter in found.params)
+    submittable = {
+        name: known
+        for name, known in root.commands.items()
+        if name != "submit" and any(parameter.name == "address" for parameter in known.params)
     }
     name, *rest = command
-    if name not in able:
-        raise GladError(f"'{name}' cannot be submitted: give one of {', '.join(sorted(able))} after --")
-    context = able[name].make_context(f"glad {name}", list(rest))  # wrong options end here, before anything is sent
+    if name not in submittable:
+        raise GladError(f"'{name}' cannot be submitted: give one of {', '.join(sorted(submittable))} after --")
+    context = submittable[name].make_context(f"glad {name}", list(rest))  # raises if an option is wrong
     if context.params["address"] is not None:
         raise GladError("a job runs on the cluster it is submitted to: give --address before --, not after it")
-    for parameter in able[name].params:
-        place = str(context.params.get(parameter.name or "") or "")
-        local = place and place != "small" and "://" not in place
-        if parameter.name in PLACES and local and not os.path.isabs(place):
+    for parameter in LOCATIONS:
+        location = str(context.params.get(parameter) or "")
+        is_local = location and location != "small" and "://" not in location
+        if is_local and not os.path.isabs(location):
             raise GladError(
-                f"{place}: the cluster does not know this folder; give an s3:// place or the full path of a folder "
-                "that all its machines share"
+                f"{location}: the cluster does not know this folder; give an s3:// location or the full path of a "
+                "folder that all its machines share"
             )
     return [*command, "--address", "auto"]
 
 
 def _follow(client: JobSubmissionClient, job: str, console: Console) -> bool:
-    """Print what the job prints; False if it failed."""
+    """Print the job's output until it ends or Ctrl-C is pressed; False if the job failed."""
     try:
         for chunk in jobs.follow(client, job):
             console.print(chunk, end="", markup=False, highlight=False, soft_wrap=True)
     except KeyboardInterrupt:
-        console.print(f"\n{job} goes on; glad jobs logs {job} --follow, glad jobs stop {job}", highlight=False)
+        console.print(f"\n{job} keeps running; glad jobs logs {job} --follow, glad jobs stop {job}", highlight=False)
         return True
     info = client.get_job_info(job)
     if info.status.value == "SUCCEEDED":
@@ -95,65 +100,76 @@ def _follow(client: JobSubmissionClient, job: str, console: Console) -> bool:
     return False
 
 
-jobs_app = typer.Typer(no_args_is_help=True, help="Look at and stop submitted jobs.")
-
-
 @jobs_app.command("list", epilog="Example: glad jobs list --json")
-def list_jobs(
-    address: Server = None, as_json: Annotated[bool, typer.Option("--json", help="One line")] = False
-) -> None:
-    """Submitted jobs, the latest first."""
+def list_jobs(address: Server = None, as_json: Json = False) -> None:
+    """List submitted jobs, the latest first."""
     with jobs.job_client(address) as client:
-        found = jobs.listed(client)
+        rows = jobs.submitted_jobs(client)
     if as_json:
-        print(json.dumps(found))
+        print_json(rows)
         return
     table = Table("job", "status", "started", "command")
-    for job in found:
-        started = datetime.fromtimestamp((job["started"] or 0) / 1000, UTC).isoformat(" ", "minutes")
-        table.add_row(job["id"], job["status"], started, escape(job["command"]))
+    for row in rows:
+        started = datetime.fromtimestamp((row["started"] or 0) / 1000, UTC).isoformat(" ", "minutes")
+        table.add_row(row["id"], row["status"], started, escape(row["command"]))
     Console().print(table, highlight=False)
 
 
 @jobs_app.command(epilog="Example: glad jobs logs raysubmit_x1")
 def logs(
-    job: Job, address: Server = None, follow: Annotated[bool, typer.Option("--follow", help="To its end")] = False
+    job: Job,
+    address: Server = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Keep printing until the job ends")] = False,
 ) -> None:
-    """What a job has printed."""
-    console, done = Console(), True
+    """Print the output of a job."""
+    console, succeeded = Console(), True
     with jobs.job_client(address) as client:
         if follow:
-            done = _follow(client, job, console)
+            succeeded = _follow(client, job, console)
         else:
             console.print(client.get_job_logs(job), end="", markup=False, highlight=False, soft_wrap=True)
-    if not done:
+    if not succeeded:
         raise typer.Exit(STOPPED)
 
 
 @jobs_app.command(epilog="Example: glad jobs stop raysubmit_x1")
 def stop(job: Job, address: Server = None) -> None:
-    """Stop a job; what it has committed stays, and `glad jobs retry` goes on from there."""
+    """Stop a job. Finished work is kept, and `glad jobs retry` resumes from it."""
     with jobs.job_client(address) as client:
         stopped = client.stop_job(job)
     Console().print(f"{job} {'stopped' if stopped else 'was not running'}", highlight=False)
 
 
 @jobs_app.command(epilog="Example: glad jobs retry raysubmit_x1")
-def retry(
-    job: Job,
-    address: Server = None,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow what the job prints to its end")] = True,
-) -> None:
-    """The same command once more; a cut-off `score` or `train` goes on where it was."""
+def retry(job: Job, address: Server = None, wait: Wait = True) -> None:
+    """Submit the command of a job again. An interrupted `score` or `train` resumes."""
     console = Console()
     with jobs.job_client(address) as client:
-        again = jobs.again(client, job)
-        console.print(f"{again}: {job} once more", highlight=False)
-        done = not wait or _follow(client, again, console)
-    if not done:
+        new_job = jobs.resubmit(client, job)
+        console.print(f"{new_job}: {job} again", highlight=False)
+        succeeded = not wait or _follow(client, new_job, console)
+    if not succeeded:
         raise typer.Exit(STOPPED)
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command(epilog="Example: glad submit -- score s3://photos/line-4 --out s3://verdicts/monday")(submit)
-    app.add_typer(jobs_app, name="jobs")
+@cluster_app.command("check", epilog="Example: glad cluster check ray_cluster.yaml")
+def cluster_check(
+    file: Annotated[Path, typer.Argument(help="File for `ray up` or KubeRay, such as ray_cluster.yaml")],
+) -> None:
+    """Find errors in a cluster file (exit code 1), and example values to replace, before any machine starts."""
+    from cluster.check_file import check_cluster_file
+
+    problems, examples = check_cluster_file(file)
+    console = Console()
+    for problem in problems:
+        console.print(f"[red]wrong[/red]  {escape(problem)}", highlight=False, soft_wrap=True)
+    for example in examples:
+        console.print(f"[yellow]change[/yellow] {escape(example)}", highlight=False, soft_wrap=True)
+    if problems:
+        raise typer.Exit(STOPPED)
+    if not examples:
+        console.print("nothing wrong found", highlight=False)
+
+
+commands.add_typer(jobs_app, name="jobs")
+commands.add_typer(cluster_app, name="cluster")

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from glad_core.bundle.settings import Precision
-from glad_core.engine.search import Search
-from pipelines.models.find import SMALL
+from glad_core.bundle.settings import Precision, Search
 from pipelines.score.actor_plan import ActorWishes
 
 Maps = Literal["token", "full"]  # resolution of stored maps: the ViT's tokens, or the full size
@@ -27,7 +25,7 @@ class ScoreRequest:
 
     source: str
     out: str
-    model: str = SMALL
+    model: str = "small"  # `pipelines.models.find.SMALL`; importing it would slow `glad --help` down
     category: str | None = None
     batch_size: int | None = None
     actors: int | None = None

@@ -1,0 +1,52 @@
+"""Exit codes, and mistakes as one line on stderr."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from typer.core import TyperGroup
+
+from cluster.session import SessionError
+from cluster.storage_errors import StorageError
+from glad_core.errors import GladError
+
+STOPPED = 1  # exit code of a job that stopped, or of a check that found something wrong
+USER_ERROR = 2  # exit code of a mistake in the command
+UsageError: Any = typer.BadParameter.__base__  # some versions of typer bring their own copy of click
+
+
+class OneLineErrors(TyperGroup):
+    """A user's mistake is one line on stderr and exit code 2, never a traceback."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().make_context(*args, **options)
+        except UsageError as error:
+            _fail_on_usage(error)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UsageError as error:
+            _fail_on_usage(error)
+        except (GladError, StorageError, SessionError) as error:
+            fail(str(error), USER_ERROR)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Print the message in one line on stderr and exit with ``code``."""
+    line = " ".join(message.split())
+    Console(stderr=True, soft_wrap=True).print(f"[red]Error:[/red] {escape(line)}", highlight=False)
+    raise typer.Exit(code)
+
+
+def _fail_on_usage(error: Any) -> NoReturn:
+    """Exit because of an option or argument that does not fit. (A command without any of them shows its help.)"""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        raise error
+    message = error.format_message().replace("Value error, ", "").rstrip(".")
+    advice = f"; `{error.ctx.command_path} --help` lists what fits" if error.ctx else ""
+    fail(message + advice, USER_ERROR)

@@ -1,0 +1,39 @@
+"""Options and arguments that several commands share, and what `--json` prints."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+import typer
+
+Device = Literal["cpu", "cuda", "mps"]
+Promote = Literal["always", "gate", "never"]
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON; messages go to stderr")]
+Address = Annotated[
+    str | None, typer.Option(help="Ray cluster, host:port or auto; default: Ray is started on this machine")
+]
+Results = Annotated[str, typer.Argument(help="Results of a `glad score`: its --out, local or s3://")]
+Base = Annotated[str, typer.Option(help="Model bundle to start from, local or s3://; 'small' is the built-in one")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Training steps; default: the base bundle's recipe")]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Images per training step; default: the base bundle's recipe")
+]
+LearningRate = Annotated[float | None, typer.Option(min=0, help="Learning rate; default: the base bundle's recipe")]
+Textures = Annotated[
+    str | None, typer.Option(help="Folder of pictures to cut synthetic anomalies from; default: each image itself")
+]
+TargetFpr = Annotated[
+    float, typer.Option(min=0.001, max=0.5, help="Share of good images that may be called anomalous by mistake")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of all random numbers")]
+DeviceChoice = Annotated[
+    Device | None, typer.Option(help="Device to train on; default: cuda if there is a GPU, else cpu")
+]
+
+
+def print_json(result: dict[str, Any] | list[dict[str, Any]]) -> None:
+    """Print one line of JSON on stdout; NaN and infinities, which JSON does not have, become null."""
+    plain = json.loads(json.dumps(result), parse_constant=lambda name: None)
+    print(json.dumps(plain, ensure_ascii=False))

@@ -1,0 +1,113 @@
+"""`glad score` and `glad status`: score an archive, and see how far that is."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from glad_core.bundle.settings import Precision, Search
+from pipelines.cli.errors import STOPPED, fail
+from pipelines.cli.options import Address, Json, Results
+from pipelines.score.request import Maps, Method
+
+commands = typer.Typer()
+
+
+@commands.command(epilog="Example: glad score photos/ --out results --model bundle")
+def score(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Images: folder, glob, MVTec-AD category, list of URIs (.txt, .parquet) or tar files; local or s3://"
+        ),
+    ],
+    out: Annotated[str, typer.Option(help="Folder for the results, local or s3://")],
+    model: Annotated[
+        str, typer.Option(help="Model bundle or registry, local or s3://; 'small' is the built-in bundle")
+    ] = "small",
+    category: Annotated[
+        str | None, typer.Option(help="Category to score in an MVTec-AD folder, or whose model to take of a registry")
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Images in progress per actor; default: 16 on a CPU, 8 on a GPU. Results do not depend on it"
+        ),
+    ] = None,
+    actors: Annotated[
+        int | None, typer.Option(min=1, help="Processes with a copy of the model each; default: as many as fit")
+    ] = None,
+    num_gpus: Annotated[float | None, typer.Option(min=0, help="GPUs per actor; 0.5: two actors share one")] = None,
+    num_cpus: Annotated[float | None, typer.Option(min=0.1, help="CPUs per actor")] = None,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the random noise; the same seed gives an image the same result again")
+    ] = 0,
+    max_errors: Annotated[
+        int | None, typer.Option(min=0, help="Stop with exit code 1 if more images than this fail")
+    ] = None,
+    maps: Annotated[
+        Maps, typer.Option(help="Stored anomaly maps: token has one value per patch of the image, full one per pixel")
+    ] = "token",
+    reconstructions: Annotated[
+        bool, typer.Option("--reconstructions", help="Store what each image looks like without defects, as PNG")
+    ] = False,
+    address: Address = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results of another run in --out")] = False,
+    method: Annotated[
+        Method,
+        typer.Option(help="nearest: instead of GLAD, compare patches with those of --good images, a cheap baseline"),
+    ] = "glad",
+    good: Annotated[str | None, typer.Option(help="Good images for --method nearest: folder, glob or list")] = None,
+    search: Annotated[
+        Search | None,
+        typer.Option(
+            help="scan: check an image after every denoising step; guarded: skip checks that calibration showed to be "
+            "needless; default: guarded, if the bundle is calibrated for it"
+        ),
+    ] = None,
+    precision: Annotated[
+        Precision,
+        typer.Option(help="Number format of matrix products: off is float32; the others change scores a little"),
+    ] = "off",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the model with torch.compile: starts minutes later, runs faster")
+    ] = False,
+) -> None:
+    """Score every image of an archive. Unreadable images are listed in OUT/errors and do not stop the job."""
+    from pipelines.score import job
+
+    request = job.ScoreRequest(
+        source=source,
+        out=out,
+        model=model,
+        category=category,
+        batch_size=batch_size,
+        actors=actors,
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        seed=seed,
+        max_errors=max_errors,
+        maps=maps,
+        reconstructions=reconstructions,
+        address=address,
+        overwrite=overwrite,
+        method=method,
+        good=good,
+        search=search,
+        precision=precision,
+        compiled=compiled,
+    )
+    try:
+        job.score(request, Console())
+    except job.TooManyErrors as error:
+        fail(str(error), STOPPED)
+
+
+@commands.command(epilog="Example: glad status s3://bucket/results --json")
+def status(results: Results, as_json: Json = False) -> None:
+    """Show how far a run is: images done, anomalies, errors. Works wherever the results can be read."""
+    from pipelines.runs.status import print_status
+
+    print_status(results, as_json, Console())

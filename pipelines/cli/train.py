@@ -1,0 +1,222 @@
+"""Commands that make models from good images: train, retrain, calibrate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from glad_core.bundle.settings import Precision, Profile
+from glad_core.errors import GladError
+from glad_core.training.recipe import Optimizer, Part
+from pipelines.cli.errors import STOPPED
+from pipelines.cli.options import (
+    Address,
+    Base,
+    BatchSize,
+    DeviceChoice,
+    LearningRate,
+    Promote,
+    Seed,
+    Steps,
+    TargetFpr,
+    Textures,
+)
+
+commands = typer.Typer()
+
+
+@commands.command(epilog="Example: glad train mvtec --category screw --out bundle")
+def train(
+    dataset: Annotated[
+        str, typer.Argument(help="MVTec-AD folder, or the folder of one category, with good images in train/good")
+    ],
+    out: Annotated[str, typer.Option(help="Bundle to write, local or s3://")],
+    category: Annotated[
+        str | None, typer.Option(help="Category within the folder; a,b,c or all: one model for several")
+    ] = None,
+    base: Base = "small",
+    part: Annotated[
+        Part, typer.Option(help="Network to train: unet denoises; dino compares images; vae encodes them")
+    ] = "unet",
+    steps: Steps = None,
+    batch_size: BatchSize = None,
+    learning_rate: LearningRate = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="Images in memory at once per worker; default: its share of --batch-size")
+    ] = None,
+    precision: Annotated[
+        Precision | None,
+        typer.Option(help="Number format of matrix products: off is float32; default: the base bundle's recipe"),
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option("--gradient-checkpointing", help="Use less memory, take a third more time")
+    ] = None,
+    optimizer: Annotated[
+        Optimizer | None,
+        typer.Option(help="adamw8bit needs bitsandbytes and a GPU; default: the base bundle's recipe"),
+    ] = None,
+    ema: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Decay of a moving average of the weights; default: the base bundle's recipe"),
+    ] = None,
+    textures: Textures = None,
+    exclude: Annotated[
+        str | None,
+        typer.Option(help="Results over the good images: leave out those confirmed as anomalous in `glad view`"),
+    ] = None,
+    include: Annotated[
+        str | None, typer.Option(help="Results of any run: add the images marked as false alarms in `glad view`")
+    ] = None,
+    anomalies: Annotated[
+        bool,
+        typer.Option(
+            "--anomalies/--no-anomalies", help="Train with synthetic anomalies, or a plain diffusion model to compare"
+        ),
+    ] = True,
+    target_fpr: TargetFpr = 0.05,
+    seed: Seed = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that train together, on one GPU each")] = 1,
+    device: DeviceChoice = None,
+    address: Address = None,
+) -> None:
+    """Train a bundle on good images and calibrate it. The same command resumes an interrupted training."""
+    from pipelines.train.job import TrainRequest
+    from pipelines.train.job import train as run
+
+    recipe = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "micro_batch": micro_batch,
+        "autocast": precision,
+        "gradient_checkpointing": gradient_checkpointing,
+        "optimizer": optimizer,
+        "ema_decay": ema,
+        "anomaly_probability": None if anomalies else 0.0,
+        "seed": seed,
+    }
+    request = TrainRequest(
+        dataset=dataset,
+        category=category,
+        base=base,
+        out=out,
+        recipe=recipe,
+        part=part,
+        textures=textures,
+        device=device,
+        workers=workers,
+        target_fpr=target_fpr,
+        address=address,
+        exclude=exclude,
+        include=include,
+    )
+    model_id = run(request, Console())
+    Console().print(f"bundle {model_id} in {escape(out)}", highlight=False)
+
+
+@commands.command(epilog="Example: glad retrain mvtec --out s3://bucket/models --promote gate")
+def retrain(
+    dataset: Annotated[str, typer.Argument(help="MVTec-AD folder, local or s3://")],
+    out: Annotated[str, typer.Option(help="Model registry to write to: a folder, local or s3://")],
+    categories: Annotated[str, typer.Option(help="Categories to train: all, or a,b,c")] = "all",
+    base: Base = "small",
+    steps: Steps = None,
+    batch_size: BatchSize = None,
+    learning_rate: LearningRate = None,
+    textures: Textures = None,
+    target_fpr: TargetFpr = 0.05,
+    promote: Annotated[
+        Promote, typer.Option(help="New versions to put into use; gate: those that detect no worse than the current")
+    ] = "gate",
+    margin: Annotated[
+        float, typer.Option(min=0, max=1, help="Loss of AUROC, the detection quality from 0 to 1, that the gate allows")
+    ] = 0.02,
+    max_parallel: Annotated[
+        int | None, typer.Option(min=1, help="Categories to train at a time; default: as many as fit")
+    ] = None,
+    workers_per_category: Annotated[int, typer.Option(min=1, help="Processes that train one category")] = 1,
+    seed: Seed = 0,
+    device: DeviceChoice = None,
+    address: Address = None,
+) -> None:
+    """Train a model per category into a registry. The same command resumes. Exit code 1 if any category failed."""
+    from pipelines.train import retrain as job
+    from pipelines.train.job import TrainRequest
+
+    recipe = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
+    request = TrainRequest(
+        dataset=dataset,
+        category=categories,
+        base=base,
+        out=out,
+        recipe=recipe,
+        textures=textures,
+        device=device,
+        workers=workers_per_category,
+        target_fpr=target_fpr,
+        address=address,
+    )
+    if not job.retrain(job.RetrainRequest(request, max_parallel, promote, margin), Console()):
+        raise typer.Exit(STOPPED)
+
+
+@commands.command(epilog="Example: glad calibrate good/ --model bundle --out calibrated --target-fpr 0.01")
+def calibrate(
+    model: Annotated[str, typer.Option(help="Bundle to calibrate, local or s3://; 'small' is the built-in one")],
+    out: Annotated[Path, typer.Option(help="Calibrated bundle to write")],
+    good: Annotated[
+        str | None,
+        typer.Argument(help="Good images that the model was not trained on: folder, glob, list or tar files"),
+    ] = None,
+    run: Annotated[
+        str | None,
+        typer.Option(help="Instead of images: results of a `glad score` over good images, with --threshold-only"),
+    ] = None,
+    target_fpr: Annotated[
+        float, typer.Option(min=0.0001, max=0.5, help="Share of good images that may be called anomalous by mistake")
+    ] = 0.05,
+    threshold_only: Annotated[
+        bool, typer.Option("--threshold-only", help="Keep the denoising steps, choose the decision threshold only")
+    ] = False,
+    foreground: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=3,
+            help="Where to put synthetic anomalies: 1 on an object darker than its background, 2 brighter, 3 anywhere",
+        ),
+    ] = 3,
+    profile: Annotated[
+        Profile | None,
+        typer.Option(help="exact: denoise step by step; fast: a single network call; default: as the bundle does"),
+    ] = None,
+    feedback: Annotated[
+        bool, typer.Option("--feedback", help="Leave out images of --run confirmed as anomalous in `glad view`")
+    ] = False,
+    seed: Seed = 0,
+    address: Address = None,
+) -> None:
+    """Choose a bundle's denoising steps and decision threshold from good images; prints how many the target needs."""
+    from pipelines.train import calibrate as job
+
+    if (good is None) == (run is None):
+        raise GladError("give either good images or --run, the results of scoring some")
+    request = job.CalibrateRequest(
+        source=good,
+        run=run,
+        model=model,
+        out=out,
+        target_fpr=target_fpr,
+        threshold_only=threshold_only,
+        foreground_mode=foreground,  # type: ignore[arg-type]  # 1, 2 or 3 by its min and max
+        profile=profile,
+        feedback=feedback,
+        seed=seed,
+        address=address,
+    )
+    model_id = job.calibrate(request, Console())
+    Console().print(f"bundle {model_id} in {escape(str(out))}", highlight=False)
