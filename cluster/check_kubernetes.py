@@ -1,172 +1,131 @@
-"""Checks of KubeRay files before `kubectl apply`: unknown and missing fields, and what keeps strangers out.
+"""Checks of KubeRay files before `kubectl apply`: unknown and missing fields, and whatever lets strangers in.
 
-The models below hold the fields of KubeRay 1.5's RayCluster and RayJob (ray.io/v1) that a user of this project may
-need; any other is reported. Pods are held against Kubernetes' own schema by kubernetes-validate.
+RayCluster and RayJob are checked against kuberay_schema.yaml, pods and all other kinds against Kubernetes' own schema.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import difflib
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import yaml
 
 from cluster.session import SessionError
 
-EXAMPLES = ("registry.example.com", "arn:aws:iam::123456789012", "s3://your-")
+if TYPE_CHECKING:
+    from jsonschema import ValidationError
 
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class _Metadata(_Strict):
-    name: str
-    namespace: str | None = None
-    labels: dict[str, str] = {}
-    annotations: dict[str, str] = {}
-
-
-class _Auth(_Strict):
-    mode: Literal["token", "disabled"]
-
-
-class _Autoscaler(_Strict):
-    version: Literal["v1", "v2"] | None = None
-    idleTimeoutSeconds: int | None = Field(None, ge=0)
-    upscalingMode: Literal["Default", "Conservative", "Aggressive"] | None = None
-    image: str | None = None
-    imagePullPolicy: Literal["Always", "IfNotPresent", "Never"] | None = None
-    resources: dict[str, Any] = {}
-    env: list[dict[str, Any]] = []
-    envFrom: list[dict[str, Any]] = []
-    volumeMounts: list[dict[str, Any]] = []
-    securityContext: dict[str, Any] = {}
-
-
-class _Group(_Strict):
-    rayStartParams: dict[str, str] = {}
-    template: dict[str, Any]
-    resources: dict[str, str] = {}
-    labels: dict[str, str] = {}
-
-
-class _Head(_Group):
-    serviceType: Literal["ClusterIP", "NodePort", "LoadBalancer"] | None = None
-    headService: dict[str, Any] | None = None
-    enableIngress: bool | None = None
-
-
-class _Workers(_Group):
-    groupName: str
-    replicas: int = Field(0, ge=0)
-    minReplicas: int = Field(ge=0)
-    maxReplicas: int = Field(ge=0)
-    numOfHosts: int = Field(1, ge=1)
-    idleTimeoutSeconds: int | None = Field(None, ge=0)
-    suspend: bool | None = None
-    scaleStrategy: dict[str, Any] | None = None
-
-
-class _ClusterSpec(_Strict):
-    rayVersion: str | None = None
-    enableInTreeAutoscaling: bool | None = None
-    autoscalerOptions: _Autoscaler | None = None
-    authOptions: _Auth | None = None
-    gcsFaultToleranceOptions: dict[str, Any] | None = None
-    headServiceAnnotations: dict[str, str] = {}
-    headGroupSpec: _Head
-    workerGroupSpecs: list[_Workers] = []
-    managedBy: str | None = None
-    upgradeStrategy: dict[str, Any] | None = None
-    suspend: bool | None = None
-
-
-class _JobSpec(_Strict):
-    entrypoint: str
-    rayClusterSpec: _ClusterSpec | None = None
-    clusterSelector: dict[str, str] = {}
-    runtimeEnvYAML: str | None = None
-    shutdownAfterJobFinishes: bool | None = None
-    ttlSecondsAfterFinished: int | None = Field(None, ge=0)
-    activeDeadlineSeconds: int | None = Field(None, ge=1)
-    backoffLimit: int | None = Field(None, ge=0)
-    submissionMode: Literal["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"] | None = None
-    submitterPodTemplate: dict[str, Any] | None = None
-    submitterConfig: dict[str, Any] | None = None
-    metadata: dict[str, str] = {}
-    jobId: str | None = None
-    entrypointNumCpus: float | None = None
-    entrypointNumGpus: float | None = None
-    entrypointResources: str | None = None
-    deletionStrategy: dict[str, Any] | None = None
-    managedBy: str | None = None
-    suspend: bool | None = None
-
-
-class _RayCluster(_Strict):
-    apiVersion: Literal["ray.io/v1"]
-    kind: Literal["RayCluster"]
-    metadata: _Metadata
-    spec: _ClusterSpec
-
-
-class _RayJob(_Strict):
-    apiVersion: Literal["ray.io/v1"]
-    kind: Literal["RayJob"]
-    metadata: _Metadata
-    spec: _JobSpec
-
-
-KINDS: dict[str, type[BaseModel]] = {"RayCluster": _RayCluster, "RayJob": _RayJob}
+KINDS = ("RayCluster", "RayJob")
+EXAMPLES = ("registry.example.com", "arn:aws:iam::123456789012", "s3://your-")  # in the shipped files
 
 
 def check_manifests(documents: list[dict[str, Any]], text: str) -> tuple[list[str], list[str]]:
-    """Everything wrong with the documents of a KubeRay file, and what is still as in the example; a line each.
+    """All problems of a KubeRay file, and the example values still in it; a line each.
+
+    Args:
+        documents: the YAML documents of the file.
+        text: the file itself.
 
     Raises:
         SessionError: kubernetes-validate is not installed.
     """
     problems = []
-    for document in documents:
+    for document in map(without_nulls, documents):
         kind = document.get("kind")
         name = f"{kind} {(document.get('metadata') or {}).get('name', '')}".strip()
-        found = _ray(document) if kind in KINDS else _kubernetes(document)
-        problems += [f"{name}: {problem}" for problem in found]
+        lines = ray_problems(document) if kind in KINDS else kubernetes_problems(document)
+        problems += [f"{name}: {line}" for line in lines]
     if not any(document.get("kind") in KINDS for document in documents):
         problems.append("neither a RayCluster nor a RayJob in it; see cluster/kuberay/")
     return problems, [f"{example} is the example's: put your own" for example in EXAMPLES if example in text]
 
 
-def _ray(document: dict[str, Any]) -> list[str]:
-    try:
-        KINDS[document["kind"]].model_validate(document)
-    except ValidationError as error:
-        return [f"{'.'.join(map(str, of['loc']))}: {of['msg']}" for of in error.errors()]
-    spec = document["spec"]
+def without_nulls(value: Any) -> Any:
+    """Drops the fields without a value from a document, as Kubernetes does."""
+    if isinstance(value, dict):
+        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def ray_problems(document: dict[str, Any]) -> list[str]:
+    """Problems of a RayCluster or RayJob; its pods are checked if all of its fields are right."""
+    problems = schema_problems(document)
+    cluster = document["spec"] if not problems else {}
     if document["kind"] == "RayJob":
-        if spec.get("rayClusterSpec") is None:
-            return []
-        spec = spec["rayClusterSpec"]
-    problems = []
-    groups = [("headGroupSpec", spec["headGroupSpec"])]
-    groups += [(f"workerGroupSpecs.{group['groupName']}", group) for group in spec.get("workerGroupSpecs") or []]
-    for where, group in groups:
+        cluster = cluster.get("rayClusterSpec", {})  # a job may select a running cluster instead
+    if not cluster:
+        return problems
+    head, workers = cluster["headGroupSpec"], cluster.get("workerGroupSpecs", [])
+    groups = {"headGroupSpec": head} | {f"workerGroupSpecs.{group['groupName']}": group for group in workers}
+    for name, group in groups.items():
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}} | group["template"]
-        problems += [f"{where}.template.{problem}" for problem in _kubernetes(pod)]
-    for _, group in groups[1:]:
+        problems += [f"{name}.template.{problem}" for problem in kubernetes_problems(pod)]
+    for group in workers:
         if group["minReplicas"] > group["maxReplicas"]:
             problems.append(f"workerGroupSpecs.{group['groupName']}: minReplicas is above maxReplicas")
-    if (spec.get("authOptions") or {}).get("mode") != "token":
+    return problems + open_doors(cluster)
+
+
+def open_doors(cluster: dict[str, Any]) -> list[str]:
+    """Settings of a cluster's ``spec`` that Kubernetes accepts but that let strangers in or give secrets away."""
+    problems = []
+    if cluster.get("authOptions", {}).get("mode") != "token":
         problems.append("authOptions.mode: not token, so anybody who reaches the head submits jobs; write mode: token")
-    head = spec["headGroupSpec"]
+    head = cluster["headGroupSpec"]
     if head.get("serviceType") in ("NodePort", "LoadBalancer") or head.get("enableIngress"):
         problems.append("headGroupSpec: the dashboard is open to the outside; use ClusterIP and kubectl port-forward")
-    if "AWS_SECRET_ACCESS_KEY" in str(spec) and "secretKeyRef" not in str(spec):
+    if "AWS_SECRET_ACCESS_KEY" in str(cluster) and "secretKeyRef" not in str(cluster):
         problems.append("credentials are written in the file: use a service account with a role")
     return problems
 
 
-def _kubernetes(document: dict[str, Any]) -> list[str]:
+def schema_problems(document: dict[str, Any]) -> list[str]:
+    """Unknown and missing fields and wrong values of a RayCluster or RayJob, each with its path."""
+    from jsonschema import Draft202012Validator
+
+    validator = Draft202012Validator(_schema() | {"$ref": f"#/$defs/{document['kind']}"})
+    errors = sorted(validator.iter_errors(document), key=lambda error: [str(part) for part in error.absolute_path])
+    return list(dict.fromkeys(line for error in errors for line in _lines(error)))  # each missing field comes once
+
+
+@lru_cache(maxsize=1)
+def _schema() -> dict[str, Any]:
+    return yaml.safe_load(Path(__file__).with_name("kuberay_schema.yaml").read_text())
+
+
+def _lines(error: ValidationError) -> Iterator[str]:
+    path = ".".join(str(part) for part in error.absolute_path)
+    inside = f"{path}." if path else ""
+    instance: Any = error.instance
+    rule: Any = error.validator_value
+    if error.validator == "additionalProperties":
+        known = list(error.schema["properties"])
+        yield from (f"{inside}{name}: unknown field{_nearest(name, known)}" for name in instance if name not in known)
+    elif error.validator == "required":
+        yield from (f"{inside}{name}: this field is required" for name in rule if name not in instance)
+    elif error.validator == "enum":
+        yield f"{path}: {instance!r} is not one of {', '.join(rule)}{_nearest(str(instance), rule, listed=True)}"
+    else:
+        yield f"{path}: {error.message}"
+
+
+def _nearest(name: str, known: list[str], listed: bool = False) -> str:
+    """The tail of a line about an unknown name: the nearest known one, or all unless they are ``listed`` already."""
+    near = difflib.get_close_matches(str(name), known, n=1)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    return "" if listed else f"; known: {', '.join(known)}"
+
+
+def kubernetes_problems(document: dict[str, Any]) -> list[str]:
+    """The first problem of a document by Kubernetes' schema, if any.
+
+    Raises:
+        SessionError: kubernetes-validate is not installed.
+    """
     try:
         import kubernetes_validate
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Ray Jobs: commands that run on a cluster without the machine that sent them."""
+"""Ray Jobs: commands that run on a cluster, independent of the machine that sent them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from cluster.session import QUIET, SessionError
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
-# What a job may be told of the submitter's environment: where storage is, never what opens it. Keys reach the nodes by
-# their own role, profile or environment.
+# The submitter's environment variables that travel with a job: where storage is, but no credentials. Those reach the
+# nodes by their own role, profile or environment.
 PASSED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE")
 SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -25,55 +25,58 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 
 @contextmanager
 def job_client(address: str | None) -> Iterator[JobSubmissionClient]:
-    """The job server of a cluster: its dashboard's URL, RAY_API_SERVER_ADDRESS or the dashboard on this machine.
+    """A client of a cluster's job server; its errors become one line each.
 
-    Ray sends the token of RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token where RAY_AUTH_MODE is ``token``.
+    If RAY_AUTH_MODE is ``token``, Ray sends the token of RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
+
+    Args:
+        address: the dashboard's URL; None for RAY_API_SERVER_ADDRESS, or the dashboard on this machine.
 
     Raises:
-        SessionError: nothing answers there, no or the wrong token, or no such job.
+        SessionError: nothing answers there, the token is missing or wrong, or there is no such job.
     """
     os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of every package sent
-    where = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
-    if "://" not in where:
-        where = f"http://{where}"
+    logging.getLogger("ray").setLevel(logging.WARNING)  # it logs every package sent
+    url = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
+    if "://" not in url:
+        url = f"http://{url}"
     try:
-        yield JobSubmissionClient(where)
+        yield JobSubmissionClient(url)
     except AuthenticationError as error:
         raise SessionError(
-            f"{where} refused the token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file with its "
+            f"{url} refused the token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file with its "
             "token (on the head: ray get-auth-token)"
         ) from error
     except ConnectionError as error:
         raise SessionError(
-            f"no Ray job server at {where}; check --address (`ray dashboard ray_cluster.yaml` tunnels to a cluster's)"
+            f"no Ray job server at {url}; check --address (`ray dashboard ray_cluster.yaml` tunnels to a cluster's)"
         ) from error
     except RuntimeError as error:
         text = str(error)
         if "does not exist" in text or "404" in text:
-            raise SessionError(f"no such job at {where}; `glad jobs list` names them") from error
-        raise SessionError(f"{where}: {text.splitlines()[0][:300] if text else 'no answer'}") from error
+            raise SessionError(f"no such job at {url}; `glad jobs list` names them") from error
+        raise SessionError(f"{url}: {text.splitlines()[0][:300] if text else 'no answer'}") from error
 
 
-def submit(client: JobSubmissionClient, words: Sequence[str]) -> str:
-    """Run ``glad WORDS`` on the cluster, with this very code; returns the submission id."""
+def submit(client: JobSubmissionClient, arguments: Sequence[str]) -> str:
+    """Run ``glad ARGUMENTS`` on the cluster with the installed code; returns the job's id."""
     root = Path(__file__).parents[1]
     environment = {name: os.environ[name] for name in PASSED if name in os.environ}
     return client.submit_job(
-        entrypoint=shlex.join(["python", "-m", "pipelines.cli", *words]),
+        entrypoint=shlex.join(["python", "-m", "pipelines.cli", *arguments]),
         runtime_env={
             "py_modules": [str(root / name) for name in ("glad_core", "pipelines", "cluster")],
             "env_vars": environment | QUIET,
         },
-        metadata={"glad": shlex.join(words)},
+        metadata={"glad": shlex.join(arguments)},
     )
 
 
-def again(client: JobSubmissionClient, job: str) -> str:
-    """The same once more, as a new job; returns its id."""
+def resubmit(client: JobSubmissionClient, job: str) -> str:
+    """Run a job's command once more, as a new job; returns its id."""
     details = client.get_job_info(job)
     return client.submit_job(
         entrypoint=details.entrypoint, runtime_env=details.runtime_env, metadata=details.metadata or {}
@@ -81,7 +84,7 @@ def again(client: JobSubmissionClient, job: str) -> str:
 
 
 def follow(client: JobSubmissionClient, job: str) -> Iterator[str]:
-    """What the job prints, as it comes, to its end. (Ray hands it out asynchronously.)"""
+    """The job's output as it is printed, until the job ends. (Ray's own iterator is asynchronous.)"""
     chunks = client.tail_job_logs(job)
     with asyncio.Runner() as runner:
         while True:
@@ -91,8 +94,8 @@ def follow(client: JobSubmissionClient, job: str) -> Iterator[str]:
                 return
 
 
-def listed(client: JobSubmissionClient) -> list[dict[str, Any]]:
-    """Jobs that `submit` sent, the latest first; times in milliseconds since 1970."""
+def submitted_jobs(client: JobSubmissionClient) -> list[dict[str, Any]]:
+    """Jobs sent by `submit`, the latest first; times in milliseconds since 1970."""
     jobs: list[JobDetails] = [job for job in client.list_jobs() if "glad" in (job.metadata or {})]
     return [
         {

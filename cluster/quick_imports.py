@@ -1,4 +1,4 @@
-"""Large packages imported in less time, in processes that have little else to do before they are of use."""
+"""Faster imports of large packages, for processes whose start is mostly imports."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def quick_imports(*absent: str) -> Iterator[None]:
-    """Import inside it what a process needs: torch, diffusers and timm are 4,000 modules.
+    """Context for importing torch, diffusers and timm, which are 4,000 modules.
 
-    Looking for garbage among them takes a third of the time, so nobody looks, and what is there afterwards is never
-    looked at again. The packages ``absent`` are not found inside; later they can be imported as ever.
+    Garbage collection takes a third of that time, so it is off inside, and never visits the imported objects later.
+    The packages ``absent`` cannot be imported inside; afterwards they can.
     """
     hidden = [name for name in absent if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""`glad bundle create | import-unet | inspect`: making model bundles from other people's weights."""
+"""`glad bundle create | import-unet | inspect`: model bundles from published weights."""
 
 from __future__ import annotations
 
@@ -24,32 +24,26 @@ PROMPT = "a photo of sks"
 def create(
     diffusion: str, features: str, out: Path, *, category: str, preset: str | None, settings: dict[str, Any]
 ) -> str:
-    """A bundle from a Stable Diffusion folder or hub id and a timm ViT; returns its model id.
+    """Write a bundle from a Stable Diffusion and a timm ViT; returns its model id.
 
     Args:
         diffusion: folder in diffusers format, or hub id such as ``CompVis/stable-diffusion-v1-4``.
-        features: timm name such as ``vit_base_patch8_224.dino``; its pretrained weights are fetched.
-        category: what the model judges; several with commas between have a prompt each.
-        preset: ``DATASET/CATEGORY`` of the published settings, e.g. ``MVTec-AD/screw``; for several categories those of
-            the dataset's one model.
+        features: timm name such as ``vit_base_patch8_224.dino``; its pretrained weights are downloaded.
+        category: what the model judges; of several, separated by commas, each has its own prompt.
+        preset: ``DATASET/CATEGORY`` of the published settings, e.g. ``MVTec-AD/screw``; a bundle for several categories
+            takes those of the dataset's one model for all.
         settings: settings that override the preset's.
 
     Raises:
-        GladError: a part cannot be loaded (also when it exists only as a pickle), or ``out`` exists.
+        GladError: a part cannot be loaded (or exists only as a pickle, which is never loaded), or ``out`` exists.
     """
     if out.exists():
         raise GladError(f"{out} already exists: choose another --out or remove it")
     if not Path(diffusion).exists() and diffusion.count("/") != 1:
         raise GladError(f"{diffusion}: no such folder; give a diffusers folder, or a hub id such as OWNER/MODEL")
-    published: dict[str, Any] = {}
-    recipe: dict[str, Any] = {}
-    if preset is not None:
-        dataset, _, name = preset.partition("/")
-        published = presets.preset(dataset, name, multi_class="," in category)
-        recipe = presets.training_preset(dataset, name, multi_class="," in category)
-        category = category or name
-    parsed = Settings.parse(published | settings, "settings")
+    published, recipe, category = _published(preset, category, multi_class="," in category)
     several = [name.strip() for name in category.split(",")] if "," in category else []
+    parsed = Settings.parse(published | settings, "settings")
     unet = _part(UNet2DConditionModel, diffusion, "unet")
     vae = _part(AutoencoderKL, diffusion, "vae")
     cond, uncond, *each = _prompt_embeddings(diffusion, several)
@@ -65,16 +59,27 @@ def create(
         prompts=dict(zip(several, each, strict=True)),
         settings=parsed,
         category=",".join(several) or category,
-        # `glad train` starts from the recipe.
+        # The recipe holds the defaults of `glad train`.
         provenance={"diffusion": diffusion, "features": features, "prompt": PROMPT, "preset": preset, "recipe": recipe},
     )
 
 
+def _published(
+    preset: str | None, category: str, *, multi_class: bool = False
+) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Settings and training recipe of ``DATASET/CATEGORY``, and ``category``, by default the preset's."""
+    if preset is None:
+        return {}, {}, category
+    dataset, _, name = preset.partition("/")
+    settings = presets.preset(dataset, name, multi_class=multi_class)
+    return settings, presets.training_preset(dataset, name, multi_class=multi_class), category or name
+
+
 def import_unet(base: Path, checkpoint: Path, out: Path, *, category: str, preset: str | None) -> str:
-    """``base`` with the UNet of an authors' ``pytorch_model.bin``, read with ``weights_only=True``.
+    """Write ``base`` with the UNet of an authors' ``pytorch_model.bin``; returns the model id.
 
     Raises:
-        GladError: not a checkpoint of tensors, or of another network than the base's UNet.
+        GladError: not a checkpoint of tensors, or of another network than the base's UNet; ``out`` exists.
     """
     if out.exists():
         raise GladError(f"{out} already exists: choose another --out or remove it")
@@ -83,30 +88,11 @@ def import_unet(base: Path, checkpoint: Path, out: Path, *, category: str, prese
     if not checkpoint.is_file():
         raise GladError(f"{checkpoint}: no such file; name the pytorch_model.bin of a checkpoint-* folder")
     description = read_description(base)
-    settings, recipe = description.settings, description.provenance.get("recipe", {})
-    if preset is not None:
-        dataset, _, name = preset.partition("/")
-        settings, category = settings | presets.preset(dataset, name), category or name
-        recipe = presets.training_preset(dataset, name)
-    parsed = Settings.parse(settings, "settings")
-    try:
-        weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever the bytes provoke
-        raise GladError(
-            f"{checkpoint}: not a safe checkpoint of tensors ({type(error).__name__}); nothing was run"
-        ) from error
+    published, recipe, category = _published(preset, category)
+    parsed = Settings.parse(description.settings | published, "settings")
+    weights = _read_checkpoint(checkpoint)
     model = load_bundle(base)
-    expected = model.unet.state_dict()
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise GladError(f"{checkpoint}: not a flat table of tensors, so not a UNet checkpoint")
-    for name in sorted(expected.keys() ^ weights.keys()):
-        side = "lacks" if name in expected else "has an unknown"
-        raise GladError(f"{checkpoint}: {side} weight {name}; it is not a checkpoint of this base's UNet")
-    for name, value in expected.items():
-        if weights[name].shape != value.shape:
-            raise GladError(
-                f"{checkpoint}: {name} is {tuple(weights[name].shape)}, this base's UNet has {tuple(value.shape)}"
-            )
+    _check_weights(checkpoint, weights, model.unet.state_dict())
     model.unet.load_state_dict(weights)
     return save_derived(
         out,
@@ -118,13 +104,37 @@ def import_unet(base: Path, checkpoint: Path, out: Path, *, category: str, prese
             "base": description.model_id,
             "unet_checkpoint": checkpoint.name,
             "preset": preset,
-            "recipe": recipe,
+            "recipe": description.provenance.get("recipe", {}) if preset is None else recipe,
         },
     )
 
 
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickle by name, read with ``weights_only=True`` so that no code in it runs."""
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever the bytes provoke
+        raise GladError(
+            f"{path}: not a safe checkpoint of tensors ({type(error).__name__}); nothing was run"
+        ) from error
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise GladError(f"{path}: not a flat table of tensors, so not a UNet checkpoint")
+    return weights
+
+
+def _check_weights(path: Path, weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name in sorted(expected.keys() ^ weights.keys()):
+        side = "lacks" if name in expected else "has an unknown"
+        raise GladError(f"{path}: {side} weight {name}; it is not a checkpoint of this base's UNet")
+    for name, value in expected.items():
+        if weights[name].shape != value.shape:
+            raise GladError(
+                f"{path}: {name} is {tuple(weights[name].shape)}, this base's UNet has {tuple(value.shape)}"
+            )
+
+
 def inspect(path: Path, console: Console) -> Description:
-    """Print what a bundle is and check every file's sha256; returns its glad.json."""
+    """Check every file of a bundle by its sha256 and print its contents; returns its description."""
     description = verify(path)
     table = Table("part", "value", title=f"{path} · verified")
     table.add_row("model id", description.model_id)
@@ -144,7 +154,7 @@ def inspect(path: Path, console: Console) -> Description:
 
 
 def _part(cls: Any, diffusion: str, subfolder: str, **options: Any) -> Any:
-    """One network of a diffusers folder or hub repository, safetensors only."""
+    """One network of a diffusers folder or hub repository, from safetensors only."""
     try:
         return cls.from_pretrained(diffusion, subfolder=subfolder, use_safetensors=True, **options)
     except (OSError, ValueError) as error:

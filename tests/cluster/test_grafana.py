@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from pipelines.score.actor import Watched
+from pipelines.score.actor_metrics import ActorMetrics
 
 DASHBOARD = Path(__file__).parents[2] / "cluster" / "grafana" / "glad.json"
 
@@ -12,7 +12,7 @@ DASHBOARD = Path(__file__).parents[2] / "cluster" / "grafana" / "glad.json"
 def test_every_metric_of_the_dashboard_is_one_the_actors_count_with_the_labels_asked_for():
     metrics = {
         metric.info["name"]: set(metric.info["tag_keys"])
-        for metric in vars(Watched("r")).values()
+        for metric in vars(ActorMetrics("r")).values()
         if hasattr(metric, "info")
     }
     panels = json.loads(DASHBOARD.read_text())["panels"]

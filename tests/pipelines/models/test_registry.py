@@ -27,66 +27,51 @@ def version_of(base: Path, folder: Path, threshold: float) -> Path:
 @pytest.fixture
 def home(tmp_path, tiny_bundle) -> tuple[str, list[str]]:
     home = str(tmp_path / "registry")
-    made = [version_of(tiny_bundle, tmp_path / f"made{n}", float(n + 1)) for n in range(3)]
-    return home, [registry.publish(folder, home, "bolt", STORAGE) for folder in made]
+    bundles = [version_of(tiny_bundle, tmp_path / f"made{n}", float(n + 1)) for n in range(3)]
+    return home, [registry.publish(bundle, home, "bolt", STORAGE) for bundle in bundles]
 
 
 def test_versions_are_content_addressed_and_stay_as_they_are(home, tmp_path):
-    place, versions = home
-    assert registry.versions(place, "bolt", STORAGE) == sorted(versions)
-    assert all(verify(f"{place}/bolt/{version}").model_id == version for version in versions)
-    stored = Path(place, "bolt", versions[0], "glad.json")
+    location, versions = home
+    assert registry.versions(location, "bolt", STORAGE) == sorted(versions)
+    assert all(verify(f"{location}/bolt/{version}").model_id == version for version in versions)
+    stored = Path(location, "bolt", versions[0], "glad.json")
     before = stored.stat().st_mtime_ns
-    assert registry.publish(tmp_path / "made0", place, "bolt", STORAGE) == versions[0]
+    assert registry.publish(tmp_path / "made0", location, "bolt", STORAGE) == versions[0]
     assert stored.stat().st_mtime_ns == before
 
 
 def test_promotion_and_rollback_walk_through_the_versions(home):
-    place, (first, second, third) = home
-    assert registry.current(place, "bolt", STORAGE) is None
+    location, (first, second, third) = home
+    assert registry.current(location, "bolt", STORAGE) is None
     for version in (first, second, third):
-        registry.promote(place, "bolt", version, STORAGE, "test")
-    assert registry.current(place, "bolt", STORAGE).earlier == [second, first]
-    assert registry.rollback(place, "bolt", STORAGE).version == second
-    registry.promote(place, "bolt", first, STORAGE, "test")
-    assert registry.current(place, "bolt", STORAGE).earlier == [second]
-    assert registry.rollback(place, "bolt", STORAGE).version == second
+        registry.promote(location, "bolt", version, STORAGE, "test")
+    assert registry.current(location, "bolt", STORAGE).earlier == [second, first]
+    assert registry.rollback(location, "bolt", STORAGE).version == second
+    registry.promote(location, "bolt", first, STORAGE, "test")
+    assert registry.current(location, "bolt", STORAGE).earlier == [second]
+    assert registry.rollback(location, "bolt", STORAGE).version == second
     with pytest.raises(GladError, match="no earlier version"):
-        registry.rollback(place, "bolt", STORAGE)
-
-
-def test_a_registry_is_found_as_models_of_its_categories(home, tmp_path, tiny_bundle):
-    place, (first, _, _) = home
-    with pytest.raises(GladError):
-        find_models(place, STORAGE)  # nothing promoted yet
-    registry.promote(place, "bolt", first, STORAGE, "test")
-    models = find_models(place, STORAGE)
-    assert models.categories == ("bolt",)
-    assert models.key("bolt") == "bolt"
-    assert models.key("nut") is models.key(None) is None
-    assert models.settings()["bolt"].threshold == 1.0
-    single = find_models(str(tiny_bundle), STORAGE)
-    assert single.categories == ()
-    assert single.key("whatever") == single.key(None) == ""
+        registry.rollback(location, "bolt", STORAGE)
 
 
 def test_an_unfinished_upload_is_no_version(home):
-    place, (first, *_) = home
-    Path(place, "bolt", first, "glad.json").unlink()
-    assert first not in registry.versions(place, "bolt", STORAGE)
+    location, (first, *_) = home
+    Path(location, "bolt", first, "glad.json").unlink()
+    assert first not in registry.versions(location, "bolt", STORAGE)
     with pytest.raises(GladError, match="no version"):
-        registry.promote(place, "bolt", first, STORAGE, "test")
+        registry.promote(location, "bolt", first, STORAGE, "test")
 
 
 def test_a_version_that_fails_its_checksum_is_refused_in_one_line(home, tmp_path):
-    place, (first, *_) = home
-    registry.promote(place, "bolt", first, STORAGE, "test")
-    weights = Path(place, "bolt", first, "unet/diffusion_pytorch_model.safetensors")
+    location, (first, *_) = home
+    registry.promote(location, "bolt", first, STORAGE, "test")
+    weights = Path(location, "bolt", first, "unet/diffusion_pytorch_model.safetensors")
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
     with pytest.raises(GladError, match="does not match its sha256"):
-        load_bundle(find_models(place, STORAGE).bundles["bolt"])
+        load_bundle(find_models(location, STORAGE).bundles["bolt"])
 
 
 def run(*arguments):
@@ -94,26 +79,33 @@ def run(*arguments):
 
 
 def test_the_commands(home, tmp_path):
-    place, (first, second, _) = home
-    assert run("promote", place, "bolt", first).exit_code == 0
-    assert run("promote", place, "bolt", second).exit_code == 0
-    listed = run("list", place)
+    location, versions = home
+    first, second, _ = versions
+    assert run("promote", location, "bolt", first).exit_code == 0
+    assert run("promote", location, "bolt", second).exit_code == 0
+    listed = run("list", location)
     assert listed.exit_code == 0
     assert second in listed.stdout
-    shown = run("show", place, "bolt")
+    shown = run("show", location, "bolt")
     assert first in shown.stdout
     assert "current" in shown.stdout
-    assert run("rollback", place, "bolt").exit_code == 0
-    assert json.loads(Path(place, "bolt/current.json").read_text())["version"] == first
+    rows = {row.pop("version"): row for row in registry.version_rows(f"{location}/", "bolt")}
+    assert [rows[version]["state"] for version in versions] == ["earlier", "current", None]
+    assert rows[second] == {"state": "current", "good_images": 7, "threshold": 2.0, "start_step": 500, "delta": 0.0042}
+    (row,) = registry.category_rows(f"{location}/")
+    assert (row["category"], row["current"], row["reason"]) == ("bolt", second, "by hand")
+    assert row["versions"] == sorted(versions)
+    assert run("rollback", location, "bolt").exit_code == 0
+    assert json.loads(Path(location, "bolt/current.json").read_text())["version"] == first
     for arguments, words in (
-        (("promote", place, "bolt", "nonsense"), "no version 'nonsense'"),
-        (("rollback", place, "bolt"), "no earlier version"),
+        (("promote", location, "bolt", "nonsense"), "no version 'nonsense'"),
+        (("rollback", location, "bolt"), "no earlier version"),
         (("list", tmp_path / "nowhere"), "no model registry"),
-        (("show", place, "nut"), "no category 'nut'"),
+        (("show", location, "nut"), "no category 'nut'"),
     ):
         outcome = run(*arguments)
         assert outcome.exit_code == 2, arguments
         assert words in outcome.stderr
         assert outcome.stderr.count("\n") == 1
-    Path(place, "bolt/current.json").write_text("{")
-    assert "damaged" in run("list", place).stderr
+    Path(location, "bolt/current.json").write_text("{")
+    assert "damaged" in run("list", location).stderr

@@ -1,0 +1,82 @@
+from pathlib import Path
+
+import pytest
+from conftest import make_bucket
+
+from cluster.storage import Storage, StorageError
+from glad_core.bundle.glad_json import update_settings, verify
+from glad_core.bundle.settings import Settings
+from glad_core.errors import GladError
+from pipelines.models import registry
+from pipelines.models.find import SMALL_BUNDLE, find_models, local_bundle
+
+STORAGE = Storage()
+
+
+def test_a_single_bundle_judges_every_image(tiny_bundle):
+    for location in (str(tiny_bundle), f"{tiny_bundle}/", f"file://{tiny_bundle}"):
+        models = find_models(location, STORAGE)
+        assert models.bundles == {"": str(tiny_bundle)}
+        assert models.categories == ()
+        assert models.key("whatever") == models.key(None) == ""
+
+
+def test_a_registry_gives_each_category_its_current_bundle(tiny_bundle, tmp_path):
+    home = str(tmp_path / "registry")
+    version = registry.publish(tiny_bundle, home, "bolt", STORAGE)
+    registry.publish(tiny_bundle, home, "washer", STORAGE)
+    with pytest.raises(GladError):
+        find_models(home, STORAGE)  # nothing promoted yet
+    registry.promote(home, "bolt", version, STORAGE, "test")
+    models = find_models(f"{home}/", STORAGE)
+    assert models.bundles == {"bolt": f"{home}/bolt/{version}"}
+    assert models.categories == ("bolt",)
+    assert models.key("bolt") == "bolt"
+    assert models.key("nut") is models.key(None) is None
+    assert models.settings()["bolt"].threshold == 3.6
+
+
+def test_small_is_the_embedded_bundle_unless_a_folder_has_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert local_bundle("small", STORAGE) == SMALL_BUNDLE
+    assert find_models("small", STORAGE).bundles == {"": "small"}
+    (tmp_path / "small").mkdir()
+    assert local_bundle("small", STORAGE) == tmp_path / "small"
+
+
+@pytest.mark.slow
+def test_a_bundle_on_s3_is_copied_once_and_anew_when_it_changes(tiny_bundle, tmp_path, s3_server, monkeypatch):
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("GLAD_CACHE", str(tmp_path / "cache"))
+    make_bucket(s3_server, "find")
+    storage, location = Storage.from_environment(), "s3://find/bundle"
+    with pytest.raises(GladError, match="no model bundle there"):
+        local_bundle(location, storage)
+    storage.publish(tiny_bundle, location, "glad.json")
+    folder = local_bundle(location, storage)
+    assert verify(folder) == verify(tiny_bundle)
+    assert folder.parent == tmp_path / "cache" / "bundles"
+    before = (folder / "glad.json").stat().st_mtime_ns
+    assert local_bundle(f"{location}/", storage) == folder
+    assert (folder / "glad.json").stat().st_mtime_ns == before
+    assert find_models(location, storage).bundles == {"": location}
+
+    changed = local_copy(folder, tmp_path / "changed")
+    update_settings(changed, Settings.parse({"threshold": 9.0}, "test"), {})
+    storage.delete_folder(location)
+    storage.publish(changed, location, "glad.json")
+    assert verify(local_bundle(location, storage)).settings["threshold"] == 9.0
+    assert len(list(folder.parent.iterdir())) == 2  # and nothing half-copied
+
+
+def local_copy(folder: Path, target: Path) -> Path:
+    STORAGE.fetch(str(folder), target)
+    return target
+
+
+def test_an_unreachable_s3_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLAD_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(StorageError, match=r"cannot reach http://127.0.0.1:9"):
+        local_bundle("s3://bucket/bundle", Storage("http://127.0.0.1:9", "id", "secret", region="us-east-1"))
+    assert not (tmp_path / "cache").exists()
