@@ -1,1 +1,1 @@
-"""Where jobs run and where bytes live: the Ray session and storage."""
+"""The Ray session, its clusters, and storage."""

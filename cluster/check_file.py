@@ -31,8 +31,8 @@ def check_cluster_file(path: Path) -> tuple[list[str], list[str]]:
         raise SessionError(f"{path}: not text; name a YAML file such as ray_cluster.yaml") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise SessionError(f"{path}: not YAML{where}: {getattr(error, 'problem', error)}; correct it there") from error
+        line = f" at line {mark.line + 1}" if mark else ""
+        raise SessionError(f"{path}: not YAML{line}: {getattr(error, 'problem', error)}; correct it there") from error
     if not documents or not all(isinstance(document, dict) for document in documents):
         raise SessionError(f"{path}: a cluster file is a table of settings; see ray_cluster.yaml")
     config = documents[0]

@@ -15,7 +15,7 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # the job draws its own
     "RAY_DATA_USE_OBSTORE": "0",  # with a custom endpoint its downloads silently return null
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # tasks without GPUs keep CUDA_VISIBLE_DEVICES
 }
 ANSWER_SECONDS = 10  # for a cluster's port to answer
 # A resource that the head of a growing cluster declares: how many GPUs the autoscaler may start. Ray itself does not

@@ -195,5 +195,5 @@ def _pretrained_vit(features: str) -> Any:
             raise
         raise GladError(
             f"'{features}': its pretrained weights cannot be fetched (no network to the hub?); "
-            "run once where the hub is reachable"
+            "run once on a machine that reaches the hub"
         ) from error

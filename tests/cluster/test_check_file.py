@@ -10,14 +10,14 @@ from pipelines.cli.main import app
 SHIPPED = Path(__file__).parents[2] / "ray_cluster.yaml"
 
 
-def test_the_shipped_file_is_what_ray_takes_and_says_what_to_change():
+def test_ray_accepts_the_shipped_file_which_names_what_to_change():
     problems, unchanged = check_cluster_file(SHIPPED)
     assert problems == []
     assert len(unchanged) == len(EXAMPLES)
     config = yaml.safe_load(SHIPPED.read_text())
     types = config["available_node_types"]
-    assert {name for name, of in types.items() if "InstanceMarketOptions" in of["node_config"]} == {"gpu_spot"}
-    assert all("IamInstanceProfile" in of["node_config"] for of in types.values())
+    assert {name for name, node in types.items() if "InstanceMarketOptions" in node["node_config"]} == {"gpu_spot"}
+    assert all("IamInstanceProfile" in node["node_config"] for node in types.values())
 
 
 def broken(change):
@@ -44,7 +44,7 @@ def broken(change):
         (lambda c: c.update(setup_commands=["export AWS_SECRET_ACCESS_KEY=x"]), ["credentials", "IamInstanceProfile"]),
     ],
 )
-def test_what_is_wrong_is_a_line_that_says_where(tmp_path, change, words):
+def test_every_mistake_is_one_line_with_its_place(tmp_path, change, words):
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(broken(change)))
     outcome = CliRunner().invoke(app, ["cluster", "check", str(path)])

@@ -1,4 +1,4 @@
-"""The Grafana dashboard asks for metrics that the actors give."""
+"""The Grafana dashboard and the actors agree on metrics and labels."""
 
 import json
 import re
@@ -9,17 +9,18 @@ from pipelines.score.actor_metrics import ActorMetrics
 DASHBOARD = Path(__file__).parents[2] / "cluster" / "grafana" / "glad.json"
 
 
-def test_every_metric_of_the_dashboard_is_one_the_actors_count_with_the_labels_asked_for():
+def test_the_dashboard_shows_every_metric_of_the_actors_by_labels_it_has():
     metrics = {
         metric.info["name"]: set(metric.info["tag_keys"])
         for metric in vars(ActorMetrics("r")).values()
         if hasattr(metric, "info")
     }
     panels = json.loads(DASHBOARD.read_text())["panels"]
-    asked = [target["expr"] for panel in panels for target in panel["targets"]]
-    names = {name: re.sub(r"_(total|bucket)$", "", name) for name in re.findall(r"ray_(glad_\w+)", " ".join(asked))}
+    expressions = [target["expr"] for panel in panels for target in panel["targets"]]
+    shown = re.findall(r"ray_(glad_\w+)", " ".join(expressions))
+    names = {name: re.sub(r"_(total|bucket)$", "", name) for name in shown}
     assert set(names.values()) == set(metrics)  # and none goes unseen
-    for expression in asked:
+    for expression in expressions:
         (name,) = set(re.findall(r"ray_(glad_\w+)", expression))
         labels = set(re.findall(r"(\w+)=~?\"", expression))
         assert labels <= metrics[names[name]], expression

@@ -85,8 +85,8 @@ def refused(outcome, *words):
 @pytest.mark.usefixtures("offline_vit")
 def test_create_then_import_then_inspect(tmp_path, stable_diffusion):
     first, second = tmp_path / "screw", tmp_path / "authors"
-    made = glad("create", stable_diffusion, "--out", first, "--features", FEATURES, "--preset", "MVTec-AD/screw")
-    assert made.exit_code == 0, made.output
+    outcome = glad("create", stable_diffusion, "--out", first, "--features", FEATURES, "--preset", "MVTec-AD/screw")
+    assert outcome.exit_code == 0, outcome.output
     model = load_bundle(first)
     assert model.category == "screw"
     assert model.settings.delta == 0.32
@@ -101,8 +101,8 @@ def test_create_then_import_then_inspect(tmp_path, stable_diffusion):
     assert imported.exit_code == 0, imported.output
     for name, weight in load_bundle(second).unet.state_dict().items():
         assert torch.equal(weight, tuned[name])
-    for made in (first, second):  # what `glad train` starts from
-        recipe = read_description(made).provenance["recipe"]
+    for bundle in (first, second):  # the defaults of `glad train`
+        recipe = read_description(bundle).provenance["recipe"]
         assert recipe == presets.training_preset("MVTec-AD", "screw")
 
     shown = glad("inspect", second)
@@ -150,8 +150,8 @@ def test_the_default_features_exist_in_timm():
 def test_a_bundle_for_several_categories_has_a_prompt_for_each(tmp_path, stable_diffusion):
     out = tmp_path / "several"
     options = ["--features", FEATURES, "--preset", "MVTec-AD/cable", "--category", "cable,screw"]
-    made = glad("create", stable_diffusion, "--out", out, *options)
-    assert made.exit_code == 0, made.output
+    outcome = glad("create", stable_diffusion, "--out", out, *options)
+    assert outcome.exit_code == 0, outcome.output
     model = load_bundle(out)
     assert model.settings.start_step == 650
     assert model.settings.resolution == 256
