@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,11 @@ TRIES = 2  # of an image alone in a process, before it is given up
 
 # Bombs are refused below with an error of our own; Pillow's warning would only repeat it in worker logs.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def is_image(path: str) -> bool:
+    """Whether a file's suffix says that it is an image. The one rule for what a dataset or a tar shard holds."""
+    return PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES
 
 
 class ImageError(Exception):

@@ -1,8 +1,8 @@
-"""What a user may call SOURCE, turned into manifest rows: one per image, in a fixed order, streamed.
+"""What a user may name as SOURCE, turned into manifest rows: one per image, in a fixed order, streamed.
 
-A folder tree, a glob, an MVTec-AD category (or a folder of several), a text or Parquet list of URIs, tar shards, a
-single image; each local or on S3. ``image_id`` is a hash of the image's path within the archive, so a copied archive
-keeps its ids.
+A folder tree, a glob, a dataset in MVTec-AD's or VisA's layout, a text or Parquet list of URIs, tar shards, a single
+image; each local or on S3. ``image_id`` is a hash of the image's path within the archive, so a copied archive keeps its
+ids.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.utils import glob_translate
 
-from cluster.storage import Storage, StorageError, clear_errors, is_s3, join, local_path
-from glad_core.errors import GladError, did_you_mean
-from pipelines.archive.decode import IMAGE_SUFFIXES
+from cluster.storage import Storage, StorageError, absolute, clear_errors, is_s3, join
+from glad_core.errors import GladError
+from pipelines.archive.decode import is_image
+from pipelines.archive.layouts import category_folders, choose_category, read_split_file, split_file
 
 LIST_SUFFIXES = {".txt", ".lst", ".parquet"}
 WILDCARDS = re.compile(r"[*?\[]")
@@ -32,7 +33,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Tree:
-    """A folder, all files of which are meant. ``inside`` comes before their paths below it in the archive's own."""
+    """A folder, listed with all files below it.
+
+    ``inside`` is put before their paths below the folder to make their paths within the archive.
+    """
 
     folder: str
     inside: str = ""
@@ -42,33 +46,57 @@ class Tree:
 def list_source(source: str, category: str | None, storage: Storage, several: bool = False) -> Iterator[Row]:
     """Manifest rows of any SOURCE.
 
-    Where the models are for ``several`` categories, ``category`` holds for every image, whatever the SOURCE; without
-    it an image's category is its MVTec-AD category, or else the first folder below SOURCE.
+    If the models are for ``several`` categories, ``category`` holds for every image of any SOURCE; without it an
+    image's category is that of its dataset, or else the first folder below SOURCE.
 
     Raises:
         GladError: unknown category, several categories and none chosen, an unreadable list.
         StorageError: nothing there, no such bucket, wrong credentials.
     """
-    source = source if is_s3(source) else local_path(source)
+    source = absolute(source)
     trees = trees_of(source, category, storage, several)
     if trees is not None:
         rows: Iterator[Row] = (row for tree in trees for row in tree_rows(tree, storage.walk(tree.folder), storage))
+    elif storage.kind(source) == "folder":
+        rows = _list_split_file(source, category, storage, several)
     elif category is not None and not several:
-        raise GladError(f"{source}: --category chooses within an MVTec-AD folder, and this is no folder; leave it out")
+        raise GladError(f"{source}: --category chooses within a dataset's folder, and this is no folder; leave it out")
     else:
         rows = _list_no_folder(source, storage)
     return with_categories(rows, source, category) if several else rows
 
 
 def trees_of(source: str, category: str | None, storage: Storage, several: bool = False) -> list[Tree] | None:
-    """The folder trees that make up an archive, None where ``source`` is no folder. Raises as `list_source`."""
-    if storage.kind(source) != "folder":
+    """The folder trees that make up an archive.
+
+    None if ``source`` is no folder, or a dataset in VisA's layout, whose split file names its images. Raises as
+    `list_source`.
+    """
+    if storage.kind(source) != "folder" or split_file(source, storage) is not None:
         return None
-    known = _mvtec_categories(source, storage) if several else []
-    if known and (category is None or category in known):
-        return [_tree(join(source, name), name, storage) for name in (known if category is None else [category])]
-    own = several and category != source.rpartition("/")[2]  # the category is not chosen here, it is only a name
-    return [_tree(source, None if own else category, storage)]
+    folders = category_folders(source, storage)
+    if several and (category is None or category in folders):
+        chosen = list(folders) if category is None else [category]
+    elif several:  # the category is a name for whatever is there
+        chosen = _chosen(source, folders, None)
+    else:
+        chosen = _chosen(source, folders, category)
+    # Ids count from the category's name on, so they are the same for the category's folder and for the one above it.
+    return [Tree(join(folders[name], "test"), f"{name}/test/", name) for name in chosen] or [Tree(source)]
+
+
+def _chosen(source: str, folders: dict[str, str], category: str | None) -> list[str]:
+    """The one MVTec-AD category that is meant, [] if ``source`` is not laid out that way."""
+    if source in folders.values():
+        (own_name,) = folders
+        if category not in (None, own_name):
+            raise GladError(f"{source} is the category '{own_name}', not '{category}'; leave --category out")
+        return [own_name]
+    if folders:
+        return [choose_category(folders, category, source)]
+    if category is not None:
+        raise GladError(f"{source}: no MVTec-AD category (a folder with train/ and test/) in it; leave --category out")
+    return []
 
 
 def tree_rows(tree: Tree, files: Iterable[tuple[str, int]], storage: Storage) -> Iterator[Row]:
@@ -78,10 +106,10 @@ def tree_rows(tree: Tree, files: Iterable[tuple[str, int]], storage: Storage) ->
 
 
 def with_categories(rows: Iterable[Row], source: str, category: str | None) -> Iterator[Row]:
-    """The rows with the category that several models need: the one named, their own, or the first folder."""
+    """The rows with the category that several models need: ``category``, their own, or the first folder."""
     for row in rows:
-        inside = row["uri"].rpartition("::")[2].removeprefix(source).strip("/").split("/")
-        folder = inside[0] if len(inside) > 1 else None
+        parts = row["uri"].rpartition("::")[2].removeprefix(source).strip("/").split("/")
+        folder = parts[0] if len(parts) > 1 else None
         yield row | {"category": category or row["category"] or folder}
 
 
@@ -97,38 +125,17 @@ def _list_no_folder(source: str, storage: Storage) -> Iterator[Row]:
     raise StorageError(f"{source}: no such file or folder")
 
 
-def _mvtec_categories(source: str, storage: Storage) -> list[str]:
-    """Names of the MVTec-AD categories directly in a folder."""
-    return [name for name in storage.folders(source) if {"train", "test"} <= set(storage.folders(join(source, name)))]
-
-
-def _tree(source: str, category: str | None, storage: Storage) -> Tree:
-    root = _mvtec_category(source, category, storage)
-    if root is None:
-        return Tree(source)
-    name = root.rstrip("/").rpartition("/")[2]
-    # Ids count from the category's name on, so they are the same whichever of the two folders is given.
-    return Tree(join(root, "test"), f"{name}/test/", name)
-
-
-def _mvtec_category(source: str, category: str | None, storage: Storage) -> str | None:
-    """The folder of the MVTec-AD category meant, None where ``source`` is not laid out that way."""
-    children = storage.folders(source)
-    own_name = source.rstrip("/").rpartition("/")[2]
-    if {"train", "test"} <= set(children):
-        if category not in (None, own_name):
-            raise GladError(f"{source} is the category '{own_name}', not '{category}'; leave --category out")
-        return source
-    known = _mvtec_categories(source, storage)
-    if category is None and len(known) > 1:
-        raise GladError(f"{source} holds {len(known)} categories ({', '.join(known)}): choose one with --category")
-    if category is None:
-        return join(source, known[0]) if known else None
-    if not known:
-        raise GladError(f"{source}: no MVTec-AD category (a folder with train/ and test/) in it; leave --category out")
-    if category not in known:
-        raise GladError(f"{source} has no category '{category}'{did_you_mean(category, known)}")
-    return join(source, category)
+def _list_split_file(source: str, category: str | None, storage: Storage, several: bool) -> Iterator[Row]:
+    """The test images of a dataset in VisA's layout; ids are as if the folder had been walked."""
+    examples = [example for example in read_split_file(source, storage) or [] if example.split == "test"]
+    known = list(dict.fromkeys(example.category for example in examples))
+    if known and not several:
+        known = [choose_category(known, category, source)]
+    elif category in known:
+        known = [category]
+    for example in examples:
+        if example.category in known:
+            yield _row(example.uri, example.path, None, example.category)
 
 
 def _list_glob(pattern: str, storage: Storage) -> Iterator[Row]:
@@ -136,8 +143,8 @@ def _list_glob(pattern: str, storage: Storage) -> Iterator[Row]:
     if is_s3(pattern) and len(fixed) <= len("s3://"):
         raise GladError(f"{pattern}: the bucket itself cannot be a pattern; name it")
     matches = re.compile(glob_translate(pattern[len(fixed) + 1 :])).match
-    found = ((path, size) for path, size in storage.walk(fixed or "/") if matches(path))
-    return tree_rows(Tree(fixed), found, storage)
+    files = ((path, size) for path, size in storage.walk(fixed or "/") if matches(path))
+    return tree_rows(Tree(fixed), files, storage)
 
 
 def _list_uris(source: str, storage: Storage) -> Iterator[Row]:
@@ -168,8 +175,8 @@ def _entries(source: str, storage: Storage) -> Iterator[str]:
             raise GladError(f"{source}: not a readable Parquet file") from error
         names = [field.name for field in table.schema_arrow if pa.types.is_string(field.type)]
         if "uri" not in names:
-            found = ", ".join(table.schema_arrow.names)
-            raise GladError(f"{source}: a Parquet list needs a string column 'uri'; it has {found}")
+            columns = ", ".join(table.schema_arrow.names)
+            raise GladError(f"{source}: a Parquet list needs a string column 'uri'; it has {columns}")
         for batch in table.iter_batches(columns=["uri"]):
             yield from (uri for uri in batch["uri"].to_pylist() if uri)
 
@@ -183,9 +190,9 @@ def _expand_one(uri: str, archive_path: str, size: int | None, category: str | N
 
 
 def _list_tar(uri: str, archive_path: str, category: str | None, storage: Storage) -> Iterator[Row]:
-    """The images of a shard, by their place in it; WebDataset's other members (.json, .cls, .txt) are no images.
+    """The images of a tar shard, in its order; WebDataset's other members (.json, .cls, .txt) are skipped.
 
-    A shard that is damaged gives the images before the damage, and one error row for itself.
+    A damaged shard gives the images before the damage, and one error row for itself.
     """
     problem: str | None = None
     try:
@@ -193,7 +200,7 @@ def _list_tar(uri: str, archive_path: str, category: str | None, storage: Storag
         with filesystem.open_input_file(path) as stream, tarfile.open(fileobj=stream, mode="r:") as shard:
             end = stream.size()
             for member in shard:
-                if not member.isfile() or PurePosixPath(member.name).suffix.lower() not in IMAGE_SUFFIXES:
+                if not member.isfile() or not is_image(member.name):
                     continue
                 if member.offset_data + member.size > end:
                     problem = f"cut off inside {member.name}"
@@ -203,7 +210,7 @@ def _list_tar(uri: str, archive_path: str, category: str | None, storage: Storag
                     "offset": member.offset_data,
                 }
             else:
-                # tarfile stops without a word at a damaged header; a whole archive stops at its block of zeros.
+                # tarfile stops at a damaged header as at the end; only a whole archive has its block of zeros there.
                 stream.seek(shard.offset)
                 if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     problem = f"damaged or cut off at byte {shard.offset}"
@@ -219,6 +226,6 @@ def _list_tar(uri: str, archive_path: str, category: str | None, storage: Storag
 
 def _row(uri: str, archive_path: str, size: int | None, category: str | None) -> Row:
     digest = hashlib.sha256(os.fsencode(archive_path)).hexdigest()
-    # A file name that is no UTF-8 cannot be a Parquet string; escaped, it is not found again and says so as an error.
+    # A file name that is not UTF-8 cannot be a Parquet string. Escaped, it is not found again, and ends as an error.
     printable = os.fsencode(uri).decode("utf-8", "backslashreplace")
     return {"image_id": digest[:32], "uri": printable, "size": size, "category": category}
