@@ -1,4 +1,4 @@
-"""From a manifest row to pixels: fetch the bytes, decode them, resize; what goes wrong becomes the row's error."""
+"""From a manifest row to pixels: fetch the bytes, decode them, resize. A failure becomes the row's error."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MAX_BYTES = 512 * 2**20
 MAX_MEMORY = 3 * 2**30  # bytes that decoding one image may take
 TOO_MUCH = f"its decoder asked for more memory than the {MAX_MEMORY // 2**20} MiB that one image may take"
 FETCH_THREADS = 8
-TRIES = 2  # of an image alone in a process, before it is given up
+TRIES = 2  # at an image alone in a process, before it is given up
 
 # Bombs are refused below with an error of our own; Pillow's warning would only repeat it in worker logs.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -40,7 +40,7 @@ def is_image(path: str) -> bool:
 
 
 class ImageError(Exception):
-    """A file that yields no picture. ``kind``: missing, unreadable, empty, not_an_image, damaged, too_large."""
+    """A file that cannot be decoded. ``kind``: missing, unreadable, empty, not_an_image, damaged, too_large."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -63,7 +63,7 @@ DECODED_SCHEMA = pa.schema(
         ("category", pa.string()),
         ("width", pa.int32()),
         ("height", pa.int32()),
-        ("image", pa.binary()),  # R * R * 3 bytes, null where there is an error
+        ("image", pa.binary()),  # R * R * 3 bytes, null if there is an error
         ("stage", pa.string()),
         ("error_type", pa.string()),
         ("message", pa.string()),
@@ -73,7 +73,7 @@ DECODED_SCHEMA = pa.schema(
 
 
 def fetch_and_decode(storage: Storage, resolution: Callable[[str | None], int]) -> Callable[[pa.Table], pa.Table]:
-    """A stage: manifest rows in, `DECODED_SCHEMA` rows out, one for one; only storage that is gone raises.
+    """A stage: manifest rows in, `DECODED_SCHEMA` rows out, one for one. It raises only if storage does not answer.
 
     Args:
         resolution: side to which images of a category are resized, pixels.
@@ -86,7 +86,7 @@ def fetch_and_decode(storage: Storage, resolution: Callable[[str | None], int]) 
         else:
             with ThreadPoolExecutor(FETCH_THREADS) as pool:
                 fetched = list(pool.map(lambda row: _fetch_row(storage, row), manifest))
-            # One by one, so that each has the whole budget of memory; tasks are what decodes in parallel.
+            # One by one, so that each has the whole memory budget; several tasks decode in parallel.
             decoded = [
                 _decode_row(row, data, resolution(row["category"])) for row, data in zip(manifest, fetched, strict=True)
             ]
@@ -105,7 +105,7 @@ def _fetch_row(storage: Storage, row: dict[str, Any]) -> bytes | ImageError | No
 
 
 def _decode_row(row: dict[str, Any], data: bytes | ImageError | None, resolution: int) -> dict[str, Any]:
-    out = {name: row.get(name) for name in ("image_id", "uri", "category", "position")}
+    out = _kept(row)
     if data is None:
         return out | {name: row[name] for name in ("stage", "error_type", "message")}
     if isinstance(data, ImageError):
@@ -115,9 +115,14 @@ def _decode_row(row: dict[str, Any], data: bytes | ImageError | None, resolution
             picture = decode(data, resolution)
     except ImageError as error:
         return out | {"stage": "decode", "error_type": error.kind, "message": str(error)}
-    except MemoryError:  # not while decoding, but while resizing
+    except MemoryError:  # raised by resizing; `decode` handles its own
         return out | {"stage": "decode", "error_type": "too_large", "message": TOO_MUCH}
     return out | {"width": picture.width, "height": picture.height, "image": picture.pixels.tobytes()}
+
+
+def _kept(row: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a manifest row that stay with the image."""
+    return {name: row.get(name) for name in ("image_id", "uri", "category", "position")}
 
 
 def _fetch_and_decode_row(storage: Storage, row: dict[str, Any], resolution: int) -> dict[str, Any]:
@@ -126,10 +131,10 @@ def _fetch_and_decode_row(storage: Storage, row: dict[str, Any], resolution: int
 
 @contextmanager
 def memory_limit(budget: int) -> Iterator[None]:
-    """Lets this process take ``budget`` bytes more than it has now, and no more; only Linux can.
+    """Lets this process take ``budget`` bytes more than it has now, and no more; Linux only.
 
-    What asks for more gets none: a decoder fails, and says so. The limit holds for every thread of the process, and
-    one of Ray's that meets it may end the process: then the image is tried again apart, as one that killed it.
+    A decoder that asks for more fails with an error. The limit holds for every thread of the process, and one of Ray's
+    that meets it may end the process: the image is then tried again apart, as one that killed its process.
     """
     if not hasattr(psutil, "RLIMIT_DATA"):
         yield
@@ -145,16 +150,15 @@ def memory_limit(budget: int) -> Iterator[None]:
 
 
 def _decode_apart(storage: Storage, row: dict[str, Any], resolution: int) -> dict[str, Any]:
-    """The same in a process where no other image is decoded meanwhile, so that one which kills it is found out."""
+    """Fetch and decode in a process of its own, so that an image that kills its process is identified."""
     import ray
 
     task: Any = ray.remote(num_cpus=0, max_retries=TRIES - 1)(_fetch_and_decode_row)
     try:
         return ray.get(task.remote(storage, row, resolution))
     except ray.exceptions.WorkerCrashedError:
-        out = {name: row.get(name) for name in ("image_id", "uri", "category", "position")}
         message = f"the process that decoded it died {TRIES} times"
-        return out | {"stage": "decode", "error_type": "deadly", "message": message}
+        return _kept(row) | {"stage": "decode", "error_type": "deadly", "message": message}
     except ray.exceptions.RayError as error:
         raise session.root_cause(error, StorageError) from None
 
@@ -164,29 +168,29 @@ def fetch(storage: Storage, row: dict[str, Any]) -> bytes:
 
     Raises:
         ImageError: missing, unreadable, empty or too_large.
-        StorageError: the server is gone, which says nothing about the image.
+        StorageError: the server does not answer, which says nothing about the image.
     """
-    place = row.get("shard") or row["uri"]
+    file = row.get("shard") or row["uri"]
     try:
-        size = row["size"] if row["size"] is not None else storage.size(place)
+        size = row["size"] if row["size"] is not None else storage.size(file)
         if size > MAX_BYTES:
             raise ImageError("too_large", f"{size} bytes, more than the {MAX_BYTES} read for one image")
-        data = storage.read(place, row["offset"], size) if row.get("shard") else storage.read(place)
+        data = storage.read(file, row["offset"], size) if row.get("shard") else storage.read(file)
     except StorageError as error:
         raise ImageError("unreadable", str(error)) from error
     except FileNotFoundError as error:
-        raise ImageError("missing", f"{place}: no such file") from error
+        raise ImageError("missing", f"{file}: no such file") from error
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and is_outage(error):
-            raise StorageError(explain(place, storage.endpoint, error)) from error
-        raise ImageError("unreadable", explain(place, storage.endpoint, OSError(str(error)))) from error
+            raise StorageError(explain(file, storage.endpoint, error)) from error
+        raise ImageError("unreadable", explain(file, storage.endpoint, OSError(str(error)))) from error
     if not data:
         raise ImageError("empty", "the file has no bytes")
     return data
 
 
 def decode(data: bytes, resolution: int) -> Picture:
-    """Encoded bytes to a `Picture`. The first frame of an animation or a multi-page TIFF.
+    """Encoded bytes to a `Picture`; the first frame of an animation or a multi-page TIFF.
 
     Raises:
         ImageError: not_an_image, damaged or too_large.
@@ -230,7 +234,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     and nothing is clipped. Floating point is taken as 0..1; CMYK is converted without a colour profile.
 
     Raises:
-        ImageError: damaged, where integers exceed 16 bits or floats leave 0..1.
+        ImageError: damaged, if integers exceed 16 bits or floats leave 0..1.
     """
     mode = image.mode
     if mode.startswith("I") or mode == "F":
@@ -246,7 +250,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _refused(error: Exception) -> ImageError:
-    """What a decoder's exception says of the image. (WebP's does not tell too little memory from damage.)"""
+    """The error for a decoder's exception. (WebP's decoder reports too little memory as damage.)"""
     if isinstance(error, MemoryError) or "out of memory" in str(error):
         return ImageError("too_large", TOO_MUCH)
     return ImageError("damaged", " ".join(f"{type(error).__name__}: {error}".split())[:300])

@@ -1,9 +1,9 @@
 """The archive as a manifest in Parquet: listed once by many tasks, read again stretch by stretch.
 
-A folder tree is opened level by level until there are enough folders; then consecutive folders, and the files between
-them, are one task's each. A task writes its rows in parts of `PART_ROWS` and says how many there were; the tasks'
-counts, kept in plan.json, give every image its position in the whole. The order is that of a single walk, however
-many tasks run at a time.
+A folder tree is opened level by level until there are enough folders. Consecutive folders, and the files between them,
+then form one task each. A task writes its rows in parts of `PART_ROWS` and returns their number. These numbers, kept in
+plan.json, give every image its position in the whole. The order is that of a single walk, however many tasks run at a
+time.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster import session
-from cluster.storage import Storage, StorageError, clear_errors, is_s3, join, local_path
+from cluster.storage import Storage, StorageError, absolute, clear_errors, join
 from glad_core.errors import GladError
 from pipelines.archive.sources import LIST_SUFFIXES, Row, Tree, list_source, tree_rows, trees_of, with_categories
 
 PART_ROWS = 512  # rows per manifest file
-FOLDERS = 64  # a tree is opened until it has so many folders, and cut into at most so many tasks
-LOOSE = 1000  # files beside each other (a page of S3's listing): a folder with more of them is not opened
+FOLDERS = 64  # a tree is opened until it has this many folders, and cut into at most this many tasks
+LOOSE_FILES = 1000  # directly in a folder (a page of S3's listing); a folder with more is not opened
 OPENERS = 16  # folders opened at a time
-TASK_CPUS = 0.25  # it waits on storage most of the time
+TASK_CPUS = 0.25  # of a listing or decoding task, which waits on storage most of the time
 
 MANIFEST_SCHEMA = pa.schema(
     [
         ("image_id", pa.string()),
         ("uri", pa.string()),
-        ("size", pa.int64()),  # bytes; null where the list does not say
+        ("size", pa.int64()),  # bytes; null if a list of URIs named the image
         ("category", pa.string()),
-        ("shard", pa.string()),  # the tar file an image lies in, and where in it
+        ("shard", pa.string()),  # the tar file an image lies in, and its first byte there
         ("offset", pa.int64()),
-        ("stage", pa.string()),  # set where listing itself failed
+        ("stage", pa.string()),  # set if listing itself failed
         ("error_type", pa.string()),
         ("message", pa.string()),
-        ("position", pa.int64()),  # place among the rows of its task, from 0
+        ("position", pa.int64()),  # among the rows of its task, from 0
     ]
 )
 Entry = tuple[Tree, str, int | None]  # a path below a tree's folder, and the file's size; None for a folder
@@ -50,7 +50,7 @@ Entry = tuple[Tree, str, int | None]  # a path below a tree's folder, and the fi
 
 @dataclass(frozen=True)
 class Archive:
-    """What is listed, as `sources.list_source` takes it."""
+    """The arguments of `sources.list_source`; ``source`` is absolute."""
 
     source: str
     category: str | None
@@ -60,21 +60,21 @@ class Archive:
 
 @dataclass(frozen=True)
 class Listed:
-    """How many images each task has listed, in the manifest's order; ``duplicates`` named an image listed already."""
+    """Number of images from each task, in the manifest's order, and of entries that named an image a second time."""
 
     rows: tuple[int, ...]
     duplicates: int
 
 
 def list_remotely(source: str, category: str | None, storage: Storage, folder: str, several: bool) -> Listed:
-    """List an archive into ``folder`` by tasks on the cluster; the driver sees folders and counts.
+    """List an archive into ``folder`` by tasks on the cluster; only folders and counts reach the driver.
 
     Raises:
-        GladError, StorageError: see `sources.list_source`; also when there is nothing to score.
+        GladError, StorageError: as `sources.list_source`; also if there is no image.
     """
     import ray
 
-    archive = Archive(source if is_s3(source) else local_path(source), category, storage, several)
+    archive = Archive(absolute(source), category, storage, several)
     opening: Any = ray.remote(num_cpus=TASK_CPUS)(split)
     listing: Any = ray.remote(num_cpus=TASK_CPUS)(write_manifest)
     tasks: list[Any] = []
@@ -85,7 +85,7 @@ def list_remotely(source: str, category: str | None, storage: Storage, folder: s
     except BaseException as error:
         for task in tasks:
             ray.cancel(task)
-        if tasks:  # nothing may be written any more once the caller cleans up
+        if tasks:  # they must not write any more once the caller cleans up
             ray.wait(tasks, num_returns=len(tasks), timeout=30)
         if isinstance(error, ray.exceptions.RayError):
             raise session.root_cause(error, GladError, StorageError) from None
@@ -97,7 +97,7 @@ def list_remotely(source: str, category: str | None, storage: Storage, folder: s
 
 
 def split(archive: Archive) -> list[list[Entry] | None]:
-    """The archive in pieces for one task each, in order; a single None where it is no folder."""
+    """The archive in pieces for one task each, in order; a single None if it cannot be split into folders."""
     trees = trees_of(archive.source, archive.category, archive.storage, archive.several)
     if trees is None:
         return [None]
@@ -111,12 +111,12 @@ def split(archive: Archive) -> list[list[Entry] | None]:
             opened = dict(zip(closed, pool.map(lambda entry: _open(entry, archive.storage), closed), strict=True))
             whole.update(entry for entry in closed if opened[entry] == [entry])
             entries = [part for entry in entries for part in opened.get(entry, [entry])]
-    each = -(-max(1, sum(size is None for _, _, size in entries)) // FOLDERS)
+    folders_per_piece = -(-max(1, sum(size is None for _, _, size in entries)) // FOLDERS)
     pieces: list[list[Entry] | None] = []
     piece: list[Entry] = []
     folders = 0
     for entry in entries:
-        if entry[2] is None and folders == each:
+        if entry[2] is None and folders == folders_per_piece:
             pieces.append(piece)
             piece, folders = [], 0
         folders += entry[2] is None
@@ -125,27 +125,28 @@ def split(archive: Archive) -> list[list[Entry] | None]:
 
 
 def _open(folder: Entry, storage: Storage) -> list[Entry]:
-    """What lies directly in a folder; the folder itself where that is many files."""
+    """The files and folders directly in a folder; the folder itself if it holds many files."""
     tree, path, _ = folder
-    found: list[Entry] = []
+    entries: list[Entry] = []
     files = 0
     for name, size in storage.level(join(tree.folder, path) if path else tree.folder):
         files += size is not None
-        if files > LOOSE or not name:  # an S3 key may hold two slashes in a row, which no path can name
+        if files > LOOSE_FILES or not name:  # an S3 key may hold two slashes in a row, which no path can name
             return [folder]
-        found.append((tree, f"{path}/{name}" if path else name, size))
-    return found
+        entries.append((tree, f"{path}/{name}" if path else name, size))
+    return entries
 
 
 def write_manifest(archive: Archive, piece: Sequence[Entry] | None, number: int, folder: str) -> tuple[int, int]:
-    """List a piece of the archive (None: all of it) into Parquet parts; returns how many images, and duplicates.
+    """List a piece of the archive (None: all of it) into Parquet parts; returns the number of images and of duplicates.
 
-    Holds one part in memory. Paths in a tree cannot repeat; to find what a list or a tar names twice, 16 bytes are
-    kept for each of its images.
+    Holds one part in memory. Paths in a tree cannot repeat. To find what a list or a tar names twice, 16 bytes are kept
+    for each of its images.
     """
     if piece is None:
         rows = list_source(archive.source, archive.category, archive.storage, archive.several)
-        whole = PurePosixPath(archive.source).suffix.lower() in LIST_SUFFIXES
+        split_file = archive.storage.kind(archive.source) == "folder"
+        whole = split_file or PurePosixPath(archive.source).suffix.lower() in LIST_SUFFIXES
     else:
         rows, whole = _piece_rows(piece, archive), False
     count, seen = 0, 0
@@ -158,7 +159,7 @@ def write_manifest(archive: Archive, piece: Sequence[Entry] | None, number: int,
 
     unique = _unique(counted(), whole)
     for part in range(10**6):
-        batch = [row | {"position": count + place} for place, row in enumerate(islice(unique, PART_ROWS))]
+        batch = [row | {"position": count + index} for index, row in enumerate(islice(unique, PART_ROWS))]
         if not batch:
             break
         stream = io.BytesIO()
@@ -182,7 +183,7 @@ def _piece_rows(piece: Sequence[Entry], archive: Archive) -> Iterator[Row]:
 
 
 def _unique(rows: Iterable[Row], whole: bool) -> Iterator[Row]:
-    """Without images named before: anywhere, or only in the same tar."""
+    """The rows without those of images named before: anywhere (``whole``), or only in the same tar."""
     seen: set[bytes] = set()
     shard = None
     for row in rows:
@@ -198,10 +199,10 @@ def _unique(rows: Iterable[Row], whole: bool) -> Iterator[Row]:
 
 
 def read_manifest(folder: str, listed: Sequence[int], first: int, last: int, storage: Storage) -> pa.Table:
-    """The manifest's rows at positions ``first`` to ``last`` (not included), their ``position`` that in the whole.
+    """The manifest's rows from position ``first`` to before ``last``; their ``position`` is that in the whole.
 
     Args:
-        listed: how many rows each task has listed.
+        listed: number of rows from each listing task.
 
     Raises:
         StorageError: a part is missing or cannot be read.
@@ -211,9 +212,9 @@ def read_manifest(folder: str, listed: Sequence[int], first: int, last: int, sto
         start = end - rows
         low, high = max(first, start) - start, min(last, end) - start
         for part in range(low // PART_ROWS, -(-high // PART_ROWS) if low < high else 0):
-            place = _part(folder, number, part)
-            with clear_errors(place, storage):
-                table = pq.read_table(pa.BufferReader(storage.read(place)), schema=MANIFEST_SCHEMA)
+            file = _part(folder, number, part)
+            with clear_errors(file, storage):
+                table = pq.read_table(pa.BufferReader(storage.read(file)), schema=MANIFEST_SCHEMA)
             begins = part * PART_ROWS
             table = table.slice(max(0, low - begins), min(high, begins + PART_ROWS) - max(low, begins))
             column = table.schema.get_field_index("position")
@@ -222,5 +223,5 @@ def read_manifest(folder: str, listed: Sequence[int], first: int, last: int, sto
 
 
 def _part(folder: str, number: int, part: int) -> str:
-    """Where rows of task ``number`` from `PART_ROWS` times ``part`` on are."""
+    """The file of a part: task ``number``'s rows from `PART_ROWS` times ``part`` on."""
     return join(folder, f"part-{number:02d}{part:06d}.parquet")

@@ -45,7 +45,7 @@ def test_pieces_together_are_one_walk_with_positions(tmp_path_factory, files, fo
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(name.encode())
     with pytest.MonkeyPatch.context() as patched:
-        for name, value in (("FOLDERS", folders), ("LOOSE", loose), ("PART_ROWS", 4)):
+        for name, value in (("FOLDERS", folders), ("LOOSE_FILES", loose), ("PART_ROWS", 4)):
             patched.setattr(listing, name, value)
         archive = Archive(str(root), None, STORAGE, several)
         counts, duplicates = listed(archive, out)
@@ -68,7 +68,7 @@ def test_a_wide_tree_becomes_many_pieces_and_a_flat_folder_stays_one(tmp_path, m
     wide = split(Archive(str(tmp_path), None, STORAGE, False))
     assert len(wide) == 50  # of four folders each
     assert all(len(piece) == 4 for piece in wide)
-    monkeypatch.setattr(listing, "LOOSE", 3)
+    monkeypatch.setattr(listing, "LOOSE_FILES", 3)
     (tmp_path / "flat").mkdir()
     for number in range(5):
         (tmp_path / "flat" / f"{number}.png").write_bytes(b"x")
