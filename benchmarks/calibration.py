@@ -28,7 +28,7 @@ from glad_core.engine.engine import Engine
 from glad_core.image_metrics import image_metrics
 from glad_core.verdict import Request
 from pipelines.archive.decode import decode
-from pipelines.evaluate.datasets import read_dataset
+from pipelines.archive.layouts import read_dataset
 from pipelines.models.find import SMALL_BUNDLE
 
 FACTORS = (0.0, 1.0, 1e4)  # of the automatic δ; 0 compares nothing, 1e4 never triggers

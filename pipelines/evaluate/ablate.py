@@ -22,10 +22,12 @@ from glad_core.bundle.glad_json import read_description, update_settings
 from glad_core.bundle.settings import Settings
 from glad_core.calibration import STRIDE
 from glad_core.errors import GladError
-from pipelines.evaluate.datasets import read_dataset
-from pipelines.evaluate.tables import COLUMNS, published, published_name, tally_results
+from pipelines.archive.layouts import read_dataset
+from pipelines.evaluate.tables import COLUMNS, average, published
+from pipelines.evaluate.tally import tally_results
 from pipelines.models.find import local_bundle
-from pipelines.runs.schema import COMPLETE, read_run
+from pipelines.runs.run import Run
+from pipelines.runs.schema import COMPLETE
 from pipelines.score.job import score
 from pipelines.score.request import ScoreRequest
 
@@ -72,43 +74,41 @@ def ablate(
     """
     storage = Storage.from_environment()
     bundles = {True: local_bundle(model, storage), False: local_bundle(plain, storage)}
-    settings = {which: _settings(place) for which, place in bundles.items()}
+    settings = {trained: _settings(bundle) for trained, bundle in bundles.items()}
     if settings[True].resolution != settings[False].resolution:
         raise GladError(f"{model} and {plain} have different resolutions: train both from the same base")
     examples = read_dataset(dataset, storage)
     session.connect()
     values: dict[str, dict[str, list[float]]] = {}
-    done: dict[tuple[bool, str], str] = {}
+    runs: dict[str, Run] = {}  # by everything that decides the results: rows of both tables may share a run
     for row in rows_of(settings[True]):
+        trained = row.trained_with_anomalies
         for seed in seeds:
-            # δ and T of the plain model are its own; everything else is alike.
-            changed = settings[row.trained_with_anomalies].model_copy(update=row.changes)
-            identity = f"{row.trained_with_anomalies}-{changed.model_dump_json()}-{seed}"
-            run = out / "runs" / f"{len(done):02d}-seed{seed}"
-            key = (row.trained_with_anomalies, identity)
-            if key not in done:
-                done[key] = str(run)
+            # The plain model keeps its own δ and T; everything else is alike.
+            changed = settings[trained].model_copy(update=row.changes)
+            identity = f"{trained}-{changed.model_dump_json()}-{seed}"
+            if identity not in runs:
                 console.print(f"{row.name}, seed {seed}", highlight=False)
-                _run(dataset, category, bundles[row.trained_with_anomalies], changed, seed, run, storage)
-            found = _metrics(done[key], examples, storage)
+                folder = str(out / "runs" / f"{len(runs):02d}-seed{seed}")
+                _score(dataset, category, bundles[trained], changed, seed, Run.at(folder, storage))
+                runs[identity] = Run.at(folder, storage)  # anew: a run remembers the record that it has read
+            metrics = average([tally.metrics() for tally in tally_results(runs[identity], examples).values()])
             for column in COLUMNS:
-                values.setdefault(f"{row.table}: {row.name}", {}).setdefault(column, []).append(found[column])
-    for table in _tables(values, published_name({example.category for example in examples})):
+                values.setdefault(f"{row.table}: {row.name}", {}).setdefault(column, []).append(metrics[column])
+    for table in _tables(values):
         console.print(table)
     _write(values, out)
     console.print(f"ablation.json and ablation.md in {out}", highlight=False)
     return values
 
 
-def _settings(place: Path) -> Settings:
-    return Settings.parse(read_description(place).settings, str(place))
+def _settings(bundle: Path) -> Settings:
+    return Settings.parse(read_description(bundle).settings, str(bundle))
 
 
-def _run(
-    dataset: str, category: str | None, base: Path, settings: Settings, seed: int, run: Path, storage: Storage
-) -> None:
-    """The scoring job with a bundle of other settings; nothing where the very same run is complete."""
-    changed = run.with_name(f"{run.name}.bundle")
+def _score(dataset: str, category: str | None, base: Path, settings: Settings, seed: int, run: Run) -> None:
+    """Score with ``base`` under other settings; nothing to do if the very same run is complete."""
+    changed = Path(f"{run.location}.bundle")
     shutil.rmtree(changed, ignore_errors=True)
     try:
         changed.parent.mkdir(parents=True, exist_ok=True)
@@ -116,12 +116,12 @@ def _run(
     except OSError as error:
         raise GladError(f"{changed}: {error.strerror or error}; choose another --out") from error
     model_id = update_settings(changed, settings, {})
-    if (run / COMPLETE).exists():
-        record = read_run(str(run), storage)
-        if record["models"][""]["model_id"] == model_id and record["request"]["seed"] == seed:
+    if run.has(COMPLETE):
+        same_model = run.record["models"][""]["model_id"] == model_id
+        if same_model and run.record["request"]["seed"] == seed:
             shutil.rmtree(changed)
             return
-    request = ScoreRequest(dataset, str(run), model=str(changed), category=category, seed=seed, overwrite=True)
+    request = ScoreRequest(dataset, run.location, model=str(changed), category=category, seed=seed, overwrite=True)
     score(request, Console(quiet=True))
     shutil.rmtree(changed)
 
@@ -134,22 +134,15 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _metrics(run: str, examples: list[Any], storage: Storage) -> dict[str, float]:
-    """Averages over the run's categories."""
-    tallies = tally_results(run, read_run(run, storage), examples, storage)
-    found = [tally.metrics() for tally in tallies.values()]
-    return {column: float(np.mean([of[column] for of in found])) for column in COLUMNS}
-
-
-def _tables(values: dict[str, dict[str, list[float]]], dataset: str | None) -> list[Table]:
-    paper = {row: of for table in published()["ablations"].values() for row, of in table.items()}
+def _tables(values: dict[str, dict[str, list[float]]]) -> list[Table]:
+    paper = {row: figures for table in published()["ablations"].values() for row, figures in table.items()}
     tables = []
     for kind, title in (("components", "Table 3: components"), ("steps", "Table 4: fixed against adaptive steps")):
         table = Table("", "I-AUROC", "P-AUROC", "PRO", "paper, MVTec-AD: I-AUROC/P-AUROC", title=title)
-        for name, of in values.items():
-            which, _, row = name.partition(": ")
-            if which == kind:
-                table.add_row(row, *(_spread(of[column]) for column in ("I-AUROC", "P-AUROC", "PRO")), paper[row])
+        for name, columns in values.items():
+            its_kind, _, row = name.partition(": ")
+            if its_kind == kind:
+                table.add_row(row, *(_spread(columns[name]) for name in ("I-AUROC", "P-AUROC", "PRO")), paper[row])
         tables.append(table)
     return tables
 
@@ -163,6 +156,6 @@ def _write(values: dict[str, dict[str, list[float]]], out: Path) -> None:
     (out / "ablation.json").write_text(json.dumps(values, indent=1) + "\n")
     lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     lines += [
-        f"| {name} | " + " | ".join(_spread(of[column]) for column in COLUMNS) + " |" for name, of in values.items()
+        f"| {name} | " + " | ".join(_spread(row[column]) for column in COLUMNS) + " |" for name, row in values.items()
     ]
     (out / "ablation.md").write_text("\n".join(lines) + "\n")

@@ -7,8 +7,9 @@ from typer.testing import CliRunner
 
 from cluster.storage import Storage
 from glad_core.errors import GladError
+from pipelines.archive.layouts import read_dataset
 from pipelines.cli.main import app
-from pipelines.evaluate.datasets import published_name, read_dataset, read_mask, resize_mask
+from pipelines.evaluate.datasets import published_name, read_mask, resize_mask
 
 STORAGE = Storage()
 

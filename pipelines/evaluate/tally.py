@@ -1,0 +1,160 @@
+"""From results to counts: Ray Data tasks compare results with the ground truth, and their counts add up exactly.
+
+The counts of pixels are `glad_core.pixel_metrics`; the metrics of all tasks together are those of a single one.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zlib
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+
+from cluster import session
+from glad_core.errors import GladError
+from glad_core.image_metrics import auroc_interval, image_metrics
+from glad_core.pixel_metrics import PixelCounts
+from pipelines.archive.decode import ImageError
+from pipelines.archive.layouts import Example
+from pipelines.evaluate.datasets import read_mask, resize_mask
+from pipelines.runs.run import Run
+from pipelines.runs.schema import ERRORS, RESULTS
+
+TASK_CPUS = 0.5
+BATCH = 64  # results counted in one call
+PATH_PARTS = 8  # of a result's URI, from its end, that may name an image of the dataset
+
+
+@dataclass
+class Tally:
+    """The counts of one category: pixels, image scores and labels, and anomalous images without a mask."""
+
+    pixels: PixelCounts = field(default_factory=PixelCounts)
+    images: list[tuple[str, float, bool]] = field(default_factory=list)  # URI, score, anomalous
+    without_mask: int = 0
+
+    def merge(self, other: Tally) -> Tally:
+        """Both tallies' counts together."""
+        return Tally(
+            self.pixels.merge(other.pixels),
+            [*self.images, *other.images],
+            self.without_mask + other.without_mask,
+        )
+
+    def metrics(self, pro_limit: float = 0.3, pro_thresholds: int | None = None) -> dict[str, float]:
+        """All columns, 0 to 1, and the ends of the 95 % bootstrap interval of the image AUROC; NaN if undefined.
+
+        Args:
+            pro_limit: largest false-positive rate of PRO.
+            pro_thresholds: count PRO at this many even thresholds instead of at all.
+        """
+        images = sorted(self.images)  # independent of the order of the tasks
+        scores = np.array([score for _, score, _ in images])
+        labels = np.array([label for _, _, label in images])
+        image = dict.fromkeys(("AUROC", "AP", "F1max"), float("nan"))
+        low = high = float("nan")
+        if labels.any() and not labels.all():
+            image = image_metrics(scores, labels)
+            low, high = auroc_interval(scores, labels)
+        pixel = self.pixels.metrics(pro_limit)
+        if pro_thresholds is not None:
+            pixel["PRO"] = self.pixels.pro_200(pro_limit, pro_thresholds)
+        return {
+            "I-AUROC": image["AUROC"],
+            "I-AP": image["AP"],
+            "I-F1-max": image["F1max"],
+            "P-AUROC": pixel["P-AUROC"],
+            "P-AP": pixel["P-AP"],
+            "P-F1-max": pixel["P-F1max"],
+            "PRO": pixel["PRO"],
+            "AUPIMO": pixel["AUPIMO"],
+            "I-AUROC low": low,
+            "I-AUROC high": high,
+        }
+
+
+def tally_results(run: Run, examples: list[Example]) -> dict[str, Tally]:
+    """The tallies of a finished run's results by category, counted by Ray Data tasks.
+
+    Raises:
+        GladError: no finished run, no results, or results of images that are not in the dataset.
+    """
+    import ray.data
+
+    _ = run.record  # read once; tasks get it with the run
+    filesystem, path = run.storage.resolve(run.path(RESULTS))
+    columns = ["uri", "category", "score", "anomaly_map", "map_height", "map_width"]
+    rows = ray.data.read_parquet(path, filesystem=filesystem, columns=columns, num_cpus=TASK_CPUS)
+    counted = rows.map_batches(
+        count_batch,  # type: ignore[arg-type]
+        fn_kwargs={"run": run, "examples": examples},
+        batch_size=BATCH,
+        batch_format="numpy",
+        num_cpus=TASK_CPUS,
+    )
+    tallies: dict[str, Tally] = {}
+    try:
+        for row in counted.iter_rows():
+            for name, tally in unpack(row["tallies"]).items():
+                tallies[name] = tallies[name].merge(tally) if name in tallies else tally
+    except Exception as error:
+        raise session.root_cause(error, GladError) from None
+    if not tallies:
+        raise GladError(f"{run.location}: the run judged no image; see {run.path(ERRORS)}")
+    return tallies
+
+
+def count_batch(batch: dict[str, np.ndarray], run: Run, examples: list[Example]) -> dict[str, list[bytes]]:
+    """A stage: results in, one row with their tallies by category out (`unpack`)."""
+    import torch
+
+    torch.set_num_threads(1)
+    by_path = _by_path(tuple(examples))
+    tallies: dict[str, Tally] = {}
+    for index in range(len(batch["uri"])):
+        row = {name: column[index] for name, column in batch.items()}
+        example = find_example(str(row["uri"]), by_path)
+        tally = tallies.setdefault(example.category, Tally())
+        tally.images.append((str(row["uri"]), float(row["score"]), example.anomalous))
+        _count_pixels(tally, example, run.full_map(row).astype(np.float16), run)
+    return {"tallies": [zlib.compress(pickle.dumps(tallies), 1)]}
+
+
+def unpack(tallies: bytes) -> dict[str, Tally]:
+    """The tallies by category of one `count_batch` call."""
+    return pickle.loads(zlib.decompress(tallies))
+
+
+def _count_pixels(tally: Tally, example: Example, anomaly_map: np.ndarray, run: Run) -> None:
+    if not example.anomalous:
+        tally.pixels.add(anomaly_map, None)
+        return
+    try:
+        mask = read_mask(example, run.storage) if example.mask is not None else None
+    except ImageError:
+        mask = None
+    if mask is None:
+        tally.without_mask += 1
+    else:
+        tally.pixels.add(anomaly_map, resize_mask(mask, anomaly_map.shape[0]))
+
+
+@cache
+def _by_path(examples: tuple[Example, ...]) -> dict[str, Example]:
+    return {example.path: example for example in examples}
+
+
+def find_example(uri: str, by_path: dict[str, Example]) -> Example:
+    """The image of the dataset that a result is about: the one whose path ends the result's URI.
+
+    Raises:
+        GladError: there is none.
+    """
+    parts = uri.removeprefix("file://").split("::")[0].removeprefix("tar://").split("/")
+    for start in range(max(0, len(parts) - PATH_PARTS), len(parts)):
+        example = by_path.get("/".join(parts[start:]))
+        if example is not None:
+            return example
+    raise GladError(f"{uri}: a scored image that is not in the dataset; name the dataset that was scored")
