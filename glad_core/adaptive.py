@@ -1,6 +1,6 @@
 """Adaptive Denoising Steps (Sec. 3.3) and Spatial-Adaptive Feature Fusion (Sec. 3.4), as a plain loop over a batch.
 
-This is the reference: written to be read beside the paper, and the oracle that faster engines are tested against.
+This is the reference: written to be read beside the paper, and the oracle for tests of the faster engine.
 
 Shapes: B images, C latent channels, H W latent grid, h w token grid, R image side, S inference steps.
 """
@@ -25,7 +25,7 @@ StopReason = Literal["difference", "min_step", "none"]
 
 @dataclass
 class Step:
-    """What one pass of the loop did to the images ``rows`` (indices into the batch); for tests and for looking."""
+    """What one pass of the loop did to the images ``rows`` (indices into the batch); for tests and for inspection."""
 
     rows: Tensor
     t: Tensor
@@ -66,8 +66,11 @@ def reconstruct(
         images_B3RR: x^a as pixels, [B, 3, R, R] in [-1, 1].
         eps_BCHW: ε, the noise added to every image, standard normal; the same ε serves all its timesteps.
         posterior_noise_BCHW: standard normal noise of the VAE's posterior sample.
-        prompts_BLD: the UNet's condition for every image; the bundle's one prompt when None.
+        prompts_BLD: the UNet's condition for every image; the bundle's only prompt if None.
         on_step: called after every pass of the loop.
+
+    Returns:
+        Latents, stop steps and step scores of the batch.
     """
     s = model.settings
     alphas = model.alphas
@@ -83,8 +86,8 @@ def reconstruct(
     start = s.start_step if s.noise_index == "T" else s.start_step - 1
     x = schedule.add_noise(alphas, z, eps_BCHW, torch.full((batch,), min(start, len(alphas) - 1), device=z.device))
 
-    k = torch.zeros(batch, dtype=torch.long, device=z.device)  # each image's own place in `ts`
-    searching = torch.full((batch,), s.delta > 0, device=z.device)  # still looking for its adaptive step
+    k = torch.zeros(batch, dtype=torch.long, device=z.device)  # index in `ts`, for each image
+    searching = torch.full((batch,), s.delta > 0, device=z.device)  # its adaptive step is not yet known
     result = Reconstruction(x, z, [None] * batch, ["none"] * batch, [[] for _ in range(batch)])
 
     while (k < len(ts)).any():
@@ -99,7 +102,7 @@ def reconstruct(
         if searching[rows].any():
             live = searching[rows].nonzero()[:, 0]
             images = rows[live]
-            # x^a_{t→0}: the directly noised input, cleaned. The released code reuses ε_θ(x̂_t, t) for it.
+            # x^a_{t→0}: clean prediction of the directly noised input. The released code reuses ε_θ(x̂_t, t) for it.
             x_a = schedule.add_noise(alphas, z[images], eps_BCHW[images], t[live])
             eps_a = eps_hat[live] if s.variant == "official" else predict_noise(model, x_a, t[live], cond[images])
             x0_true = schedule.predict_x0(alphas, x_a, eps_a, t[live])
@@ -111,7 +114,7 @@ def reconstruct(
             stops = differs | (t[live] < s.min_step)
             fused = fuse(map_bhw, x0_hat[live], x0_true)
             if s.variant == "official":
-                # Below min_step without a difference, or without SAFF, the input itself goes on unblended.
+                # Below min_step without a difference, or without SAFF, the input itself continues unblended.
                 blend = differs if s.saff else torch.zeros_like(differs)
                 chosen = torch.where(blend.view(-1, 1, 1, 1), fused, x0_true)
                 x0[live] = torch.where(stops.view(-1, 1, 1, 1), chosen, x0_hat[live])
@@ -143,7 +146,7 @@ def reconstruct(
 
 
 def one_call(model: Model, z_BCHW: Tensor, eps_BCHW: Tensor, cond_BLD: Tensor) -> Tensor:
-    """Profile `fast`, beside the paper: the clean prediction of the input noised to T, by one UNet call (Eq. 1-2)."""
+    """Profile `fast`, not in the paper: the clean prediction of the input noised to T, by one UNet call (Eq. 1-2)."""
     t = torch.full((len(z_BCHW),), min(model.settings.start_step, len(model.alphas) - 1), device=z_BCHW.device)
     x_t = schedule.add_noise(model.alphas, z_BCHW, eps_BCHW, t)
     return schedule.predict_x0(model.alphas, x_t, predict_noise(model, x_t, t, cond_BLD), t)
@@ -152,8 +155,8 @@ def one_call(model: Model, z_BCHW: Tensor, eps_BCHW: Tensor, cond_BLD: Tensor) -
 def compare(model: Model, x0_true_BCHW: Tensor, x0_hat_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     """The difference between the two clean predictions (Sec. 3.3): token map [B, h, w] and step score [B].
 
-    The released code compares the last block only, in float16 throughout; the paper all four blocks (Sec. 3.6).
-    Both feed the decoded images to DINO as they are, in about [-1, 1].
+    The released code compares only the last block, all in float16; the paper compares all four blocks (Sec. 3.6).
+    Both pass the decoded images to DINO without normalisation, in about [-1, 1].
     """
     s = model.settings
     blocks = features.used_blocks(model.features)
@@ -177,7 +180,7 @@ def compare(model: Model, x0_true_BCHW: Tensor, x0_hat_BCHW: Tensor) -> tuple[Te
 def fuse(map_bhw: Tensor, x0_hat_BCHW: Tensor, x0_true_BCHW: Tensor) -> Tensor:
     """The bracket of Eq. 7: m·x̂_{t→0} + (1 - m)·x^a_{t→0} with m = sigmoid(anomaly map), so m >= 1/2.
 
-    Where the token grid is not the latent grid, m is resized (bilinear); the released code cannot run there.
+    If the token grid is not the latent grid, m is resized (bilinear); the released code cannot run then.
     """
     m = torch.sigmoid(map_bhw)[:, None].to(x0_hat_BCHW.dtype)
     if m.shape[-2:] != x0_hat_BCHW.shape[-2:]:
@@ -186,7 +189,7 @@ def fuse(map_bhw: Tensor, x0_hat_BCHW: Tensor, x0_true_BCHW: Tensor) -> Tensor:
 
 
 def predict_noise(model: Model, x_t_BCHW: Tensor, t_B: Tensor, cond_BLD: Tensor) -> Tensor:
-    """ε_θ(x_t, t) with classifier-free guidance: ε_u + w·(ε_c - ε_u). At w = 1 the unconditional call is left out."""
+    """ε_θ(x_t, t) with classifier-free guidance: ε_u + w·(ε_c - ε_u). At w = 1 there is no unconditional call."""
     w = model.settings.guidance_scale
     x, t, prompts = x_t_BCHW, t_B, cond_BLD
     if w != 1:

@@ -46,11 +46,11 @@ def used_blocks(vit: VisionTransformer) -> list[int]:
 def position_embedding(vit: VisionTransformer, grid: int) -> Tensor:
     """The position table for a ``grid`` x ``grid`` image, [1, prefix + grid², D].
 
-    As DINO's own code does it: bicubic without antialiasing, sampled with the scale factor (g + 0.1) / g0. The scale
-    sets the sampling positions, so resizing to a size (as timm does) gives other numbers.
+    As in DINO's own code: bicubic without antialiasing, sampled with the scale factor (g + 0.1) / g0. The scale
+    determines the sampling positions, so resizing to a given size, as timm does, gives other numbers.
     """
     table = vit.pos_embed
-    assert table is not None  # create_vit saw to it
+    assert table is not None  # create_vit refuses a ViT without one
     prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
     native = round((table.shape[1] - prefix) ** 0.5)
     if grid == native:
@@ -63,7 +63,11 @@ def position_embedding(vit: VisionTransformer, grid: int) -> Tensor:
 
 
 def all_tokens(vit: VisionTransformer, images_BCHW: Tensor, blocks: Sequence[int]) -> list[Tensor]:
-    """Output of each named block (from 1), before the final norm, with prefix tokens: one [B, prefix + N, D] each."""
+    """Output of each given block (from 1), before the final norm, with prefix tokens: one [B, prefix + N, D] each.
+
+    Raises:
+        GladError: the images are not square or not divisible by the patch.
+    """
     patch = vit.patch_embed.patch_size[0]
     height, width = images_BCHW.shape[-2:]
     if height != width or height % patch:
@@ -75,7 +79,7 @@ def all_tokens(vit: VisionTransformer, images_BCHW: Tensor, blocks: Sequence[int
         if token is not None
     ]
     positions = position_embedding(vit, height // patch)
-    # DINOv2's register models add positions to patches only; DINO's add them to the class token as well.
+    # DINOv2's register models add positions to patches only; DINO's add them to the class token too.
     x = torch.cat([*prefix, x + positions], 1) if vit.no_embed_class else torch.cat([*prefix, x], 1) + positions
     x = vit.norm_pre(x)
     tokens = []
@@ -92,7 +96,7 @@ def patch_tokens(vit: VisionTransformer, images_BCHW: Tensor, blocks: Sequence[i
 
 
 def imagenet_normalize(images_BCHW: Tensor) -> Tensor:
-    """[-1, 1] images to ImageNet-normalised ones (values outside [-1, 1] pass unclamped, as in the released code)."""
+    """Normalise [-1, 1] images as for ImageNet; values outside [-1, 1] are not clamped, as in the released code."""
     mean = images_BCHW.new_tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
     std = images_BCHW.new_tensor(IMAGENET_STD).view(1, 3, 1, 1)
     return ((images_BCHW + 1) / 2 - mean) / std

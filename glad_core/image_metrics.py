@@ -9,8 +9,8 @@ import numpy as np
 from scipy.stats import chi2_contingency, rankdata
 from sklearn import metrics as sk
 
-RESAMPLES = 1000
-RARE = 10
+RESAMPLES = 1000  # of a bootstrap
+RARE = 10  # a value of a chi-squared test that occurs less often
 
 
 def image_metrics(scores_N: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
@@ -25,15 +25,16 @@ def image_metrics(scores_N: np.ndarray, labels_N: np.ndarray) -> dict[str, float
     return curve_metrics((scores - scores.min()) / (spread if spread > 0 else 1.0), np.asarray(labels_N).astype(int))
 
 
-def auroc_of_resamples(scores: np.ndarray, good_RG: np.ndarray, bad_RA: np.ndarray) -> np.ndarray:
-    """Image AUROC of every resample, [R]: the Mann-Whitney statistic of each line's good and anomalous images.
+def auroc_of_resamples(scores_N: np.ndarray, good_RG: np.ndarray, bad_RA: np.ndarray) -> np.ndarray:
+    """Image AUROC of every resample, [R]: the Mann-Whitney statistic of each row's good and anomalous images.
 
     Args:
-        scores: of all images; ``good_RG`` and ``bad_RA`` are indices into them.
+        scores_N: of all images.
+        good_RG, bad_RA: indices into them.
     """
-    goods, bads = good_RG.shape[1], bad_RA.shape[1]
-    ranks = rankdata(scores[np.concatenate([good_RG, bad_RA], axis=1)], axis=1)[:, goods:]
-    return (ranks.sum(axis=1) - bads * (bads + 1) / 2) / (goods * bads)
+    good_count, bad_count = good_RG.shape[1], bad_RA.shape[1]
+    ranks = rankdata(scores_N[np.concatenate([good_RG, bad_RA], axis=1)], axis=1)[:, good_count:]
+    return (ranks.sum(axis=1) - bad_count * (bad_count + 1) / 2) / (good_count * bad_count)
 
 
 def auroc_interval(scores_N: np.ndarray, labels_N: np.ndarray, seed: int = 0) -> tuple[float, float]:

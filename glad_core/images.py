@@ -1,4 +1,4 @@
-"""Pictures as arrays: the resize every image goes through, and the range the networks see.
+"""Images as arrays: the resize of every image, and the value range of the networks.
 
 Shapes: H W source size, R the bundle's resolution, B batch.
 """
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [H, W, 3] to uint8 [size, size, 3]: bilinear, antialiased when shrinking; the aspect is not kept.
+    """uint8 [H, W, 3] to uint8 [size, size, 3]: bilinear, antialiased when shrinking; the aspect ratio is not kept.
 
-    Pillow's filter, as the authors' data loader uses it; an image already of that size comes back unchanged.
+    Pillow's filter, as in the authors' data loader; an image of that size is returned unchanged.
     """
     if image.shape[:2] == (size, size):
         return image
@@ -27,6 +27,6 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
 
 def to_tensor(images: Sequence[np.ndarray]) -> Tensor:
     """uint8 [R, R, 3] images of one size to float32 [B, 3, R, R] in [-1, 1]."""
-    import torch  # not above: tasks that only decode start seconds sooner without
+    import torch  # here: tasks that only decode images start seconds sooner without it
 
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1

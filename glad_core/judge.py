@@ -1,6 +1,8 @@
 """From images to verdicts: noise per image, reconstruction, final comparison, score.
 
-This is the seam between the method and whatever runs it: requests in, results out, in any order.
+The interface between the method and what runs it: requests in, verdicts out, in any order.
+
+Shapes: B images, C latent channels, H W latent grid, g token grid, R image side, D feature resolution.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ from glad_core.verdict import Detection, Request, check_request
 
 
 def image_noise(image_id: str, seed: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """ε and the posterior noise of one image, float32 ``shape`` each, from (run seed, image id) alone.
+    """ε and the posterior noise of one image, float32 ``shape`` each, from the run's seed and the image id alone.
 
-    Drawn on the CPU whatever the device, so that a result does not depend on where, when or with whom an image runs.
+    Always drawn on the CPU, so that a result depends neither on the device nor on the other images.
     """
     digest = hashlib.sha256(f"{seed}:{image_id}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
@@ -33,7 +35,7 @@ def image_noise(image_id: str, seed: int, shape: tuple[int, ...]) -> tuple[Tenso
 
 
 def full_size_only(model: Model) -> bool:
-    """Whether the map has pixel-resolution terms (v, foreground) and so cannot be kept at token resolution."""
+    """Whether the map has terms of pixel resolution (v, foreground) and cannot be stored at token resolution."""
     return model.settings.pixel_weight_v > 0 or model.settings.foreground_mode != 3
 
 
@@ -44,9 +46,9 @@ def map_at_full_size(settings: Settings, detection: Detection) -> Tensor:
 
 
 def final_token_map(model: Model, test_B3RR: Tensor, reconstruction_B3RR: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. 11-12 on image and reconstruction: token map [B, g, g] and pixel distance [B, D, D].
+    """Eq. 11-12 between image and reconstruction: token map [B, g, g] and pixel distance [B, D, D].
 
-    Both are resized to the feature resolution and ImageNet-normalised first.
+    Both images are first resized to the feature resolution and ImageNet-normalised.
     """
     s = model.settings
     size = (s.feature_resolution, s.feature_resolution)
@@ -70,7 +72,7 @@ def final_token_map(model: Model, test_B3RR: Tensor, reconstruction_B3RR: Tensor
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the method needs of a batch: x^a [B, 3, R, R] in [-1, 1], ε and posterior noise [B, C, H, W], prompts."""
+    """A batch as tensors: x^a [B, 3, R, R] in [-1, 1], ε and posterior noise [B, C, H, W], prompts."""
 
     images: Tensor
     eps: Tensor
@@ -100,10 +102,10 @@ def prepare(model: Model, requests: Sequence[Request], seed: int) -> Prepared:
 def conclude(
     model: Model, images_B3RR: Tensor, z_BCHW: Tensor, latents_BCHW: Tensor
 ) -> list[tuple[float, np.ndarray, np.ndarray]]:
-    """The verdict on each image (Sec. 3.6) from its latents z and those of its reconstruction.
+    """Judge each image (Sec. 3.6) by its latents z and those of its reconstruction.
 
     Returns:
-        Score, anomaly map and reconstruction, as `Detection` has them.
+        Score, anomaly map and reconstruction of every image, as in `Detection`.
     """
     s = model.settings
     if s.compare_with == "round_trip":
@@ -127,7 +129,7 @@ def conclude(
 
 @torch.inference_mode()
 def detect(model: Model, requests: Sequence[Request], seed: int = 0) -> Iterator[Detection]:
-    """Judge images as one batch by the reference loop; `glad_core.engine.engine` gives the same answers faster.
+    """Judge images as one batch with the reference loop; `glad_core.engine.engine` gives the same verdicts faster.
 
     Raises:
         GladError: as `prepare`.

@@ -1,9 +1,9 @@
 """Pixel metrics of any number of float16 maps: exact, in one pass, in bounded memory, mergeable.
 
-A stored map can take 65,536 values, so how often each occurs says everything the metrics need. Counts are integers, and
-shares of a region are integers in units of 2^-44, so that adding parts in any order gives the very same numbers.
+A float16 map has 65,536 possible values, and the metrics follow from how often each occurs. Counts are integers, and
+shares of a region are integers in units of 2^-44, so parts can be added in any order with exactly the same result.
 
-Shapes: H W map, K = 65,536 values in rising order, T the curve from the highest value down.
+Shapes: H W map, K = 65,536 values in rising order, T points of a curve from the highest value down.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ PIMO_RANGE = (1e-5, 1e-4)  # false positive rates of AUPIMO (Bertoldo et al., 20
 
 @dataclass
 class PixelCounts:
-    """What has been seen so far. Arrays are int64 [K], indexed by `keys`.
+    """Counts of the images added so far. Arrays are int64 [K], indexed by `keys`.
 
-    ``region_shares``: of every anomalous region (8-connected), the share of its pixels at each value, summed.
-    ``good_shares``: the same of every image without an anomaly. ``anomalies``: per anomalous image the values under its
-    mask, as (keys, counts).
+    ``normal`` and ``anomalous`` count pixels outside and inside the masks. ``region_shares`` sums, over the anomalous
+    regions (8-connected), the share of a region's pixels at each value; ``good_shares`` the same over the good images.
+    ``anomalies`` holds the values under the mask of each anomalous image, as (keys, counts).
     """
 
     normal: np.ndarray = field(default_factory=lambda: np.zeros(VALUES, np.int64))
@@ -45,32 +45,32 @@ class PixelCounts:
             mask_HW: > 0 where anomalous, at the map's size; None for a good image.
 
         Raises:
-            ValueError: another size, or a map with NaN.
+            ValueError: the mask has another size, or the map holds NaN.
         """
         codes = keys(map_HW)
         mask = np.zeros(codes.shape, bool) if mask_HW is None else np.asarray(mask_HW) > 0
         if mask.shape != codes.shape:
             raise ValueError(f"the mask is {mask.shape}, the map {codes.shape}")
-        everything = np.bincount(codes.ravel(), minlength=VALUES)
+        counts = np.bincount(codes.ravel(), minlength=VALUES)
         if not mask.any():
-            self.normal += everything
-            self.good_shares += everything * (SHARE // codes.size)
+            self.normal += counts
+            self.good_shares += counts * (SHARE // codes.size)
             self.good_images += 1
             return
         inside = np.bincount(codes[mask], minlength=VALUES)
-        self.normal += everything - inside
+        self.normal += counts - inside
         self.anomalous += inside
         present = np.flatnonzero(inside)
         self.anomalies.append((present.astype(np.uint16), inside[present].astype(np.int32)))
-        labelled, count = ndimage.label(mask, structure=EIGHT_NEIGHBOURS)
+        labelled, regions = ndimage.label(mask, structure=EIGHT_NEIGHBOURS)
         for number, box in enumerate(ndimage.find_objects(labelled), start=1):
             values = codes[box][labelled[box] == number]
-            found, counts = np.unique(values, return_counts=True)
-            self.region_shares[found] += counts * (SHARE // len(values))
-        self.regions += count
+            present, counts = np.unique(values, return_counts=True)
+            self.region_shares[present] += counts * (SHARE // len(values))
+        self.regions += regions
 
     def merge(self, other: PixelCounts) -> PixelCounts:
-        """Both together."""
+        """The counts of both."""
         return PixelCounts(
             self.normal + other.normal,
             self.anomalous + other.anomalous,
@@ -109,7 +109,7 @@ class PixelCounts:
         return false / false[-1], shares / (self.regions * SHARE)
 
     def _totals_above(self) -> tuple[np.ndarray, ...]:
-        """Normal pixels, anomalous ones and shares of regions at each value met and above, [T] each."""
+        """Normal pixels, anomalous pixels and shares of regions at or above each value that occurs, [T] each."""
         seen = (self.normal + self.anomalous) > 0
         return tuple(_from_above(part[seen]) for part in (self.normal, self.anomalous, self.region_shares))
 
@@ -136,28 +136,27 @@ class PixelCounts:
     def _aupimo(self) -> float:
         """Mean over anomalous images of the area below their recall against the log of the false positive rate.
 
-        The rate is that of good images alone, averaged over them; without one it is undefined.
+        The rate is the mean over the good images; without a good image AUPIMO is undefined.
         """
         if not self.good_images or not self.anomalies:
             return float("nan")
-        rate = np.append(np.cumsum(self.good_shares[::-1])[::-1], 0) / (
-            self.good_images * SHARE
-        )  # at value k and above
+        at_or_above = np.append(np.cumsum(self.good_shares[::-1])[::-1], 0)
+        rate = at_or_above / (self.good_images * SHARE)
         low, high = PIMO_RANGE
         inside = np.flatnonzero((rate >= low) & (rate <= high))
-        # The rates met between the ends, highest value first, and the ends themselves.
+        # The rates that occur between the ends, highest value first, and the ends themselves.
         fpr = np.concatenate([[low], rate[inside][::-1], [high]])
-        place = np.concatenate([[_first(rate, low)], inside[::-1], [_first(rate, high)]])
+        thresholds = np.concatenate([[_first(rate, low)], inside[::-1], [_first(rate, high)]])
         areas = []
-        for found, counts in self.anomalies:
+        for present, counts in self.anomalies:
             above = np.append(np.cumsum(counts[::-1])[::-1], 0)
-            recall = above[np.searchsorted(found.astype(np.int64), place)] / above[0]
+            recall = above[np.searchsorted(present.astype(np.int64), thresholds)] / above[0]
             areas.append(np.trapezoid(recall, np.log(fpr)) / np.log(high / low))
-        return float(np.mean(np.sort(areas)))  # sorted: the same sum whatever the order of the images
+        return float(np.mean(np.sort(areas)))  # sorted: the order of the images must not change the sum
 
 
 def merged(parts: Iterable[PixelCounts]) -> PixelCounts:
-    """All parts together."""
+    """The counts of all parts."""
     total = PixelCounts()
     for part in parts:
         total = total.merge(part)
@@ -165,10 +164,10 @@ def merged(parts: Iterable[PixelCounts]) -> PixelCounts:
 
 
 def keys(map_HW: np.ndarray) -> np.ndarray:
-    """float16 values as uint16 that rise with them.
+    """float16 values as uint16 in the same order.
 
     Raises:
-        ValueError: NaN among them.
+        ValueError: the map holds NaN.
     """
     half = np.asarray(map_HW, dtype=np.float16) + np.float16(0)  # -0.0 becomes 0.0
     if np.isnan(half).any():
@@ -178,13 +177,13 @@ def keys(map_HW: np.ndarray) -> np.ndarray:
 
 
 def key_values() -> np.ndarray:
-    """The float16 value of every key, [K]; NaN codes at both ends stay unused."""
+    """The float16 value of every key, [K]; the keys at both ends stand for NaN and are not used."""
     codes = np.arange(VALUES, dtype=np.uint16)
     return np.where(codes & 0x8000, codes & 0x7FFF, ~codes).astype(np.uint16).view(np.float16)
 
 
 def area_up_to(x: np.ndarray, y: np.ndarray, limit: float) -> float:
-    """Area below a curve from 0 to ``limit``, over ``limit``; the curve is cut by linear interpolation."""
+    """Area below a curve from 0 to ``limit``, divided by ``limit``; the curve is cut by linear interpolation."""
     end = int(np.searchsorted(x, limit, side="right"))
     if end == len(x):
         return float(np.trapezoid(y, x) + (limit - x[-1]) * y[-1]) / limit
@@ -193,7 +192,7 @@ def area_up_to(x: np.ndarray, y: np.ndarray, limit: float) -> float:
 
 
 def _from_above(counts: np.ndarray) -> np.ndarray:
-    """How many lie at or above each value, from the highest value down, beginning with 0 above all."""
+    """How many lie at or above each value, from the highest value down; the first is 0, above all values."""
     return np.concatenate([[0], np.cumsum(counts[::-1])]).astype(np.float64)
 
 

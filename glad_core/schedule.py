@@ -1,8 +1,8 @@
 """The diffusion schedule: ᾱ_t and Eq. 1-3 of the paper.
 
-Every function takes one timestep *per sample*, because a batch mixes images at different steps.
+Every function takes one timestep *per image*, because a batch holds images at different steps.
 
-Shapes: B batch, C latent channels, H W latent grid; ``x_BCHW`` says so in the name.
+Shapes: B images, C latent channels, H W latent grid; names carry them, as in ``x_BCHW``.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def alphas_cumprod(beta_start: float = 0.00085, beta_end: float = 0.012, steps: 
 
 
 def timesteps(start_step: int, inference_steps: int) -> list[int]:
-    """The timesteps visited from start step T down, "leading" spacing with an offset of 1.
+    """The timesteps from start step T down, with "leading" spacing and an offset of 1.
 
-    With T = 1000 these are diffusers' ``DDIMScheduler`` timesteps; the released code spaces them over T instead of
+    With T = 1000 these are the timesteps of diffusers' ``DDIMScheduler``. The released code spreads them over T, not
     over the whole schedule, so the first one is (S - 1) * (T // S) + 1, a little below T.
 
     Args:
@@ -36,7 +36,7 @@ def timesteps(start_step: int, inference_steps: int) -> list[int]:
 
 
 def _alpha_bar(alphas: Tensor, t_B: Tensor, like: Tensor) -> Tensor:
-    """ᾱ_t as [B, 1, 1, 1]; below the first timestep ᾱ_0 stands in (``set_alpha_to_one=False``)."""
+    """ᾱ_t as [B, 1, 1, 1]; ᾱ_0 for a negative t (``set_alpha_to_one=False``)."""
     return alphas.to(like.device)[t_B.to(like.device).clamp(min=0)].to(like.dtype).view(-1, 1, 1, 1)
 
 

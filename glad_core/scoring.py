@@ -24,39 +24,39 @@ def token_distance(
 ) -> Tensor:
     """Eq. 11: for each query token 1 - cosine to its most similar reference token.
 
-    ``anywhere`` is the paper's: the match may lie anywhere in the image. ``window``, beside the paper, allows tokens at
-    most ``radius`` rows and columns away (0: the same place): a part missing from an object with repeated parts has a
-    twin elsewhere, which the match anywhere finds and this one does not. ``sum`` adds the two.
+    ``anywhere`` is the paper's: the match may lie anywhere in the image. ``window``, not in the paper, allows tokens at
+    most ``radius`` rows and columns away (0: the same position). It notices a part that is missing from an object with
+    repeated parts, for which ``anywhere`` finds a twin elsewhere. ``sum`` adds the two distances.
 
-    Works in the tokens' dtype (the released code compares steps in float16, the final map in float32). Only ``rows``
-    query tokens at a time, so that 4096 x 4096 similarities never stand in memory as a whole.
+    Computed in the tokens' dtype (the released code compares steps in float16, the final map in float32), for ``rows``
+    query tokens at a time, so that 4096 x 4096 similarities are never in memory at once.
 
     Returns:
-        [B, N], in [0, 2], twice that for ``sum``.
+        [B, N] in [0, 2]; in [0, 4] for ``sum``.
     """
     query, reference = _unit(query_BND), _unit(reference_BND).transpose(1, 2)
     dtype = query.dtype
     if dtype == torch.float16 and query.device.type == "cpu":
-        # The same bits five times as fast: a CPU sums float16 products in float32 as well, but one by one.
+        # The same bits, five times as fast: a CPU sums float16 products in float32 too, but one by one.
         query, reference = query.float(), reference.float()
     far = None if match == "anywhere" else _far(query.shape[1], radius, query.device)
     distances = []
     for start in range(0, query.shape[1], rows):
         similarity = query[:, start : start + rows] @ reference
-        # The largest similarity, rounded, is the largest of the rounded ones: one subtraction instead of N.
-        found = [] if match == "window" else [similarity]
+        # Rounding keeps the order, so only the largest similarity is rounded and subtracted, not all N.
+        candidates = [] if match == "window" else [similarity]
         if far is not None:
-            found.append(similarity.masked_fill(far[start : start + rows], -1.0))
-        distances.append(torch.stack([1 - near.amax(dim=2).to(dtype) for near in found]).sum(dim=0))
+            candidates.append(similarity.masked_fill(far[start : start + rows], -1.0))
+        distances.append(torch.stack([1 - each.amax(dim=2).to(dtype) for each in candidates]).sum(dim=0))
     return torch.cat(distances, dim=1)
 
 
 @cache
 def _far(count: int, radius: int, device: torch.device) -> Tensor:
-    """Which of N tokens, on a square grid, lie further than ``radius`` rows or columns from which, bool [N, N]."""
+    """Which pairs of N tokens on a square grid are more than ``radius`` rows or columns apart, bool [N, N]."""
     side = round(count**0.5)
-    place = torch.arange(count, device=device)
-    apart = [(axis[:, None] - axis[None]).abs() > radius for axis in (place // side, place % side)]
+    index = torch.arange(count, device=device)
+    apart = [(axis[:, None] - axis[None]).abs() > radius for axis in (index // side, index % side)]
     return apart[0] | apart[1]
 
 
@@ -65,8 +65,8 @@ def token_map(
 ) -> Tensor:
     """Eq. 12: the sum over layers of Eq. 11, at token resolution.
 
-    ``bidirectional`` adds the map of the reconstruction's tokens looked up in the test image (published for
-    transistor, pcb1 and pcb4). Returns [B, g, g].
+    ``bidirectional`` adds the map of the reconstruction's tokens matched to the test image's (published for transistor,
+    pcb1 and pcb4). Returns [B, g, g].
     """
     total = torch.zeros(())
     for test, reference in zip(tests_BND, references_BND, strict=True):
@@ -78,7 +78,7 @@ def token_map(
 
 
 def resize_map(maps_BHW: Tensor, size: int) -> Tensor:
-    """Bilinear with aligned corners to [B, size, size], as everywhere in the released code."""
+    """Resize to [B, size, size], bilinear with aligned corners, as everywhere in the released code."""
     return F.interpolate(maps_BHW[:, None], size=(size, size), mode="bilinear", align_corners=True)[:, 0]
 
 
@@ -90,8 +90,8 @@ def pixel_distance(test_BCHW: Tensor, reconstruction_BCHW: Tensor) -> Tensor:
 def add_pixel_distance(maps_BHW: Tensor, distance_BHW: Tensor, v: float, *, scope: Literal["image", "batch"]) -> Tensor:
     """M + v · max(M) / max(dist) · dist.
 
-    The released code takes both maxima over the batch, which makes a score depend on its neighbours; ``image`` takes
-    them per image. ``batch`` exists for comparison with the released code's numbers.
+    With scope ``image`` the maxima are per image. The released code takes them over the batch, so that a score
+    depends on the other images; scope ``batch`` is for comparison with its numbers.
     """
     if v == 0:
         return maps_BHW
@@ -103,7 +103,7 @@ def add_pixel_distance(maps_BHW: Tensor, distance_BHW: Tensor, v: float, *, scop
 
 
 def smooth(maps_BHW: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur cut at 4σ (49 taps at the published σ = 6), reflected border; σ = 0 leaves the map alone."""
+    """Gaussian blur cut at 4σ (49 taps at the published σ = 6), reflected border; σ = 0 does not blur."""
     if sigma == 0:
         return maps_BHW
     taps = 2 * int(4 * sigma + 0.5) + 1
@@ -111,7 +111,7 @@ def smooth(maps_BHW: Tensor, sigma: float) -> Tensor:
 
 
 def full_size_map(maps_Bgg: Tensor, settings: Settings) -> Tensor:
-    """A token-resolution map as the score sees it: resized to D and smoothed, [B, D, D]. Linear, so exact."""
+    """The map that the image score is taken from: a token map resized to D and smoothed, [B, D, D]."""
     return smooth(resize_map(maps_Bgg, settings.feature_resolution), settings.blur_sigma)
 
 

@@ -1,7 +1,7 @@
 """Synthetic anomalies after MemSeg (Yang et al., 2023).
 
-A Perlin mask decides where; a texture, or the image with its pieces shuffled, decides what; β how strongly. Every
-image draws from its own seed, so what happens to it does not depend on its batch.
+A Perlin mask gives the position; a texture, or the image with its pieces shuffled, gives the look; β the opacity. Every
+image has its own seed, so its anomaly does not depend on its batch.
 
 Shapes: B batch, H W image, M texture pool, n pixels under a mask.
 """
@@ -34,17 +34,17 @@ def synthesize(
 ) -> tuple[Tensor, Tensor]:
     """Give images synthetic anomalies: x^a = (1 - m)·x + m·(β·x + (1 - β)·source), β uniform in [0, 0.8].
 
-    Only the pixels under the mask are ever worked on; the rest of the source would not be seen.
+    Only the pixels under the mask are computed.
 
     Args:
         images_BHW3: good images, uint8, on the CPU.
-        seeds: one per image; all that happens to an image follows from its seed, itself and the texture pool.
-        textures: pool of pictures, uint8 [M, H', W', 3]; without one a turned copy of the image is the texture.
-        foreground_BHW: bool; anomalies stay on it.
-        probability: chance of an anomaly; the other images come back unchanged.
+        seeds: one per image; the anomaly depends on the seed, the image and the texture pool alone.
+        textures: pool of pictures, uint8 [M, H', W', 3]; without it the texture is a turned copy of the image.
+        foreground_BHW: bool; anomalies lie on it only.
+        probability: chance of an anomaly; the other images are returned unchanged.
 
     Returns:
-        The images, uint8 [B, H, W, 3], and masks, bool [B, H, W] (nowhere True: unchanged).
+        The images, uint8 [B, H, W, 3], and masks, bool [B, H, W]; the mask of an unchanged image is empty.
 
     Raises:
         ValueError: not one seed per image.
@@ -84,10 +84,10 @@ def perlin(size: tuple[int, int], cells: tuple[int, int], generator: torch.Gener
 
 
 def _corner_weights(size: int, cells: int) -> tuple[Tensor, Tensor]:
-    """How much each lattice point counts at each pixel of one axis, and that times its distance, [size, cells + 1]."""
-    place = (torch.arange(size) + 0.5) / size * cells
-    cell = place.long()
-    f = place - cell
+    """Weight of each lattice point at each pixel of one axis, and weight times distance, [size, cells + 1] each."""
+    position = (torch.arange(size) + 0.5) / size * cells
+    cell = position.long()
+    f = position - cell
     fade = f**3 * (f * (6 * f - 15) + 10)  # Perlin's quintic
     pixel = torch.arange(size)
     weights, offsets = torch.zeros(2, size, cells + 1)
@@ -97,14 +97,14 @@ def _corner_weights(size: int, cells: int) -> tuple[Tensor, Tensor]:
 
 
 def _anomaly_mask(height: int, width: int, generator: torch.Generator, allowed_HW: Tensor | None) -> Tensor:
-    """A thresholded, turned Perlin field on the allowed region, bool [H, W]; redrawn while it is empty."""
+    """A thresholded, turned Perlin field in the allowed region, bool [H, W]; drawn again while it is empty."""
     for _ in range(MASK_TRIES):
         exponents = torch.randint(len(PERLIN_EXPONENTS), (2,), generator=generator).tolist()
         field = perlin((height, width), (2 ** exponents[0], 2 ** exponents[1]), generator) > PERLIN_THRESHOLD
         y, x = _turned(torch.arange(height)[:, None], torch.arange(width)[None], height, width, generator)
-        # A rim of False catches what lies outside.
-        place = y.clamp_(-1, height).add_(1).mul_(width + 2).add_(x.clamp_(-1, width).add_(1)).int()
-        mask = F.pad(field, (1, 1, 1, 1)).flatten().index_select(0, place.flatten()).view(height, width)
+        # Pixels outside the field read a border of False.
+        index = y.clamp_(-1, height).add_(1).mul_(width + 2).add_(x.clamp_(-1, width).add_(1)).int()
+        mask = F.pad(field, (1, 1, 1, 1)).flatten().index_select(0, index.flatten()).view(height, width)
         if allowed_HW is not None:
             mask &= allowed_HW
         if mask.any():
@@ -113,9 +113,9 @@ def _anomaly_mask(height: int, width: int, generator: torch.Generator, allowed_H
 
 
 def _turned(y: Tensor, x: Tensor, height: int, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Pixels (y, x) of a picture turned by a random angle, as pixels of the picture as it was; some lie outside it.
+    """Where pixels (y, x) of a picture turned by a random angle were before; some lie outside it.
 
-    Whole numbers, but float32: integers are slower here.
+    Whole numbers as float32, because integers are slower here.
     """
     angle = 2 * math.pi * _uniform(generator)
     cos, sin = math.cos(angle), math.sin(angle)
@@ -127,7 +127,7 @@ def _turned(y: Tensor, x: Tensor, height: int, width: int, generator: torch.Gene
 def _texture(
     image_HW3: Tensor, textures: Tensor | None, y_n: Tensor, x_n: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Colours uint8 [n, 3] at these pixels, of a texture from the pool or of the image itself, turned and mirrored."""
+    """Colours, uint8 [n, 3], at these pixels of a texture: from the pool, or the image itself turned and mirrored."""
     height, width = image_HW3.shape[:2]
     if textures is not None:
         texture = textures[int(torch.randint(len(textures), (1,), generator=generator))]
@@ -137,7 +137,7 @@ def _texture(
 
 
 def _shuffled_structure(image_HW3: Tensor, y_n: Tensor, x_n: Tensor, generator: torch.Generator) -> Tensor:
-    """Colours uint8 [n, 3] at these pixels once the image's 8 x 8 pieces have changed places."""
+    """Colours, uint8 [n, 3], at these pixels of the image with its 8 x 8 pieces shuffled."""
     height, width = image_HW3.shape[:2]
     piece_y, piece_x = -(-height // STRUCTURE_GRID), -(-width // STRUCTURE_GRID)
     order = torch.randperm(STRUCTURE_GRID**2, generator=generator)
@@ -148,7 +148,7 @@ def _shuffled_structure(image_HW3: Tensor, y_n: Tensor, x_n: Tensor, generator: 
 
 
 def _recoloured(colours_n3: Tensor, generator: torch.Generator) -> Tensor:
-    """Three of MemSeg's colour changes in random order, uint8 [n, 3]; all of them treat pixels one by one."""
+    """Apply three of MemSeg's colour changes in random order, uint8 [n, 3]; none of them looks at neighbours."""
     strength = torch.rand(6, generator=generator).tolist()
     changes = [
         lambda x: TF.adjust_brightness(x, 0.6 + 0.8 * strength[0]),

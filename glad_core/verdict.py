@@ -1,4 +1,4 @@
-"""What goes in and what comes out: a request to judge one image, and the verdict on it."""
+"""A request to judge one image, and the verdict on it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from glad_core.errors import GladError
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One image to judge: uint8 [R, R, 3] RGB at the bundle's resolution R; its category chooses the prompt."""
+    """One image to judge, uint8 [R, R, 3] RGB at the bundle's resolution R. The category chooses the prompt."""
 
     image_id: str
     image: np.ndarray
@@ -22,12 +22,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Detection:
-    """One verdict.
+    """The verdict on one image.
 
-    ``anomaly_map`` is float16 [g, g] at token resolution, or [D, D] where the score needs terms that only exist at
-    full size (`full_size_only`). ``steps`` holds every (timestep, step score) in the order they were compared.
-    ``reconstruction`` is uint8 [R, R, 3]; ``seconds`` the image's share of the time of the batches it was in;
-    ``departures`` how far the latents were from the input's at every step of the search, where the engine says so.
+    ``anomaly_map`` is float16 [g, g] at token resolution, or [D, D] if the score has terms that only exist at full size
+    (`judge.full_size_only`). ``steps`` holds (timestep, step score) in the order compared. ``reconstruction`` is uint8
+    [R, R, 3]. ``seconds`` is the image's share of the time of its batches. ``departures`` is how far the latents were
+    from the input's at every step of the search; only the engine records it.
     """
 
     image_id: str
@@ -42,7 +42,11 @@ class Detection:
 
 
 def check_request(model: Model, request: Request) -> None:
-    """Refuse an image that is not uint8 [R, R, 3], or of a category that the bundle does not know (GladError)."""
+    """Check an image before it is queued.
+
+    Raises:
+        GladError: it is not uint8 [R, R, 3], or its category has no prompt in a bundle for several.
+    """
     side = model.settings.resolution
     if request.image.shape != (side, side, 3) or request.image.dtype != np.uint8:
         raise GladError(

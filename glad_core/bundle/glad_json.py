@@ -1,4 +1,4 @@
-"""``glad.json``: what a bundle is, read, checked and written without loading a tensor (or PyTorch)."""
+"""``glad.json``, the description of a bundle: read, checked and written without loading a tensor or PyTorch."""
 
 from __future__ import annotations
 
@@ -33,9 +33,11 @@ class FileEntry(BaseModel):
 
 
 class Description(BaseModel):
-    """``glad.json``: what a bundle is, readable without loading a tensor.
+    """The content of ``glad.json``.
 
-    ``model_id`` is a hash of the settings, the category and all file hashes: two bundles that judge alike share it.
+    ``model_id`` is a hash of the settings, the category and all file hashes: bundles with the same verdicts share it.
+    ``settings`` are the values of `Settings`, ``provenance`` is free-form, ``versions`` those of the packages that
+    wrote the bundle, ``files`` every other file by its path in the bundle.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -50,10 +52,10 @@ class Description(BaseModel):
 
 
 def read_description(path: str | Path) -> Description:
-    """Read and check ``glad.json`` and the presence and size of every file, without loading tensors.
+    """Read ``glad.json``, and check it and the presence and size of every file.
 
     Raises:
-        GladError: not a bundle, of another schema version, or incomplete; one line each.
+        GladError: not a bundle, of another schema version, or incomplete.
     """
     path = Path(path)
     if not path.is_dir():
@@ -64,8 +66,8 @@ def read_description(path: str | Path) -> Description:
     try:
         description = Description.model_validate_json((path / GLAD_JSON).read_text())
     except (ValidationError, UnicodeDecodeError) as error:
-        place = ".".join(map(str, error.errors()[0]["loc"])) if isinstance(error, ValidationError) else ""
-        wrong = f" ('{place}' is not as it should be)" if place else ""
+        key = ".".join(map(str, error.errors()[0]["loc"])) if isinstance(error, ValidationError) else ""
+        wrong = f" ('{key}' is missing or wrong)" if key else ""
         raise GladError(
             f"{path / GLAD_JSON}: damaged or of another program{wrong}; restore the bundle from its source"
         ) from error
@@ -91,7 +93,11 @@ def read_description(path: str | Path) -> Description:
 
 
 def verify(path: str | Path) -> Description:
-    """`read_description`, and the sha256 of every file and the model id as well."""
+    """`read_description` that also checks the sha256 of every file and the model id.
+
+    Raises:
+        GladError: as `read_description`, or a file or ``glad.json`` was changed.
+    """
     path = Path(path)
     description = read_description(path)
     for name, entry in sorted(description.files.items()):
@@ -105,14 +111,14 @@ def verify(path: str | Path) -> Description:
 
 
 def update_settings(path: str | Path, settings: Settings, provenance: dict[str, Any]) -> str:
-    """Give an existing bundle new settings (after calibration); weights stay. Returns the new model id."""
+    """Give a bundle new settings, and more provenance; the weights stay. Returns the new model id."""
     description = read_description(path)
     provenance = description.provenance | provenance
     return write_description(Path(path), settings.model_dump(), description.category, provenance).model_id
 
 
 def write_description(path: Path, settings: dict[str, Any], category: str, provenance: dict[str, Any]) -> Description:
-    """Describe the files of a bundle's folder as they are now."""
+    """Write ``glad.json`` for the files that are in a bundle's folder now, and return it."""
     names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file() and file.name != GLAD_JSON)
     files = {name: FileEntry(size=(path / name).stat().st_size, sha256=_sha256(path / name)) for name in names}
     description = Description(
@@ -124,9 +130,9 @@ def write_description(path: Path, settings: dict[str, Any], category: str, prove
         versions=versions("glad-ray", "torch", "diffusers", "timm"),
         files=files,
     )
-    written = path / f".{GLAD_JSON}.new"
-    written.write_text(description.model_dump_json(indent=1) + "\n")
-    written.rename(path / GLAD_JSON)  # atomic: a reader sees the old or the new one
+    partial = path / f".{GLAD_JSON}.new"
+    partial.write_text(description.model_dump_json(indent=1) + "\n")
+    partial.rename(path / GLAD_JSON)  # atomic: a reader sees the old or the new one
     return description
 
 
@@ -149,11 +155,11 @@ def _is_diffusers(path: Path) -> bool:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of installed packages; "unknown" of one that runs without having been installed, from a folder of source."""
-    found = {}
+    """Versions of installed packages; "unknown" for a package that runs from a folder of source."""
+    known = {}
     for package in packages:
         try:
-            found[package] = version(package)
+            known[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
+            known[package] = "unknown"
+    return known

@@ -1,10 +1,10 @@
-"""The model bundle: everything one GLAD model is, in one folder of safetensors and JSON.
+"""The model bundle: a complete GLAD model in one folder of safetensors and JSON.
 
     unet/ vae/ scheduler/   diffusers format      features/ [final_features/]   timm name, arguments, weights
     prompt.safetensors      prompt embeddings    glad.json                    settings, provenance, sha256 of all files
 
-Nothing here ever unpickles. ``final_features`` is present only where the final comparison uses a ViT adapted to the
-category while the steps use the frozen one.
+Nothing here unpickles. ``final_features`` is present only if the final comparison uses a ViT adapted to the category
+while the steps use the frozen one.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ AUTOCAST = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # by th
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded bundle. ``alphas`` is ᾱ_t [1000]; prompts are [1, L, D]; ``vae_factor`` pixels per latent.
+    """A loaded bundle. ``alphas`` is ᾱ_t [1000]; prompts are [1, L, D].
 
     With ``autocast`` (bfloat16 or float16) the networks' matrix products and convolutions run in that precision; the
     schedule, the comparisons and the scores stay in ``dtype``.
 
-    A bundle for several categories has a prompt for each in ``prompts``; one for a single category has none there.
+    A bundle for several categories has one prompt for each in ``prompts``; for a single category ``prompts`` is empty.
     """
 
     unet: UNet2DConditionModel
@@ -63,13 +63,14 @@ class Model:
 
     @property
     def vae_factor(self) -> int:
+        """Pixels per latent, along one side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def prompts_for(self, categories: Sequence[str | None]) -> Tensor:
         """The UNet's condition for images of these categories, [B, L, D].
 
         Raises:
-            GladError: the bundle is for several categories, and this is none of them.
+            GladError: the bundle is for several categories, and one of these is not among them.
         """
         if not self.prompts:
             return self.prompt_cond.expand(len(categories), -1, -1)
@@ -99,7 +100,7 @@ def save_bundle(
     scheduler_config: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> str:
-    """Write a bundle and return its model id. The folder appears whole or not at all.
+    """Write a bundle and return its model id. The folder appears complete or not at all.
 
     Args:
         path: local folder to create.
@@ -118,7 +119,7 @@ def save_bundle(
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         for network in (unet, vae):
-            network.to(memory_format=torch.contiguous_format)  # safetensors takes no other; the engine changes it
+            network.to(memory_format=torch.contiguous_format)  # safetensors accepts no other, and the engine changes it
         unet.save_pretrained(partial / "unet", safe_serialization=True)
         vae.save_pretrained(partial / "vae", safe_serialization=True)
         scheduler = DDIMScheduler.from_config(scheduler_config or stable_diffusion_schedule())
@@ -143,7 +144,7 @@ def save_bundle(
 def save_derived(
     path: Path, base: Path, model: Model, settings: Settings, *, category: str, provenance: dict[str, Any]
 ) -> str:
-    """Write ``model``, which was loaded from the bundle ``base`` and changed, as a bundle of base's precision.
+    """Write a changed ``model``, loaded from the bundle ``base``, as a bundle of the same precision.
 
     Returns:
         The model id.
@@ -167,7 +168,7 @@ def save_derived(
 
 
 def is_half(path: Path) -> bool:
-    """Whether a bundle keeps its UNet in float16."""
+    """Whether a bundle stores its UNet in float16."""
     with safe_open(path / "unet/diffusion_pytorch_model.safetensors", framework="pt") as weights:
         return weights.get_slice(next(iter(weights.keys()))).get_dtype() == "F16"
 
@@ -183,11 +184,13 @@ def load_bundle(
     """Load a verified bundle for inference on ``device``.
 
     Args:
-        settings: score with these instead of the bundle's own.
+        path: local folder.
+        dtype: of weights and schedule.
+        settings: replace the bundle's own.
         autocast: lower precision of the network calls.
 
     Raises:
-        GladError: missing, damaged, incomplete or foreign bundle, or settings its networks cannot run.
+        GladError: no bundle, a damaged or incomplete one, or settings that its networks cannot run.
     """
     path = Path(path)
     description = verify(path)
@@ -240,7 +243,11 @@ def stable_diffusion_schedule() -> dict[str, Any]:
 
 
 def _check_fit(model: Model, where: str) -> None:
-    """Settings the networks cannot run are refused before the first image."""
+    """Refuse settings that the networks cannot run.
+
+    Raises:
+        GladError: a side does not fit the networks, or the networks do not fit one another.
+    """
     s = model.settings
     vae, unet = model.vae.config, model.unet.config
     if vae.latent_channels != unet.in_channels:

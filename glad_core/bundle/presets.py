@@ -1,4 +1,4 @@
-"""The published settings of MVTec-AD, MPDD, VisA and PCB-Bank, as data (`presets.json`; facts of the released code)."""
+"""The published settings for MVTec-AD, MPDD, VisA and PCB-Bank: `presets.json` holds the released code's values."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ CATEGORY_FIELDS = ("start_step", "delta", "pixel_weight_v", "min_step")
 
 @cache
 def table() -> dict[str, Any]:
-    """The whole table: what all share, per dataset its steps and resolution, per category T, δ, v, min_step and more.
+    """The whole table: settings that all share, those of every dataset, and T, δ, v and min_step of every category.
 
-    ``dino_epoch`` is the epoch at which the adapted features were taken, 0 where they were not adapted.
+    ``dino_epoch`` is the epoch from which the adapted features were taken, 0 if they were not adapted.
     """
     return json.loads((Path(__file__).parent / "presets.json").read_text())
 
@@ -25,11 +25,11 @@ def preset(dataset: str, category: str, *, multi_class: bool = False) -> dict[st
     """Published `Settings` fields of one category.
 
     Args:
-        multi_class: those of the one model for all categories of the dataset. Its number of steps, noise index,
-            direction and foreground are not published apart, so they are the single-class ones.
+        multi_class: those of the single model for all categories of the dataset. For its number of steps, noise index,
+            direction and foreground there are no published values, so these are the category's own.
 
     Raises:
-        GladError: unknown dataset or category; the line names the nearest known one.
+        GladError: unknown dataset or category; the message names the nearest known one.
     """
     known, chosen = _find(dataset, category)
     facts = table()
@@ -47,10 +47,10 @@ def training_preset(dataset: str, category: str, *, multi_class: bool = False) -
     """Published `Recipe` fields of one category (the optimiser was an 8-bit AdamW).
 
     Args:
-        multi_class: those of the one model for all categories; ``category`` then chooses the foreground only.
+        multi_class: those of the single model for all categories; ``category`` then only chooses the foreground.
 
     Raises:
-        GladError: unknown dataset or category; the line names the nearest known one.
+        GladError: unknown dataset or category; the message names the nearest known one.
     """
     _, chosen = _find(dataset, category)
     facts = table()

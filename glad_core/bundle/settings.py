@@ -1,4 +1,4 @@
-"""What a bundle is scored with: one frozen, documented, validated table."""
+"""The settings a bundle is scored with: frozen, documented and validated."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Precision = Literal["off", "bf16", "fp16"]  # of the networks' matrix products; 
 
 
 class FrozenSettings(BaseModel):
-    """A table of settings that is checked once, cannot change, and knows every one of its keys."""
+    """Settings that are checked once and cannot change; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,47 +38,60 @@ class FrozenSettings(BaseModel):
 
 
 class Settings(FrozenSettings):
-    """How one bundle reconstructs and scores. Symbols are the paper's (Sec. 3.3-3.6); timesteps count from 0 to 999."""
+    """How a bundle reconstructs and scores. Symbols are the paper's (Sec. 3.3-3.6); timesteps count from 0 to 999."""
 
-    variant: Literal["official", "paper"] = Field("official", description="the released code's steps, or the equations")
-    resolution: int = Field(512, ge=8, description="side of the square image the VAE sees, pixels")
+    variant: Literal["official", "paper"] = Field(
+        "official", description="steps as in the released code, or as in the paper's equations"
+    )
+    resolution: int = Field(512, ge=8, description="side of the square image that the VAE encodes, pixels")
     feature_resolution: int = Field(512, ge=8, description="side at which the final map is compared, pixels")
-    start_step: int = Field(750, ge=1, le=1000, description="T, the timestep the image is noised to")
-    inference_steps: int = Field(25, ge=1, le=1000, description="S, denoising steps from T to 0")
+    start_step: int = Field(750, ge=1, le=1000, description="T, the timestep to which an image is noised")
+    inference_steps: int = Field(25, ge=1, le=1000, description="S, number of denoising steps from T to 0")
     min_step: int = Field(350, ge=0, le=1000, description="an image that reaches a timestep below this stops there")
-    delta: float = Field(0.35, ge=0, description="δ, the step score above which an image stops; 0: plain DDIM, no ADS")
+    delta: float = Field(
+        0.35, ge=0, description="δ, the step score above which an image stops; 0: every image walks all steps"
+    )
     noise_index: Literal["T", "T-1"] = Field(
-        "T", description="ᾱ index of the start noise: MVTec-AD, MPDD T, others T-1"
+        "T", description="timestep of the start noise; published: T for MVTec-AD and MPDD, T-1 for the others"
     )
     guidance_scale: float = Field(9.0, ge=1, description="classifier-free guidance; 1 saves the unconditional call")
-    saff: bool = Field(True, description="fuse at the stop step (Eq. 7); without it the chain restarts from x^a")
-    restart_margin: int = Field(0, ge=0, description="n of x^a_{t+n} in timesteps, `paper` variant without SAFF")
-    step_score_top_k: int = Field(10, ge=1, description="K of the step score, tokens")
-    image_score_top_k: int = Field(250, ge=1, description="K of the image score, pixels of the full-size map")
-    blur_sigma: float = Field(6.0, ge=0, description="Gaussian blur of the full-size map, pixels")
-    bidirectional: bool = Field(False, description="add the reconstruction-to-image map")
-    pixel_weight_v: float = Field(0.0, ge=0, description="v, weight of the pixel distance in the final map")
-    foreground_mode: Literal[1, 2, 3] = Field(3, description="score 1 darker, 2 brighter object only, 3 whole image")
+    saff: bool = Field(
+        True, description="fuse image and reconstruction at the stop step (Eq. 7), else restart from the noised image"
+    )
+    restart_margin: int = Field(
+        0, ge=0, description="timesteps above the stop step to restart from; variant `paper` without saff"
+    )
+    step_score_top_k: int = Field(10, ge=1, description="the step score is the mean of the K largest tokens; this is K")
+    image_score_top_k: int = Field(
+        250, ge=1, description="the image score is the mean of the K largest pixels; this is K"
+    )
+    blur_sigma: float = Field(6.0, ge=0, description="sigma of the full-size map's Gaussian blur, pixels")
+    bidirectional: bool = Field(False, description="add the map of the reconstruction compared to the image")
+    pixel_weight_v: float = Field(0.0, ge=0, description="v, weight of the pixel differences in the final map")
+    foreground_mode: Literal[1, 2, 3] = Field(
+        3, description="score only 1 the darker object, 2 the brighter object, or 3 the whole image"
+    )
     compare_with: Literal["image", "round_trip"] = Field(
-        "image", description="extension: compare with the VAE's own round trip of the image instead of the raw image"
+        "image",
+        description="not in the paper: `round_trip` compares with the image after encoding and decoding by the VAE",
     )
     match: Literal["anywhere", "window", "sum"] = Field(
-        "anywhere", description="extension: where Eq. 11 may look for its match; `sum` adds both maps"
+        "anywhere", description="not in the paper: `window` looks for a token's match nearby only; `sum` adds both maps"
     )
-    window: int = Field(0, ge=0, description="radius of the window match, tokens; 0 is the same place only")
+    window: int = Field(0, ge=0, description="radius of that window, tokens; 0: the same position only")
     profile: Profile = Field(
-        "exact", description="extension: `fast` is one UNet call at T and no steps; needs its own T and threshold"
+        "exact", description="not in the paper: `fast` is a single UNet call at T; needs its own T and threshold"
     )
     score_fall: float | None = Field(
         None,
         ge=0,
-        description="largest fall of the step score along the chain of a good image; None: compare every step",
+        description="largest fall of the step score along the chain of a good image; none: compare every step",
     )
     score_guess: tuple[float, float, float, float] | None = Field(
-        None, description="how the guarded search guesses step scores from departures, to begin where δ was passed"
+        None, description="coefficients from which the guarded search guesses step scores, to compare fewer steps"
     )
     threshold: float | None = Field(None, description="image score above which an image is called anomalous")
-    thresholds: dict[str, float] = Field({}, description="of single categories, in a bundle for several")
+    thresholds: dict[str, float] = Field({}, description="thresholds of single categories, in a bundle for several")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -1,7 +1,7 @@
-"""The yardstick without diffusion: PatchCore's memory of good patches (Roth et al., CVPR 2022) on DINO features.
+"""A baseline without diffusion: PatchCore's memory of good patches (Roth et al., CVPR 2022) on DINO features.
 
-A patch is as anomalous as the nearest patch remembered from good images is far. It shares features, map and image score
-with GLAD, so the two differ in what an image is compared with and in nothing else.
+The anomaly score of a patch is its distance to the nearest remembered patch of the good images. Features, map and image
+score are those of GLAD, so the two methods differ only in what an image is compared with.
 
 Shapes: B images, N patches of an image, g patches along a side, D feature width, M patches remembered.
 """
@@ -21,14 +21,14 @@ from glad_core.engine.base import Queue, Verdict
 from glad_core.images import to_tensor
 from glad_core.verdict import Detection, Request
 
-CANDIDATES = 50_000  # patches the memory is chosen from
+CANDIDATES = 50_000  # patches from which the memory is chosen
 REMEMBERED = 5_000
-PROJECTED = 64  # width in which the coreset is chosen
+PROJECTED = 64  # width of the features in which distances are taken for the choice
 
 
 @torch.inference_mode()
 def patch_features(model: Model, images_B3RR: Tensor) -> Tensor:
-    """Unit-length patch features, float32 [B, N, D]: blocks used, each averaged over 3 x 3 patches and normalised.
+    """Unit-length patch features, float32 [B, N, D]: the blocks compared, each averaged over 3 x 3 patches, normalised.
 
     Images are in [-1, 1]; they are resized to the feature resolution and ImageNet-normalised, as for the final map.
     """
@@ -40,16 +40,16 @@ def patch_features(model: Model, images_B3RR: Tensor) -> Tensor:
     for tokens in features.patch_tokens(vit, prepared, features.used_blocks(vit)):
         grid = round(tokens.shape[1] ** 0.5)
         square = tokens.float().transpose(1, 2).unflatten(2, (grid, grid))
-        around = F.avg_pool2d(F.pad(square, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-        layers.append(F.normalize(around.flatten(2).transpose(1, 2), dim=2))
+        averaged = F.avg_pool2d(F.pad(square, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+        layers.append(F.normalize(averaged.flatten(2).transpose(1, 2), dim=2))
     return torch.cat(layers, dim=2) / len(layers) ** 0.5
 
 
 def remember(patches_PD: Tensor, seed: int = 0) -> Tensor:
-    """The memory [M, D] of good patches: a greedy k-centre coreset, so that no good patch is far from a remembered one.
+    """Choose the memory [M, D] of good patches: a greedy k-centre coreset, so every good patch has a near one in it.
 
-    At most `CANDIDATES` random patches are considered and `REMEMBERED` kept; distances are those of a random
-    projection, as PatchCore takes them.
+    At most `CANDIDATES` random patches are considered and `REMEMBERED` kept. Distances are taken after a random
+    projection, as in PatchCore.
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(patches_PD), generator=generator)[:CANDIDATES]
@@ -60,21 +60,21 @@ def remember(patches_PD: Tensor, seed: int = 0) -> Tensor:
     flat = candidates @ projection.to(candidates.device)
     kept = torch.zeros(REMEMBERED, dtype=torch.long, device=flat.device)
     distance = (flat - flat[0]).square().sum(dim=1)
-    for place in range(1, REMEMBERED):
-        kept[place] = distance.argmax()
-        distance = torch.minimum(distance, (flat - flat[kept[place]]).square().sum(dim=1))
+    for index in range(1, REMEMBERED):
+        kept[index] = distance.argmax()
+        distance = torch.minimum(distance, (flat - flat[kept[index]]).square().sum(dim=1))
     return candidates[kept]
 
 
 class NearestEngine(Queue):
-    """Judges what is submitted by a memory, ``slots`` images at a time."""
+    """Judges images by a memory of good patches, ``slots`` at a time."""
 
     def __init__(self, model: Model, memory_MD: Tensor, slots: int) -> None:
         super().__init__(model, slots)
         self.memory = memory_MD
 
     def work(self) -> list[Verdict]:
-        """One batch."""
+        """Judge one batch."""
         self.admit()
         verdicts: list[Verdict] = list(
             zip(self.entering, detect_nearest(self.model, self.memory, self.entering), strict=True)
@@ -85,13 +85,13 @@ class NearestEngine(Queue):
 
 @torch.inference_mode()
 def detect_nearest(model: Model, memory_MD: Tensor, requests: Sequence[Request]) -> Iterator[Detection]:
-    """Judge images by their distance to the memory: `Detection`s without steps, the image as its reconstruction."""
+    """Judge images by their distance to the memory. Detections have no steps, and the image as its reconstruction."""
     if not requests:
         return
     started = time.perf_counter()
     patches = patch_features(model, to_tensor([request.image for request in requests]))
     memory = memory_MD.to(patches.device, patches.dtype)
-    # Per image, so that the distances of one image at a time are in memory.
+    # One image at a time, so that only its distances are in memory.
     nearest = torch.stack([(1 - image @ memory.T).amin(dim=1) for image in patches])
     grid = round(nearest.shape[1] ** 0.5)
     token_maps = nearest.unflatten(1, (grid, grid))

@@ -1,12 +1,13 @@
-"""Which steps of the chain to compare, when the first one whose score exceeds δ is all that is asked for.
+"""Which steps of the chain to compare in order to find the first one whose score exceeds δ.
 
-The chain before the stop does not depend on the comparisons, and each costs several UNet calls, so they can be done
-after the walk, from its end: a step score seldom falls along the chain. A step with score s rules out every earlier one
-as long as no score falls by more than ``fall`` on the way, for an earlier one above δ would have left s above δ - fall.
-``fall`` is the largest fall seen on good images (`largest_fall`); whatever it does not rule out is compared.
+The chain before the stop does not depend on the comparisons, and a comparison costs as much as several UNet calls. So
+the guarded search compares few steps, after the walk and from its end. Step scores seldom fall along the chain. If no
+score falls by more than ``fall``, a step with a score of at most δ - fall rules out all earlier steps: had one of them
+exceeded δ, this score would be above δ - fall. ``fall`` is the largest fall measured on good images (`largest_fall`).
+Every step that is not ruled out is compared.
 
-Which of these to compare first, and whether to before the end of the walk, is a guess, and a bad one only costs calls:
-how fast the latents depart from the input's tells about where the score has passed δ (`guess_scores`).
+A guess chooses which of these steps is compared first, and whether before the end of the walk; a wrong guess only costs
+calls. It follows from how fast the latents depart from the input's (`guess_scores`).
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ from glad_core.errors import GladError
 
 Guess = tuple[float, float, float, float]
 
-TINY = 1e-6  # smaller scores and departures are taken for this one, which has a logarithm
+TINY = 1e-6  # stands for smaller scores and departures, so that all have a logarithm
 
 
-def search_of(settings: Settings, wanted: Search | None) -> Search:
-    """How the stop step is found: as wanted, by default ``guarded`` where the bundle has its bound.
+def search_of(settings: Settings, choice: Search | None) -> Search:
+    """How the stop step is found: the user's choice; by default ``guarded`` if the bundle has its bound.
 
     Raises:
         GladError: ``guarded`` without the bound.
     """
-    if wanted == "guarded" and settings.score_fall is None:
+    if choice == "guarded" and settings.score_fall is None:
         raise GladError(
             "search 'guarded' needs the bound that calibration measures on good images: run `glad calibrate` on the "
             "bundle, or search by 'scan'"
         )
-    return wanted or ("scan" if settings.score_fall is None else "guarded")
+    return choice or ("scan" if settings.score_fall is None else "guarded")
 
 
 def next_comparison(
@@ -45,12 +46,12 @@ def next_comparison(
     fall: float | None,
     guessed: Sequence[float] | None = None,
 ) -> int | None:
-    """The step to compare next, or None when the first crossing among the ``walked`` steps is known.
+    """The step to compare next; None if the first crossing among the ``walked`` steps is known, or that there is none.
 
     Args:
-        scores: step score of every step compared so far, by its place in the chain from 0.
-        walked: steps walked; places 0 .. walked - 1 can be compared.
-        delta: δ > 0, a step crosses where its score is larger.
+        scores: step score of every step compared so far, by its index in the chain from 0.
+        walked: number of steps walked; indices 0 .. walked - 1 can be compared.
+        delta: δ > 0; a step with a larger score is a crossing.
         fall: the bound; None compares every step in order, as published ("scan").
         guessed: logarithm of every walked step's score, by `guess_scores`; without it the search begins at the end.
     """
@@ -63,10 +64,10 @@ def next_comparison(
     if not unknown:
         return None
     if crossing is None:
-        passed = None if guessed is None else expected_crossing(scores, guessed, delta)
-        expected = walked - 1 if passed is None else passed
+        expected = None if guessed is None else expected_crossing(scores, guessed, delta)
+        expected = walked - 1 if expected is None else expected
     else:
-        # Scores grow by about the same factor a step: where did it pass δ? (Half of δ stands for the unseen start.)
+        # Scores grow by about the same factor at every step; half of δ stands for the score of a start not compared.
         start = max(scores.get(ruled_out, delta / 2), delta / 1000)
         share = math.log(delta / start) / math.log(scores[crossing] / start)
         expected = math.ceil(ruled_out + share * (crossing - ruled_out))
@@ -74,13 +75,13 @@ def next_comparison(
 
 
 def expected_crossing(scores: Mapping[int, float], guessed: Sequence[float], delta: float) -> int | None:
-    """The first step whose score would exceed δ as guessed, or by as much more as the last one compared is more."""
-    more = math.log(max(scores[max(scores)], TINY)) - guessed[max(scores)] if scores else 0.0
-    return next((k for k, score in enumerate(guessed) if score + more > math.log(delta)), None)
+    """The first step whose guessed score exceeds δ, after correcting all guesses by the error of the last one known."""
+    error = math.log(max(scores[max(scores)], TINY)) - guessed[max(scores)] if scores else 0.0
+    return next((k for k, score in enumerate(guessed) if score + error > math.log(delta)), None)
 
 
 def first_crossing(scores: Mapping[int, float], delta: float) -> int | None:
-    """The first step compared whose score exceeds δ."""
+    """The first of the compared steps whose score exceeds δ."""
     return min((k for k, score in scores.items() if score > delta), default=None)
 
 
@@ -91,9 +92,9 @@ def largest_fall(scores_NS: np.ndarray) -> float:
 
 
 def guess_scores(departures: Sequence[float], guess: Guess) -> list[float]:
-    """ln s_k of the steps walked, from how far the latents had departed at each (`Detection.departures`).
+    """Guess ln s_k of the steps walked from how far the latents had departed at each (`Detection.departures`).
 
-    ln s_k ≈ a + b·g + (c + d·g)·k, where g is by how much the departure's logarithm has grown per step.
+    ln s_k ≈ a + b·g + (c + d·g)·k, with g the mean growth of the departure's logarithm per step.
     """
     growth = float(_growth(np.array([departures]))[0])
     a, b, c, d = guess
@@ -101,9 +102,9 @@ def guess_scores(departures: Sequence[float], guess: Guess) -> list[float]:
 
 
 def fit_guess(scores_NS: np.ndarray, departures_NS: np.ndarray) -> Guess | None:
-    """The (a, b, c, d) of `guess_scores`, by least squares over N images, good and anomalous, after 2 to S steps.
+    """Fit the (a, b, c, d) of `guess_scores` by least squares to N images, good and anomalous, after 2 to S steps.
 
-    None for a single step, where nothing is to guess.
+    None if the chain has a single step: there is nothing to guess.
     """
     rows, targets = [], []
     for walked in range(2, scores_NS.shape[1] + 1):
