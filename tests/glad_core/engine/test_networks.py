@@ -1,4 +1,4 @@
-"""Layers computed another way: the same results, and gradients as before."""
+"""Faster layers: the same results, and gradients as before."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from glad_core.engine.networks import fold_upsampling, keep_norms_low, use_onedn
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_folded_upsampling_says_the_same_at_every_size(dtype):
+def test_folded_upsampling_gives_the_same_at_every_size(dtype):
     torch.manual_seed(0)
     layer = Upsample2D(6, use_conv=True, out_channels=10).to(dtype)
     state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
@@ -22,7 +22,7 @@ def test_folded_upsampling_says_the_same_at_every_size(dtype):
         fold_upsampling(layer)
         for x, (doubled, sized) in zip(inputs, expected, strict=True):
             torch.testing.assert_close(layer(x), doubled, atol=tolerance, rtol=tolerance)
-            # A size that is not the double is none of the fold's business.
+            # A size that is not the double is computed as before.
             torch.testing.assert_close(layer(x, (2 * x.shape[2] - 1, 9)), sized, atol=0, rtol=0)
     torch.testing.assert_close(dict(layer.state_dict()), state, atol=0, rtol=0)
 
@@ -50,7 +50,7 @@ def test_folded_upsampling_can_still_be_trained_and_follows_weights_when_folded_
 
 
 @pytest.mark.parametrize("layer", [torch.nn.GroupNorm(2, 6), torch.nn.LayerNorm((6, 5, 7))])
-def test_norms_say_the_same_in_the_precision_they_are_given(layer):
+def test_norms_give_the_same_in_the_precision_of_their_input(layer):
     torch.manual_seed(0)
     x = torch.randn(3, 6, 5, 7)
     for parameter in layer.parameters():
@@ -60,21 +60,21 @@ def test_norms_say_the_same_in_the_precision_they_are_given(layer):
     torch.testing.assert_close(layer(x), expected, atol=0, rtol=0)
     for dtype in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", dtype):
-            found = layer(x.to(dtype))
-        assert found.dtype == dtype
-        torch.testing.assert_close(found.float(), expected, atol=0.1, rtol=0.02)
+            low = layer(x.to(dtype))
+        assert low.dtype == dtype
+        torch.testing.assert_close(low.float(), expected, atol=0.1, rtol=0.02)
     layer(x).sum().backward()
     assert layer.weight.grad is not None
 
 
-def test_linear_layers_through_onednn_say_the_same_and_can_still_be_trained():
+def test_linear_layers_through_onednn_give_the_same_and_can_still_be_trained():
     torch.manual_seed(0)
     layer, x = torch.nn.Linear(24, 40), torch.randn(3, 7, 24)
     expected = layer(x).detach()
     use_onednn(layer)
     with torch.inference_mode():
-        for rows, theirs in ((x, expected), (x[:, ::2], expected[:, ::2]), (x[0, 0], expected[0, 0])):
-            torch.testing.assert_close(layer(rows), theirs, atol=1e-5, rtol=1e-5)
+        for rows, plain in ((x, expected), (x[:, ::2], expected[:, ::2]), (x[0, 0], expected[0, 0])):
+            torch.testing.assert_close(layer(rows), plain, atol=1e-5, rtol=1e-5)
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
     layer(x).sum().backward()

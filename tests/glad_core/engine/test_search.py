@@ -58,10 +58,10 @@ def test_the_guess_is_learned_from_how_fast_images_depart():
 
 
 @pytest.mark.parametrize(
-    ("curve", "asked"), [([1, 2, 3, 4], 1), ([1, 2, 7, 8, 9, 9, 9, 9], 4), ([2, 3, 4.5, 6.8, 10, 15, 22, 34], 3)]
+    ("curve", "comparisons"), [([1, 2, 3, 4], 1), ([1, 2, 7, 8, 9, 9, 9, 9], 4), ([2, 3, 4.5, 6.8, 10, 15, 22, 34], 3)]
 )
-def test_rising_scores_need_few_comparisons(curve, asked):
-    assert len(search(curve, 5, 0.0)) == asked
+def test_rising_scores_need_few_comparisons(curve, comparisons):
+    assert len(search(curve, 5, 0.0)) == comparisons
 
 
 def test_the_largest_fall_is_from_any_step_to_any_later_one():
