@@ -1,4 +1,4 @@
-"""One result as the report shows it: pictures small enough to embed, the contour, the numbers."""
+"""One result as a card of the report: its numbers, and pictures small enough to embed."""
 
 from __future__ import annotations
 
@@ -12,33 +12,36 @@ from contourpy import contour_generator
 from matplotlib import colormaps
 from PIL import Image
 
-from cluster.storage import Storage
-from glad_core.bundle.settings import Settings
 from pipelines.archive.decode import ImageError, decode, decode_image, fetch
-from pipelines.report.contact_sheet import full_map
+from pipelines.runs.run import Run
 
-SIDE, MAP_SIDE = 256, 96  # pixels of embedded pictures and heat maps
-LADDER = ((1.0, 78), (1.0, 55), (0.75, 50), (0.5, 40), (0.25, 30))  # side and WebP quality, until it fits
+SIDE, MAP_SIDE = 256, 96  # pixels, of pictures and heat maps
+# Tried in this order until a picture is small enough: share of `SIDE`, WebP quality.
+QUALITIES = ((1.0, 78), (1.0, 55), (0.75, 50), (0.5, 40), (0.25, 30))
+# How a card's bytes are shared out.
+INPUT_SHARE, RECONSTRUCTION_SHARE, HEAT_SHARE, CONTOUR_SHARE = 0.4, 0.4, 0.12, 0.08
 COLOURS = colormaps["inferno"]
+# Why the denoising of an image stopped, in words (column ``stop_reason``).
+STOP_REASONS = {"difference": "difference found", "min_step": "no difference", "none": "not compared"}
 
 
 @dataclass(frozen=True)
 class HeatScale:
-    """One scale for all heat maps of a page: clear below ``low``, logarithmic up to ``high``, in units of the map."""
+    """One colour scale for all heat maps of a page: clear below ``low``, logarithmic up to ``high`` (map values)."""
 
     low: float
     high: float
 
     @classmethod
     def of(cls, scores: np.ndarray, threshold: float | None) -> HeatScale:
-        """From half the threshold (without one: the median score) to the scores' 99th percentile."""
+        """From half the threshold, or the median score if there is none, to the scores' 99th percentile."""
         low = threshold / 2 if threshold else float(np.median(scores)) if len(scores) else 0.0
         low = max(low, 1e-4)
         high = float(np.percentile(scores, 99)) if len(scores) else 0.0
         return cls(low, max(high, 4 * low))
 
     def colours(self, values: np.ndarray) -> np.ndarray:
-        """RGBA, uint8 [..., 4]."""
+        """Colours of map values, RGBA, uint8 [..., 4]."""
         heat = np.log(np.maximum(values, self.low) / self.low) / np.log(self.high / self.low)
         heat = np.clip(heat, 0, 1)
         rgba = COLOURS(0.3 + 0.68 * heat)  # the darkest colours would only darken the picture
@@ -47,57 +50,62 @@ class HeatScale:
 
 
 def make_card(
-    row: dict[str, Any],
-    place: dict[str, Any] | None,
-    settings: Settings,
-    scale: HeatScale,
-    storage: Storage,
-    most_bytes: int,
+    run: Run, row: dict[str, Any], manifest_row: dict[str, Any] | None, scale: HeatScale, most_bytes: int
 ) -> dict[str, Any]:
-    """What the page knows of a result. A picture that cannot be read any more leaves its reason in ``problem``.
+    """What the page shows of one result.
 
     Args:
-        place: the image's row in the manifest.
-        most_bytes: of the pictures together, as encoded in the page.
+        row: the result.
+        manifest_row: where to read the image; None if the manifest does not list it.
+        most_bytes: of the card's pictures together, as encoded in the page.
     """
-    problem, picture = None, None
-    try:
-        if place is None:
-            raise ImageError("missing", "not in the manifest")
-        picture = decode(fetch(storage, place), SIDE).pixels
-    except ImageError as error:
-        problem = f"{error.kind}: {error}"
-    anomaly_map = _shrink(full_map(row, settings))
-    most = most_bytes * 3 // 4  # base64
-    again = row["reconstruction"]
+    source, problem = _source_picture(run, manifest_row)
+    repaired = row["reconstruction"]
+    anomaly_map = _shrink(run.full_map(row))
+    most = most_bytes * 3 // 4  # base64 writes 3 bytes as 4
     return {
         "id": row["image_id"],
         "uri": row["uri"],
         "category": row["category"] or "",
-        "score": _number(row["score"]),
-        "threshold": _number(row["threshold"]),
+        "score": _rounded(row["score"]),
+        "threshold": _rounded(row["threshold"]),
         "anomalous": row["is_anomalous"],
-        "margin": _number(row["score"] / row["threshold"] if row["threshold"] else row["score"]),
+        "margin": _rounded(row["score"] / row["threshold"] if row["threshold"] else row["score"]),
         "step": row["stop_step"],
         "reason": row["stop_reason"] or "none",
-        "steps": [[step["timestep"], _number(step["score"])] for step in row["steps"] or ()],
-        "delta": settings.delta,
+        "steps": [[step["timestep"], _rounded(step["score"])] for step in row["steps"] or ()],
+        "delta": run.settings_of(row["category"]).delta,
         "width": row["width"],
         "height": row["height"],
-        "seconds": _number(row["seconds"]),
+        "seconds": _rounded(row["seconds"]),
         "model": row["model_id"],
-        "input": None if picture is None else webp(Image.fromarray(picture), int(most * 0.4)),
+        "input": None if source is None else webp(source, int(most * INPUT_SHARE)),
         "problem": problem,
-        "reconstruction": None if again is None else webp(Image.fromarray(decode_image(again)), int(most * 0.4)),
-        "heat": webp(Image.fromarray(scale.colours(anomaly_map)), int(most * 0.12)),
-        "contour": _contour(anomaly_map, row["threshold"], int(most * 0.08)),
+        "reconstruction": None
+        if repaired is None
+        else webp(Image.fromarray(decode_image(repaired)), int(most * RECONSTRUCTION_SHARE)),
+        "heat": webp(Image.fromarray(scale.colours(anomaly_map)), int(most * HEAT_SHARE)),
+        "contour": contour(anomaly_map, row["threshold"], int(most * CONTOUR_SHARE)),
     }
 
 
+def _source_picture(run: Run, manifest_row: dict[str, Any] | None) -> tuple[Image.Image | None, str | None]:
+    """The image, `SIDE` pixels wide, or the reason why it can no longer be read."""
+    if manifest_row is None:
+        return None, "missing: not in the manifest"
+    try:
+        return Image.fromarray(decode(fetch(run.storage, manifest_row), SIDE).pixels), None
+    except ImageError as error:
+        return None, f"{error.kind}: {error}"
+
+
 def webp(image: Image.Image, most_bytes: int) -> str:
-    """A picture as a data URI, at most `SIDE` pixels wide, smaller or coarser until it has at most ``most_bytes``."""
+    """A picture as a WebP data URI, at most `SIDE` pixels wide, in the best of `QUALITIES` within ``most_bytes``.
+
+    If none is small enough, it has the last of them.
+    """
     side = min(SIDE, image.width)
-    for share, quality in LADDER:
+    for share, quality in QUALITIES:
         small = image.resize((max(8, round(side * share)),) * 2, Image.Resampling.LANCZOS, reducing_gap=2)
         stream = io.BytesIO()
         small.save(stream, "WEBP", quality=quality, method=3)
@@ -107,28 +115,33 @@ def webp(image: Image.Image, most_bytes: int) -> str:
 
 
 def _shrink(anomaly_map: np.ndarray) -> np.ndarray:
+    """The map at no more than `MAP_SIDE` pixels a side."""
     side = min(MAP_SIDE, anomaly_map.shape[0])
     image = Image.fromarray(anomaly_map.astype(np.float32))
     return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
 
 
-def _contour(anomaly_map: np.ndarray, threshold: float | None, most_bytes: int) -> str:
-    """Where the map crosses the threshold: an SVG path in a square of 100 x 100; empty if it does not."""
+def contour(anomaly_map: np.ndarray, threshold: float | None, most_bytes: int) -> str:
+    """The line where the map crosses the threshold, as an SVG path in a square of 100 x 100; empty if it does not.
+
+    Its shortest pieces are left out if they exceed ``most_bytes``.
+    """
     if threshold is None:
         return ""
-    # A border below the threshold closes the lines that would end at the edge.
+    # A border below the threshold closes lines that would end at the edge.
     padded = np.pad(anomaly_map, 1, constant_values=min(0.0, threshold - 1))
     scale = 100 / (anomaly_map.shape[0] - 1)
     lines = contour_generator(z=padded).lines(threshold)
-    whole = ""
+    path = ""
     for line in sorted(lines, key=len, reverse=True):  # type: ignore[arg-type]
         points = np.clip((np.asarray(line) - 1) * scale, 0, 100)
-        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-        if len(whole) + len(path) > most_bytes:  # crumbs of a torn map
+        piece = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+        if len(path) + len(piece) > most_bytes:
             break
-        whole += path
-    return whole
+        path += piece
+    return path
 
 
-def _number(value: float | None) -> float | None:
+def _rounded(value: float | None) -> float | None:
+    """Five significant digits, to keep the page small; None for no finite number, which JSON lacks."""
     return None if value is None or not np.isfinite(value) else float(f"{value:.5g}")

@@ -1,4 +1,4 @@
-"""`glad drift`: is one run's archive like another's? Score and stop-step distributions of two runs, compared."""
+"""`glad drift`: whether two runs differ, by the distributions of their scores and stop steps."""
 
 from __future__ import annotations
 
@@ -6,88 +6,103 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.dataset as pads
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from cluster.storage import Storage, is_s3, join, local_path
+from cluster.storage import clear_errors
 from glad_core.errors import GladError
 from glad_core.image_metrics import pooled_chi_squared
-from pipelines.report.contact_sheet import save_figure
-from pipelines.runs.schema import RESULTS, read_run
+from pipelines.report.figures import save_figure
+from pipelines.runs.run import Run
 
-CATEGORIES_SHOWN = 12
+CATEGORIES_SHOWN = 12  # in the plot
+NO_STEP = -1  # stop step of a result that has none
+TITLES = {"score": "score", "step": "denoising step at the stop"}
+
+Columns = dict[str, np.ndarray]  # "score" float32 [N] and "step" int16 [N] of one category
 
 
 def drift(
     first: str, second: str, out: Path | None, console: Console, *, alpha: float = 0.01
 ) -> dict[str, dict[str, Any]]:
-    """Print and plot how two runs differ, by category; returns the same, with ``differs`` at level ``alpha``.
+    """Print, plot and return how two runs differ, by category.
 
-    Scores: two-sample Kolmogorov-Smirnov test. Stop steps: chi-squared test of their counts. With c categories every
-    p-value is multiplied by 2c (Bonferroni), so a false alarm has probability ``alpha`` at most.
+    Args:
+        first, second: folders of finished runs.
+        out: PNG file with both distributions; None writes none.
+        alpha: accepted probability that runs over like images are reported to differ in any category.
 
     Raises:
         GladError: no finished run, no category in both, or ``out`` cannot be written.
     """
-    storage = Storage.from_environment()
-    runs = [_columns(run, storage) for run in (first, second)]
-    shared = sorted(set(runs[0]) & set(runs[1]))
+    columns = [read_columns(Run.at(folder)) for folder in (first, second)]
+    shared = sorted(set(columns[0]) & set(columns[1]))
     if not shared:
         raise GladError(f"{first} and {second} have no category in common: nothing to compare")
-    table = Table("category", "images", "median score", "p (scores)", "p (stop steps)", "verdict")
-    found: dict[str, dict[str, Any]] = {}
-    for name in shared:
-        a, b = runs[0][name], runs[1][name]
-        p_scores = min(1.0, 2 * len(shared) * float(stats.ks_2samp(a["score"], b["score"]).pvalue))
-        p_steps = min(1.0, 2 * len(shared) * pooled_chi_squared(a["step"], b["step"]))
-        differs = min(p_scores, p_steps) < alpha
-        medians = [float(np.median(of["score"])) for of in (a, b)]
-        found[name] = {
-            "images": [len(a["score"]), len(b["score"])],
-            "median_score": medians,
-            "p_scores": p_scores,
-            "p_stop_steps": p_steps,
-            "differs": differs,
-        }
-        table.add_row(
-            name,
-            f"{len(a['score'])} / {len(b['score'])}",
-            f"{medians[0]:.3f} / {medians[1]:.3f}",
-            f"{p_scores:.2g}",
-            f"{p_steps:.2g}",
-            "[red]differs[/red]" if differs else "alike",
-        )
-    console.print(table)
+    comparison = {name: compare(columns[0][name], columns[1][name], 2 * len(shared), alpha) for name in shared}
+    console.print(_table(comparison, alpha))
     if out is not None:
-        _plot(runs, shared[:CATEGORIES_SHOWN], (first, second), out)
+        save_figure(_histograms(columns, shared[:CATEGORIES_SHOWN], (first, second)), out)
         console.print(f"plot in {out}", highlight=False)
-    return found
+    return comparison
 
 
-def _columns(run: str, storage: Storage) -> dict[str, dict[str, np.ndarray]]:
-    """Scores and stop steps (-1 for none) by category."""
-    folder = run.rstrip("/") if is_s3(run) else local_path(run)
-    read_run(folder, storage)
-    filesystem, path = storage.resolve(join(folder, RESULTS))
-    table = pads.dataset(path, filesystem=filesystem).to_table(columns=["category", "score", "stop_step"])
+def compare(one: Columns, other: Columns, tests: int, alpha: float) -> dict[str, Any]:
+    """Numbers of images, median scores and p-values of two runs' results of a category, and whether they differ.
+
+    Scores: two-sample Kolmogorov-Smirnov test. Stop steps: chi-squared test of their counts. Each p-value is multiplied
+    by the number of all ``tests`` made (Bonferroni), so ``alpha`` bounds the false alarms of all of them together.
+    """
+    p_scores = min(1.0, tests * float(stats.ks_2samp(one["score"], other["score"]).pvalue))
+    p_steps = min(1.0, tests * pooled_chi_squared(one["step"], other["step"]))
+    return {
+        "images": [len(one["score"]), len(other["score"])],
+        "median_score": [float(np.median(one["score"])), float(np.median(other["score"]))],
+        "p_scores": p_scores,
+        "p_stop_steps": p_steps,
+        "differs": min(p_scores, p_steps) < alpha,
+    }
+
+
+def read_columns(run: Run) -> dict[str, Columns]:
+    """Scores and stop steps of a finished run, by category."""
+    results = run.results()
+    with clear_errors(run.location, run.storage):
+        table = results.to_table(columns=["category", "score", "stop_step"])
     names = np.array([name or "(none)" for name in table["category"].to_pylist()])
     score = table["score"].to_numpy()
-    step = table["stop_step"].fill_null(-1).to_numpy()
+    step = table["stop_step"].fill_null(NO_STEP).to_numpy()
     return {str(name): {"score": score[names == name], "step": step[names == name]} for name in np.unique(names)}
 
 
-def _plot(runs: list[dict[str, dict[str, np.ndarray]]], shared: list[str], labels: tuple[str, str], out: Path) -> None:
-    figure, axes = plt.subplots(len(shared), 2, figsize=(9, 2.6 * len(shared)), squeeze=False)
-    for row, name in enumerate(shared):
-        for column, what in enumerate(("score", "step")):
-            values = [run[name][what] for run in runs]
+def _table(comparison: dict[str, dict[str, Any]], alpha: float) -> Table:
+    columns = ("category", "images", "median score", "p (scores)", "p (stop steps)", "verdict")
+    meaning = f"p: probability of such a difference by chance; runs differ if it is below {alpha:g}"
+    table = Table(*columns, caption=meaning)
+    for name, row in comparison.items():
+        table.add_row(
+            name,
+            " / ".join(map(str, row["images"])),
+            " / ".join(f"{median:.3f}" for median in row["median_score"]),
+            f"{row['p_scores']:.2g}",
+            f"{row['p_stop_steps']:.2g}",
+            "[red]differs[/red]" if row["differs"] else "alike",
+        )
+    return table
+
+
+def _histograms(columns: list[dict[str, Columns]], categories: list[str], labels: tuple[str, str]) -> Figure:
+    figure = Figure(figsize=(9, 2.6 * len(categories)))
+    axes = figure.subplots(len(categories), 2, squeeze=False)
+    for row, name in enumerate(categories):
+        for axis, (column, title) in zip(axes[row], TITLES.items(), strict=True):
+            values = [run[name][column] for run in columns]
             edges = np.histogram_bin_edges(np.concatenate(values), bins=40)
-            for of_run, label in zip(values, labels, strict=True):
-                axes[row, column].hist(of_run, bins=edges, density=True, alpha=0.5, label=label)
-            axes[row, column].set_title(f"{name}: {'score' if what == 'score' else 'stop step'}", fontsize=9)
+            for run_values, label in zip(values, labels, strict=True):
+                axis.hist(run_values, bins=edges, density=True, alpha=0.5, label=label)
+            axis.set_title(f"{name}: {title}", fontsize=9)
     axes[0, 0].legend(fontsize=7)
     figure.tight_layout()
-    save_figure(figure, out)
+    return figure

@@ -1,4 +1,4 @@
-"""What ground truth adds to a report: hits, misses and false alarms, ROC and PRO curves by category."""
+"""What ground truth adds to a report: hits, misses and false alarms, and ROC and PRO curves by category."""
 
 from __future__ import annotations
 
@@ -8,41 +8,43 @@ import numpy as np
 from sklearn.metrics import roc_curve
 
 from cluster import session
-from cluster.storage import Storage
-from pipelines.evaluate.datasets import Example
-from pipelines.evaluate.tables import Tally, find_example, tally_results
+from pipelines.archive.layouts import Example
+from pipelines.evaluate.tally import Tally, find_example, tally_results
+from pipelines.runs.run import Run
 
 POINTS = 200  # of a curve
-PRO_LIMIT = 0.3  # false positive rate up to which PRO counts
+PRO_LIMIT = 0.3  # largest false-positive rate that counts for PRO
+# By whether the image is anomalous, and whether it was called so.
 VERDICTS = {(True, True): "hit", (True, False): "miss", (False, True): "false alarm", (False, False): "correct"}
 
 
 class Truth:
-    """A dataset's labels, by what ends the URI of a scored image."""
+    """The labels of a dataset, found by the URIs of scored images."""
 
     def __init__(self, examples: list[Example]) -> None:
-        self.by_path = {example.path: example for example in examples}
+        self.examples = examples
+        self._by_path = {example.path: example for example in examples}
 
-    def verdict(self, uri: str, anomalous: bool | None) -> str:
-        """hit, miss, false alarm or correct; without a threshold, anomalous or good.
+    def verdict(self, uri: str, called_anomalous: bool | None) -> str:
+        """hit, miss, false alarm or correct; in a run without threshold (None) the label: anomalous or good.
 
         Raises:
             GladError: the image is not in the dataset.
         """
-        truly = find_example(uri, self.by_path).anomalous
-        if anomalous is None:
-            return "anomalous" if truly else "good"
-        return VERDICTS[truly, anomalous]
+        anomalous = find_example(uri, self._by_path).anomalous
+        if called_anomalous is None:
+            return "anomalous" if anomalous else "good"
+        return VERDICTS[anomalous, called_anomalous]
 
 
-def curves(folder: str, run: dict[str, Any], examples: list[Example], storage: Storage) -> list[dict[str, Any]]:
-    """Per category its name, metrics and the points of its ROC and PRO curves, counted on Ray."""
+def curves(run: Run, examples: list[Example]) -> list[dict[str, Any]]:
+    """Name, metrics and points of the ROC and PRO curves of each category, counted by Ray tasks."""
     session.connect()
-    tallies = tally_results(folder, run, examples, storage)
-    return [_of_category(name, tallies[name]) for name in sorted(tallies)]
+    tallies = tally_results(run, examples)
+    return [_curves_of(name, tallies[name]) for name in sorted(tallies)]
 
 
-def _of_category(name: str, tally: Tally) -> dict[str, Any]:
+def _curves_of(name: str, tally: Tally) -> dict[str, Any]:
     metrics = tally.metrics(PRO_LIMIT)
     labels = np.array([label for _, _, label in tally.images])
     roc: tuple[np.ndarray, ...] = (np.empty(0), np.empty(0))
@@ -53,13 +55,13 @@ def _of_category(name: str, tally: Tally) -> dict[str, Any]:
     return {
         "category": name,
         "metrics": {key: None if np.isnan(value) else round(value, 4) for key, value in metrics.items()},
-        "roc": _thinned(*roc),
-        "pro": _thinned(rate[:below], overlap[:below]),
+        "roc": thinned(*roc),
+        "pro": thinned(rate[:below], overlap[:below]),
     }
 
 
-def _thinned(x: np.ndarray, y: np.ndarray) -> list[list[float]]:
-    """At most `POINTS` of a curve, evenly spread along its length rather than its axis: both ends may be steep."""
+def thinned(x: np.ndarray, y: np.ndarray) -> list[list[float]]:
+    """At most `POINTS` of a curve, spread evenly along its length, not along an axis, since both ends may be steep."""
     if len(x) > POINTS:
         along = np.concatenate([[0], np.cumsum(np.hypot(np.diff(x) / x[-1], np.diff(y)))])
         keep = np.unique(np.searchsorted(along, np.linspace(0, along[-1], POINTS)).clip(0, len(x) - 1))

@@ -1,5 +1,5 @@
 "use strict";
-// The page's cards come from the page itself (glad report) or, a page at a time, from its server (glad view).
+// Cards come with the page (glad report) or, some at a time, from its server (glad view).
 const data = JSON.parse(document.getElementById("data").textContent);
 document.getElementById("data").remove();
 const byId = (id) => document.getElementById(id);
@@ -8,25 +8,26 @@ const PAGE = data.live ? 24 : 48;
 const COLOURS = { good: "var(--bar)", correct: "var(--bar)", anomalous: "var(--bad)", hit: "var(--good)", miss: "var(--miss)", "false alarm": "var(--warn)" };
 const short = (value) => value === null ? "–" : Math.abs(value) >= 100 ? value.toFixed(0) : value.toPrecision(3);
 const lastParts = (uri) => uri.split("/").slice(-2).join("/");
+const stopReason = (reason) => data.stopReasons[reason] ?? reason;
 
 // ---- plots ---------------------------------------------------------------------------------------------------------
 const style = { background: "transparent", color: "var(--muted)", fontSize: "11px" };
 
 function figure(id, describe, options) {
-  const place = byId(id);
-  if (!place) return;
-  const draw = () => place.replaceChildren(Plot.plot({
-    width: Math.max(200, place.clientWidth), height: 160, marginTop: 14, marginLeft: 40, marginBottom: 32, style, ariaLabel: describe, ...options }));
+  const box = byId(id);
+  if (!box) return;
+  const draw = () => box.replaceChildren(Plot.plot({
+    width: Math.max(200, box.clientWidth), height: 160, marginTop: 14, marginLeft: 40, marginBottom: 32, style, ariaLabel: describe, ...options }));
   draw();
   let waiting;
-  new ResizeObserver(() => { clearTimeout(waiting); waiting = setTimeout(draw, 100); }).observe(place);
+  new ResizeObserver(() => { clearTimeout(waiting); waiting = setTimeout(draw, 100); }).observe(box);
 }
 
 function legend(id, entries) {
   for (const [name, colour] of new Map(entries)) {
     const swatch = document.createElement("i");
     swatch.style.background = colour;
-    byId(id).append(swatch, name.replace("_", " "));
+    byId(id).append(swatch, name);
   }
 }
 
@@ -43,15 +44,15 @@ function drawPlots() {
     ] });
   const steps = data.steps.filter((bar) => bar.step !== null);
   const shade = (bar) => bar.reason === "difference" ? "var(--bad)" : "var(--bar)";
-  legend("stops", steps.map((bar) => [bar.reason, shade(bar)]));
-  figure("steps", "How many images stopped at each timestep", {
-    x: { label: "timestep, harder to repair to the left", type: "band", reverse: true, tickFormat: String, padding: .2 }, y: { label: null, ticks: 4, tickFormat: "~s", grid: true },
+  legend("stops", steps.map((bar) => [stopReason(bar.reason), shade(bar)]));
+  figure("steps", "Number of images that stopped at each denoising step", {
+    x: { label: "denoising step; left: harder to repair", type: "band", reverse: true, tickFormat: String, padding: .2 }, y: { label: null, ticks: 4, tickFormat: "~s", grid: true },
     marks: [Plot.barY(steps, { x: "step", y: "count", fill: shade, fillOpacity: .85,
-      title: (bar) => `${bar.count} at ${bar.step}, ${bar.reason.replace("_", " ")}` })] });
-  for (const [id, x, y] of [["roc", "false positive rate", "true positive rate"], ["pro", "false positive rate", "overlap"]]) {
-    const points = data.curves.flatMap((of) => of[id].map(([a, b]) => ({ a, b, category: of.category })));
+      title: (bar) => `${bar.count} at step ${bar.step}, ${stopReason(bar.reason)}` })] });
+  for (const [id, x, y] of [["roc", "false positive rate", "true positive rate"], ["pro", "false positive rate", "defect overlap"]]) {
+    const points = data.curves.flatMap((curve) => curve[id].map(([a, b]) => ({ a, b, category: curve.category })));
     const one = data.curves.length === 1;
-    figure(id, `${id.toUpperCase()} curve of ${data.curves.map((of) => of.category).join(", ")}`, {
+    figure(id, `${id.toUpperCase()} curve of ${data.curves.map((curve) => curve.category).join(", ")}`, {
       x: { label: x, ticks: 4, domain: [0, id === "roc" ? 1 : .3] }, y: { label: null, ticks: 4, domain: [0, 1], grid: true },
       color: one ? undefined : { scheme: "tableau10" },
       marks: [Plot.line(points, { x: "a", y: "b", z: "category", stroke: one ? "var(--ink)" : "category", strokeWidth: 1.6, tip: !one, title: "category" })] });
@@ -63,16 +64,16 @@ function stepCurve(card, width, height, axes) {
   // A search compares steps out of order.
   const points = card.steps.map(([step, score]) => ({ step, score })).sort((a, b) => b.step - a.step);
   const stop = points.filter((point) => point.step === card.step);
-  const text = `Step scores from ${short(points[0].score)} at ${points[0].step} to ${short(points.at(-1).score)} at ${points.at(-1).step}; δ is ${short(card.delta)}`;
+  const text = `Difference from ${short(points[0].score)} at step ${points[0].step} to ${short(points.at(-1).score)} at step ${points.at(-1).step}; its limit is ${short(card.delta)}`;
   return Plot.plot({ width, height, style, ariaLabel: text,
     margin: 4, ...(axes ? { marginLeft: 48, marginBottom: 34, marginTop: 10, marginRight: 12 } : {}),
-    x: { reverse: true, axis: axes ? "bottom" : null, label: "timestep", domain: d3.extent(points, (point) => point.step), inset: 4 },
+    x: { reverse: true, axis: axes ? "bottom" : null, label: "denoising step", domain: d3.extent(points, (point) => point.step), inset: 4 },
     y: { axis: axes ? "left" : null, label: null, ticks: 4, zero: true, grid: axes, domain: [0, Math.max(card.delta || 0, d3.max(points, (point) => point.score)) * 1.05 || 1] },
     marks: [
       Plot.ruleY(card.delta ? [card.delta] : [], { stroke: "var(--bad)", strokeDasharray: "3 2", strokeOpacity: .8 }),
-      axes && card.delta ? Plot.text([card.delta], { y: (value) => value, text: () => "δ", frameAnchor: "right", dy: -7, fill: "var(--bad)" }) : null,
+      axes && card.delta ? Plot.text([card.delta], { y: (value) => value, text: () => "limit", frameAnchor: "right", dy: -7, fill: "var(--bad)" }) : null,
       Plot.lineY(points, { x: "step", y: "score", stroke: "var(--ink)", strokeWidth: 1.3 }),
-      Plot.dot(axes ? points : [], { x: "step", y: "score", r: 2.2, fill: "var(--ink)", title: (point) => `${short(point.score)} at ${point.step}` }),
+      Plot.dot(axes ? points : [], { x: "step", y: "score", r: 2.2, fill: "var(--ink)", title: (point) => `${short(point.score)} at step ${point.step}` }),
       Plot.dot(stop, { x: "step", y: "score", r: 3.2, fill: card.reason === "difference" ? "var(--bad)" : "var(--muted)" }),
     ] });
 }
@@ -99,11 +100,11 @@ function picture(card, source, heat) {
   return box;
 }
 
-function badge(place, card) {
+function badge(label, card) {
   const kind = card.truth || (card.anomalous === null ? "" : card.anomalous ? "anomalous" : "good");
-  place.textContent = card.mark ? card.mark.replace("_", " ") : kind;
-  place.className = `badge ${(card.mark === "confirmed" ? "anomalous" : card.mark || kind).replace(/[_ ]/, "-")}`;
-  place.hidden = !place.textContent;
+  label.textContent = card.mark ? card.mark.replace("_", " ") : kind;
+  label.className = `badge ${(card.mark === "confirmed" ? "anomalous" : card.mark || kind).replace(/[_ ]/, "-")}`;
+  label.hidden = !label.textContent;
 }
 
 const curvesInView = new IntersectionObserver((entries) => {
@@ -116,23 +117,23 @@ const curvesInView = new IntersectionObserver((entries) => {
 }, { rootMargin: "300px" });
 
 function element(card) {
-  const made = byId("card").content.cloneNode(true).firstElementChild;
-  made.card = card;
-  made.classList.toggle("anomalous-card", card.anomalous === true);
-  if (card.mark) made.classList.add(`marked-${card.mark}`);
-  made.querySelector(".pictures").append(picture(card, card.input, true), ...(card.reconstruction ? [picture(card, card.reconstruction, false)] : []));
-  made.querySelector(".name bdi").textContent = lastParts(card.uri);
-  made.title = card.uri;
-  badge(made.querySelector(".badge"), card);
-  made.querySelector(".score").textContent = short(card.score);
-  made.querySelector(".versus").textContent = card.threshold ? `${short(card.margin)} × threshold` : "";
-  made.querySelector(".step").textContent = card.step === null ? card.reason.replace("_", " ") : `step ${card.step} · ${card.reason.replace("_", " ")}`;
-  made.setAttribute("aria-label", `${lastParts(card.uri)}, score ${short(card.score)}, ${made.querySelector(".badge").textContent}`);
-  const curve = made.querySelector(".curve");
+  const node = byId("card").content.cloneNode(true).firstElementChild;
+  node.card = card;
+  node.classList.toggle("anomalous-card", card.anomalous === true);
+  if (card.mark) node.classList.add(`marked-${card.mark}`);
+  node.querySelector(".pictures").append(picture(card, card.input, true), ...(card.reconstruction ? [picture(card, card.reconstruction, false)] : []));
+  node.querySelector(".name bdi").textContent = lastParts(card.uri);
+  node.title = card.uri;
+  badge(node.querySelector(".badge"), card);
+  node.querySelector(".score").textContent = short(card.score);
+  node.querySelector(".versus").textContent = card.threshold ? `${short(card.margin)} × threshold` : "";
+  node.querySelector(".step").textContent = card.step === null ? stopReason(card.reason) : `step ${card.step} · ${stopReason(card.reason)}`;
+  node.setAttribute("aria-label", `${lastParts(card.uri)}, score ${short(card.score)}, ${node.querySelector(".badge").textContent}`);
+  const curve = node.querySelector(".curve");
   curve.hidden = !card.steps.length;
   curve.card = card;
   curvesInView.observe(curve);
-  return made;
+  return node;
 }
 
 // ---- filter, sort, page --------------------------------------------------------------------------------------------
@@ -140,56 +141,56 @@ const SORT = {
   margin: (a, b) => b.margin - a.margin, margin_up: (a, b) => a.margin - b.margin, step: (a, b) => (b.step ?? -1) - (a.step ?? -1),
   name: (a, b) => a.uri < b.uri ? -1 : 1, seconds: (a, b) => b.seconds - a.seconds };
 
-async function query(asked, first) {
+async function query(filters, first) {
   if (data.live) {
-    const wanted = new URLSearchParams({ ...asked, first, count: PAGE });
-    const answer = await fetch(`api/cards?${wanted}`);
-    if (!answer.ok) throw new Error((await answer.json().catch(() => ({}))).detail || answer.statusText);
-    return answer.json();
+    const parameters = new URLSearchParams({ ...filters, first, count: PAGE });
+    const reply = await fetch(`api/cards?${parameters}`);
+    if (!reply.ok) throw new Error((await reply.json().catch(() => ({}))).detail || reply.statusText);
+    return reply.json();
   }
-  const text = (asked.text || "").toLowerCase();
-  const found = data.cards.filter((card) =>
-    (!text || card.uri.toLowerCase().includes(text)) && (!asked.category || card.category === asked.category) &&
-    (!asked.verdict || (card.anomalous === true) === (asked.verdict === "anomalous")) && (!asked.reason || card.reason === asked.reason) &&
-    (!asked.truth || card.truth === asked.truth) && !(card.score < +asked.low) && (!asked.high || card.score <= +asked.high));
-  found.sort(SORT[asked.sort]);
-  return { total: found.length, cards: found.slice(first, first + PAGE) };
+  const text = (filters.text || "").toLowerCase();
+  const matches = data.cards.filter((card) =>
+    (!text || card.uri.toLowerCase().includes(text)) && (!filters.category || card.category === filters.category) &&
+    (!filters.verdict || (card.anomalous === true) === (filters.verdict === "anomalous")) && (!filters.reason || card.reason === filters.reason) &&
+    (!filters.truth || card.truth === filters.truth) && !(card.score < +filters.low) && (!filters.high || card.score <= +filters.high));
+  matches.sort(SORT[filters.sort]);
+  return { total: matches.length, cards: matches.slice(first, first + PAGE) };
 }
 
-let asked = {}, shown = [], total = 0, turn = 0, busy = false;
+let filters = {}, shown = [], total = 0, search = 0, loading = false;
 
 async function more() {
-  if (busy || (shown.length && shown.length >= total)) return;
-  busy = true;
-  const mine = turn;
+  if (loading || (shown.length && shown.length >= total)) return;
+  loading = true;
+  const mySearch = search;
   byId("more").textContent = data.live ? "Loading…" : "";
   try {
-    const answer = await query(asked, shown.length);
-    if (mine !== turn) return;
-    total = answer.total;
+    const reply = await query(filters, shown.length);
+    if (mySearch !== search) return;
+    total = reply.total;
     if (!shown.length) {
       gallery.replaceChildren();
-      gallery.classList.toggle("single", !answer.cards.some((card) => card.reconstruction));
+      gallery.classList.toggle("single", !reply.cards.some((card) => card.reconstruction));
     }
-    shown.push(...answer.cards);
-    gallery.append(...answer.cards.map(element));
+    shown.push(...reply.cards);
+    gallery.append(...reply.cards.map(element));
     const held = data.live ? data.total : data.cards.length;
     byId("count").textContent = total === held
       ? `${total.toLocaleString("en")} images` + (held < data.total ? `, the most anomalous of ${data.total.toLocaleString("en")}` : "")
       : `${total.toLocaleString("en")} of ${held.toLocaleString("en")} images`;
-    byId("more").textContent = total ? "" : "No image fits. Widen the filter, or press Reset.";
+    byId("more").textContent = total ? "" : "No image matches. Widen the filter, or press Reset.";
   } catch (error) {
     byId("more").textContent = `The images could not be loaded: ${error.message}`;
   } finally {
-    if (mine === turn) busy = false;
+    if (mySearch === search) loading = false;
   }
-  if (mine === turn && byId("more").getBoundingClientRect().top < innerHeight + 400 && shown.length < total) more();
+  if (mySearch === search && byId("more").getBoundingClientRect().top < innerHeight + 400 && shown.length < total) more();
 }
 
 function start() {
-  asked = Object.fromEntries([...new FormData(form)].filter(([, value]) => value !== ""));
-  [shown, total, busy] = [[], 0, false];
-  turn += 1;
+  filters = Object.fromEntries([...new FormData(form)].filter(([, value]) => value !== ""));
+  [shown, total, loading] = [[], 0, false];
+  search += 1;
   more();
 }
 
@@ -228,17 +229,17 @@ function open(index) {
   detail.querySelector(".path").textContent = card.uri;
   const panels = [["Input", card.input, false], ...(card.reconstruction ? [["Reconstruction", card.reconstruction, false]] : []), ["Heat map", card.input, true]];
   detail.querySelector(".panels").replaceChildren(...panels.map(([caption, source, hot]) => {
-    const made = document.createElement("figure"), text = document.createElement("figcaption");
+    const panel = document.createElement("figure"), text = document.createElement("figcaption");
     text.textContent = caption;
-    made.append(text, picture(card, source, hot));
-    return made;
+    panel.append(text, picture(card, source, hot));
+    return panel;
   }));
-  const facts = { score: short(card.score), threshold: short(card.threshold), "adaptive step": card.step ?? "none", "stopped by": card.reason.replace("_", " "),
+  const facts = { score: short(card.score), threshold: short(card.threshold), "stopped at step": card.step ?? "none", "stop reason": stopReason(card.reason),
     "truth": card.truth, category: card.category, size: `${card.width} × ${card.height}`, "model time": `${short(card.seconds)} s`, model: card.model, id: card.id };
   detail.querySelector("dl").replaceChildren(...Object.entries(facts).filter(([, value]) => value).flatMap(([name, value]) => {
-    const [term, said] = [document.createElement("dt"), document.createElement("dd")];
-    [term.textContent, said.textContent] = [name, value];
-    return [term, said];
+    const [term, definition] = [document.createElement("dt"), document.createElement("dd")];
+    [term.textContent, definition.textContent] = [name, value];
+    return [term, definition];
   }));
   detail.querySelector(".prev").disabled = index === 0;
   detail.querySelector(".next").disabled = index === shown.length - 1;
@@ -251,24 +252,24 @@ function open(index) {
   if (index > shown.length - 5) more();
 }
 
-function showMark(card, said) {
+function showMark(card, message) {
   for (const button of detail.querySelectorAll("[data-mark]")) button.setAttribute("aria-pressed", String((card.mark || "") === button.dataset.mark && !!card.mark));
-  detail.querySelector(".marks [role]").textContent = said;
+  detail.querySelector(".marks [role]").textContent = message;
 }
 
 async function mark(index, verdict) {
   const card = shown[index];
   if (!data.live || !card) return;
-  const answer = await fetch("api/marks", { method: "POST", headers: { "content-type": "application/json" },
+  const reply = await fetch("api/marks", { method: "POST", headers: { "content-type": "application/json" },
     body: JSON.stringify({ file: card.file, image_id: card.id, verdict: verdict || null }) });
-  if (answer.ok) {
+  if (reply.ok) {
     card.mark = verdict || null;
-    const made = gallery.children[index];
-    made.classList.remove("marked-confirmed", "marked-false_alarm");
-    if (verdict) made.classList.add(`marked-${verdict}`);
-    badge(made.querySelector(".badge"), card);
+    const node = gallery.children[index];
+    node.classList.remove("marked-confirmed", "marked-false_alarm");
+    if (verdict) node.classList.add(`marked-${verdict}`);
+    badge(node.querySelector(".badge"), card);
   }
-  if (detail.open) showMark(card, answer.ok ? "Saved" : `Not saved: ${(await answer.json().catch(() => ({}))).detail || answer.statusText}`);
+  if (detail.open) showMark(card, reply.ok ? "Saved" : `Not saved: ${(await reply.json().catch(() => ({}))).detail || reply.statusText}`);
 }
 
 gallery.addEventListener("click", (event) => {

@@ -1,0 +1,62 @@
+"""`glad view` serves cards of any search, keeps marks and refuses other hosts."""
+
+import pytest
+from fastapi.testclient import TestClient
+from judged_run import make_judged_run
+
+from glad_core.errors import GladError
+from pipelines.report.server import make_app
+from pipelines.runs import feedback
+from pipelines.runs.run import Run
+
+
+@pytest.fixture
+def judged(tmp_path, tiny_bundle):
+    return make_judged_run(tmp_path, tiny_bundle)
+
+
+@pytest.fixture
+def client(judged):
+    with TestClient(make_app(judged.run), base_url="http://127.0.0.1") as client:
+        yield client
+
+
+def test_cards_of_a_search(client, judged) -> None:
+    reply = client.get("/api/cards", params={"count": 3, "verdict": "anomalous"}).json()
+    assert reply["total"] == sum(row["is_anomalous"] for row in judged.rows)
+    assert [card["anomalous"] for card in reply["cards"]] == [True] * 3
+    assert client.get("/api/cards", params={"text": "no such file"}).json() == {"total": 0, "cards": []}
+    assert client.get("/api/cards", params={"sort": "luck"}).status_code == 422
+
+
+def test_marks_are_kept_and_taken_back(client, judged) -> None:
+    card = client.get("/api/cards", params={"count": 1}).json()["cards"][0]
+    mark = {"file": card["file"], "image_id": card["id"], "verdict": "confirmed"}
+    assert client.post("/api/marks", json=mark).json() == {"saved": card["id"]}
+    (confirmed,) = client.get("/api/cards", params={"mark": "confirmed"}).json()["cards"]
+    assert (confirmed["id"], confirmed["mark"]) == (card["id"], "confirmed")
+    assert client.get("/api/cards", params={"mark": "unmarked"}).json()["total"] == len(judged.rows) - 1
+    (kept,) = feedback.read_marks(judged.run)
+    assert (kept["image_id"], kept["verdict"], kept["uri"]) == (card["id"], "confirmed", card["uri"])
+    assert client.post("/api/marks", json=mark | {"verdict": None}).status_code == 200
+    assert feedback.read_marks(judged.run) == []
+    assert client.post("/api/marks", json=mark | {"image_id": "x"}).status_code == 404
+    assert client.post("/api/marks", json=mark | {"verdict": "perhaps"}).status_code == 422
+
+
+def test_marks_of_an_earlier_server_are_shown(judged) -> None:
+    row = judged.rows[0]
+    feedback.mark(judged.run, row, "false_alarm")
+    with TestClient(make_app(judged.run), base_url="http://127.0.0.1") as client:
+        (card,) = client.get("/api/cards", params={"mark": "false_alarm"}).json()["cards"]
+    assert card["id"] == row["image_id"]
+
+
+def test_the_page_is_served_to_this_machine_alone(client) -> None:
+    assert "GLAD report" in client.get("/").text
+    assert client.get("/", headers={"host": "elsewhere.example"}).status_code == 400
+
+
+def test_an_unfinished_run_is_refused(tmp_path) -> None:
+    with pytest.raises(GladError, match="no finished run"):
+        make_app(Run.at(str(tmp_path)))
