@@ -64,7 +64,7 @@ def compare_models(
     size = len(good_new)
     rng = np.random.default_rng(seed)
     resamples = [half * size + rng.integers(0, size, (RESAMPLES, size)) for half in (0, 1)]
-    new_aurocs, old_aurocs = (auroc_of_resamples(of_model, *resamples) for of_model in scores)
+    new_aurocs, old_aurocs = (auroc_of_resamples(model_scores, *resamples) for model_scores in scores)
     everything = np.arange(2 * size).reshape(2, 1, size)
-    new_auroc, old_auroc = (float(auroc_of_resamples(of_model, *everything)[0]) for of_model in scores)
+    new_auroc, old_auroc = (float(auroc_of_resamples(model_scores, *everything)[0]) for model_scores in scores)
     return ModelComparison(new_auroc, old_auroc, float(np.quantile(new_aurocs - old_aurocs, 0.025)), margin)

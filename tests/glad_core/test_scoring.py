@@ -23,8 +23,8 @@ def test_window_distance_is_the_minimum_nearby(radius: int) -> None:
     places = torch.cartesian_prod(torch.arange(side), torch.arange(side))
     far = (places[:, None] - places[None]).abs().amax(dim=-1) > radius
     expected = distances.masked_fill(far, 2.0).amin(dim=2)
-    found = scoring.token_distance(query, reference, match="window", radius=radius, rows=7)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    result = scoring.token_distance(query, reference, match="window", radius=radius, rows=7)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
 
 
 def test_a_part_with_a_twin_elsewhere_is_seen_by_the_aligned_match_only() -> None:
@@ -59,6 +59,6 @@ def test_float16_on_a_cpu_has_the_bits_of_the_float16_product():
     query, reference = torch.randn(2, 2, 64, 96, generator=torch.Generator().manual_seed(0)).half()
     unit = [tokens / tokens.norm(dim=-1, keepdim=True) for tokens in (query, reference)]
     plain = (1 - unit[0] @ unit[1].transpose(1, 2)).amin(dim=2)
-    found = scoring.token_distance(query, reference)
-    assert found.dtype == torch.float16
-    assert torch.equal(found, plain)
+    result = scoring.token_distance(query, reference)
+    assert result.dtype == torch.float16
+    assert torch.equal(result, plain)

@@ -61,5 +61,5 @@ def test_a_bad_bundle_is_one_line(copy: Path, damage, words: str) -> None:
 
 
 def test_a_package_that_was_not_installed_has_no_version():
-    found = versions("safetensors", "glad-that-nobody-installed")
-    assert found == {"safetensors": safetensors.__version__, "glad-that-nobody-installed": "unknown"}
+    known = versions("safetensors", "glad-that-nobody-installed")
+    assert known == {"safetensors": safetensors.__version__, "glad-that-nobody-installed": "unknown"}

@@ -84,7 +84,7 @@ def test_no_step_score_is_near_delta(references):
     for (kind, delta), verdicts in references.items():
         # The scores up to the stop, and those that a guarded search may compare after it.
         unstopped = references[kind, 1e4]
-        scores = [score for found in (verdicts, unstopped) for one in found.values() for _, score in one.steps]
+        scores = [score for each in (verdicts, unstopped) for one in each.values() for _, score in one.steps]
         assert all(abs(score - delta) > MARGIN for score in scores if delta > 0), (kind, delta)
 
 

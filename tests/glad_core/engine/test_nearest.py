@@ -28,15 +28,18 @@ def test_features_are_unit_length_and_smoothed_over_their_neighbours(model) -> N
 
 def test_scores_are_distances_to_the_nearest_remembered_patch(model) -> None:
     memory = nearest.remember(nearest.patch_features(model, to_tensor(IMAGES[:4])).flatten(0, 1))
-    found = list(nearest.detect_nearest(model, memory, [Request(str(i), image) for i, image in enumerate(IMAGES)]))
+    detections = list(nearest.detect_nearest(model, memory, [Request(str(i), image) for i, image in enumerate(IMAGES)]))
     patches = nearest.patch_features(model, to_tensor(IMAGES))
-    for row, detection in enumerate(found):
+    for row, detection in enumerate(detections):
         expected = [min(1 - float(patch @ other) for other in memory) for patch in patches[row]]
         np.testing.assert_allclose(detection.anomaly_map.ravel(), expected, atol=1e-3)
         assert detection.stop_step is None
         assert detection.steps == []
-    assert max(detection.score for detection in found[:4]) < 1e-3  # remembered
-    assert min(detection.score for detection in found[4:]) > 10 * max(detection.score for detection in found[:4])
+    scores = [detection.score for detection in detections]
+    assert max(scores[:4]) < 1e-3  # remembered
+    assert min(scores[4:]) > 10 * max(scores[:4])
+        detection.score for detection in detections[:4]
+    )
 
 
 def test_the_memory_covers_good_patches_better_than_a_random_choice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,8 +34,8 @@ def test_guarded_by_its_own_fall_a_curve_hides_no_crossing(curve, delta):
 @given(CURVES, st.floats(2**-10, 1, width=16), st.lists(st.floats(-20, 20), min_size=14, max_size=14))
 def test_a_wrong_guess_changes_no_answer(curve, delta, guess):
     fall = largest_fall(np.array([curve]))
-    found = search(curve, delta, fall, guess[: len(curve)])
-    assert first_crossing(found, delta) == first_crossing(search(curve, delta, None), delta)
+    scores = search(curve, delta, fall, guess[: len(curve)])
+    assert first_crossing(scores, delta) == first_crossing(search(curve, delta, None), delta)
 
 
 def test_a_right_guess_compares_the_crossing_and_the_step_before():
