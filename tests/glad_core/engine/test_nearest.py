@@ -38,8 +38,6 @@ def test_scores_are_distances_to_the_nearest_remembered_patch(model) -> None:
     scores = [detection.score for detection in detections]
     assert max(scores[:4]) < 1e-3  # remembered
     assert min(scores[4:]) > 10 * max(scores[:4])
-        detection.score for detection in detections[:4]
-    )
 
 
 def test_the_memory_covers_good_patches_better_than_a_random_choice(monkeypatch: pytest.MonkeyPatch) -> None:
