@@ -1,31 +1,30 @@
-"""The demo category: photos of a populated circuit board, drawn by code, with defects and their exact masks.
+"""The demo dataset: photos of a circuit board, drawn by code, with defects and their exact masks.
 
-Every random choice of an image comes from one generator seeded by (seed, split, index), so a rerun gives the same bytes
-and a good image is the same whatever else is generated. Defects are drawn here, as a factory would produce them; none
-of it is shared with the synthetic anomalies the model is trained on.
+Each image has a random generator of its own, seeded by (seed, split, index), so a rerun writes the same bytes and an
+image does not depend on the others. The defects share no code with the synthetic anomalies of training: a model meets
+them for the first time in the test, as in a factory.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from math import cos, pi, radians, sin
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from glad_core.errors import GladError
-from pipelines.demo.components import GOLD, LAYOUT, WHITE, Colour, Part, part_picture
+from pipelines.demo.bare_board import BENCH, bare_board
+from pipelines.demo.components import CANVAS, LAYOUT, Colour, Part, part_picture
 
 CATEGORY = "circuit_board"
 DEFECTS = ("missing_component", "wrong_component", "scratch", "stain")
-SIZE = 256  # pixels of a finished image
-CANVAS = 512  # the board is drawn at twice that and averaged down: antialiasing
-CHANGED = 10  # grey levels (of 255) by which a defect must change a pixel to count in its mask
-BOARD, TRACE, BENCH = (28, 96, 58), (46, 122, 76), (58, 58, 62)
-CARD = (26, 26, 486, 486)  # the board's outline on the canvas
-# What a careless hand puts in a part's place; a part is else mounted turned.
+SIZE = CANVAS // 2  # pixels a side of an image
+CHANGED = 10  # grey levels (of 255): a pixel that a defect changes by more belongs to its mask
+VISIBLE = 60  # pixels of the mask of a defect that people can see
+# What may be mounted by mistake in a component's place.
 MISTAKEN_FOR = {
     "capacitor": ("small_capacitor", "chip"),
     "small_capacitor": ("led", "capacitor"),
@@ -38,69 +37,15 @@ MISTAKEN_FOR = {
 }
 
 
-@lru_cache
-def _bare_board() -> Image.Image:
-    """The board without components: bench, solder mask, traces, vias, pads and silkscreen."""
-    board = Image.new("RGB", (CANVAS, CANVAS), BENCH)
-    draw = ImageDraw.Draw(board)
-    draw.rounded_rectangle(CARD, 14, fill=BOARD)
-    for line in (
-        [(84, 92), (84, 200), (120, 236), (120, 320)],
-        [(150, 128), (150, 66), (330, 66), (388, 122)],
-        [(222, 224), (222, 250), (300, 250), (330, 290)],
-        [(252, 160), (300, 160), (300, 192), (344, 236), (378, 270)],
-        [(100, 350), (100, 410), (150, 440)],
-        [(216, 358), (290, 358), (330, 340)],
-        [(378, 374), (378, 440), (320, 440)],
-        [(430, 322), (452, 322), (452, 90)],
-        [(60, 250), (60, 460)],
-    ):
-        draw.line(line, fill=TRACE, width=7, joint="curve")
-    for x, y in (
-        (60, 250),
-        (452, 90),
-        (452, 220),
-        (300, 66),
-        (120, 236),
-        (300, 250),
-        (60, 460),
-        (430, 440),
-        (400, 440),
-    ):
-        draw.ellipse((x - 8, y - 8, x + 8, y + 8), fill=GOLD)
-        draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=(24, 44, 32))
-    for x, y in ((48, 48), (464, 48), (464, 464)):
-        draw.ellipse((x - 14, y - 14, x + 14, y + 14), fill=GOLD)
-        draw.ellipse((x - 8, y - 8, x + 8, y + 8), fill=BENCH)
-    for part in LAYOUT:
-        _footprint(draw, part)
-    return board
+class Mounting(NamedTuple):
+    """What is mounted in the place of ``part``: a kind, or None for nothing, turned by ``turn`` degrees."""
+
+    part: Part
+    kind: str | None
+    turn: float = 0.0
 
 
-def _footprint(draw: ImageDraw.ImageDraw, part: Part) -> None:
-    """Pads and silkscreen outline of one component: what shows where it is missing."""
-    x, y, w, h = part.x, part.y, part.width / 2, part.height / 2
-    round_part = "capacitor" in part.kind or part.kind == "led"
-    (draw.ellipse if round_part else draw.rectangle)(
-        (x - w - 5, y - h - 5, x + w + 5, y + h + 5), outline=WHITE, width=3
-    )
-    for u, v in _pads(part.kind, w, h):
-        draw.rectangle((x + u - 5, y + v - 5, x + u + 5, y + v + 5), fill=GOLD)
-
-
-def _pads(kind: str, w: float, h: float) -> list[tuple[float, float]]:
-    """Where a part is soldered, relative to its centre; ``w`` and ``h`` are half its box."""
-    row = np.linspace(-1, 1, 7)
-    if kind == "ic":
-        return [((w - 12) * k, side * (h - 8)) for k in row for side in (-1, 1)]
-    if kind == "chip":
-        sides = [((w - 20) * k, side * (h - 6)) for k in row for side in (-1, 1)]
-        return sides + [(v, u) for u, v in sides]
-    if kind == "connector":
-        return [((w - 20) * k, 3) for k in np.linspace(-1, 1, 6)]
-    if kind == "chip_resistor":
-        return [(0, 8 - h), (0, h - 8)]
-    return [(-w / 2, 0), (w / 2, 0)] if "capacitor" in kind or kind == "led" else [(8 - w, 0), (w - 8, 0)]
+CORRECT = [Mounting(part, part.kind) for part in LAYOUT]
 
 
 @dataclass(frozen=True)
@@ -116,6 +61,7 @@ class Look:
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> Look:
+        """Random choices, made in a fixed order."""
         across, down = np.meshgrid(np.linspace(-1, 1, SIZE), np.linspace(-1, 1, SIZE))
         slope, warmth = rng.uniform(-0.07, 0.07, 2), rng.uniform(-0.04, 0.04)
         light = rng.uniform(0.9, 1.1) * (1 + slope[0] * across + slope[1] * down)
@@ -129,31 +75,31 @@ class Look:
         )
 
 
-def _populate(parts: list[tuple[Part, str | None, float]], look: Look) -> Image.Image:
-    """The canvas with each (place, kind mounted there or None, extra turn in degrees)."""
-    board, shadow = _bare_board().copy(), Image.new("L", (CANVAS, CANVAS), 0)
-    placed: list[tuple[Image.Image, tuple[int, int]]] = []
-    for (part, kind, turn), offset, angle in zip(parts, look.offsets, look.angles, strict=True):
+def _populate(mountings: list[Mounting], look: Look) -> Image.Image:
+    """The canvas with board, components and their shadows."""
+    board, shadow = bare_board().copy(), Image.new("L", (CANVAS, CANVAS), 0)
+    tiles: list[tuple[Image.Image, tuple[int, int]]] = []
+    for (part, kind, turn), offset, angle in zip(mountings, look.offsets, look.angles, strict=True):
         if kind is None:
             continue
         tile = part_picture(kind).rotate(turn + angle, Image.Resampling.BICUBIC, expand=True)
         corner = round(part.x + offset[0] - tile.width / 2), round(part.y + offset[1] - tile.height / 2)
-        placed.append((tile, corner))
+        tiles.append((tile, corner))
         shadow.paste(150, (corner[0] + 5, corner[1] + 7), tile.getchannel("A"))
     board.paste((8, 14, 10), (0, 0), shadow.filter(ImageFilter.BoxBlur(4)))
-    for tile, corner in placed:
+    for tile, corner in tiles:
         board.paste(tile, corner, tile)
     return board
 
 
 def _scratch(rng: np.random.Generator, board: Image.Image) -> Image.Image:
-    """A thin, slightly bent bright scratch with a dark edge."""
+    """Draw a thin, slightly bent bright scratch with a dark edge."""
     length, heading, bend = rng.uniform(70, 170), rng.uniform(0, 2 * pi), rng.uniform(-0.5, 0.5)
     x, y = rng.uniform(110, 400, 2)
     points = []
     for step in np.linspace(-0.5, 0.5, 12):
-        way = heading + bend * step
-        points.append((x + length * step * cos(way), y + length * step * sin(way)))
+        direction = heading + bend * step
+        points.append((x + length * step * cos(direction), y + length * step * sin(direction)))
     width = int(rng.integers(4, 7))
     draw = ImageDraw.Draw(board)
     draw.line([(px + 2, py + 2) for px, py in points], fill=(20, 40, 28), width=width, joint="curve")
@@ -162,7 +108,7 @@ def _scratch(rng: np.random.Generator, board: Image.Image) -> Image.Image:
 
 
 def _stain(rng: np.random.Generator, board: Image.Image) -> Image.Image:
-    """A half-transparent blob with an uneven rim: flux residue, corrosion or oil."""
+    """Draw a half-transparent blob with an uneven rim, such as flux residue, corrosion or oil."""
     x, y = rng.uniform(90, 420, 2)
     radius, opacity = rng.uniform(24, 52), rng.uniform(0.5, 0.8)
     waves = rng.uniform(-0.16, 0.16, (2, 4))
@@ -178,7 +124,7 @@ def _stain(rng: np.random.Generator, board: Image.Image) -> Image.Image:
 
 
 def _photograph(board: Image.Image, look: Look) -> np.ndarray:
-    """The canvas seen by the camera, before light and noise: posed and averaged down, float [SIZE, SIZE, 3]."""
+    """The board shifted, turned and averaged down, before light and noise, float [SIZE, SIZE, 3]."""
     c, s, middle = cos(radians(look.turn)), sin(radians(look.turn)), CANVAS / 2
     dx, dy = middle + look.shift[0], middle + look.shift[1]
     inverse = (c, s, middle - c * dx - s * dy, -s, c, middle + s * dx - c * dy)
@@ -186,32 +132,31 @@ def _photograph(board: Image.Image, look: Look) -> np.ndarray:
     return np.asarray(posed.reduce(CANVAS // SIZE), dtype=np.float64)
 
 
-def _choose(rng: np.random.Generator, defect: str) -> list[tuple[Part, str | None, float]]:
-    """The components of a board with one of them missing or wrong."""
-    parts: list[tuple[Part, str | None, float]] = [(part, part.kind, 0.0) for part in LAYOUT]
+def _mount(rng: np.random.Generator, defect: str) -> list[Mounting]:
+    """The components of a board; one of them is missing or wrong if that is the defect."""
+    mountings = list(CORRECT)
     if defect == "missing_component":
-        victim = int(rng.integers(len(parts)))
-        parts[victim] = (LAYOUT[victim], None, 0.0)
+        index = int(rng.integers(len(LAYOUT)))
+        mountings[index] = Mounting(LAYOUT[index], None)
     if defect == "wrong_component":
-        victim = int(rng.choice([k for k, part in enumerate(LAYOUT) if part.kind in MISTAKEN_FOR]))
-        part = LAYOUT[victim]
-        round_part = "capacitor" in part.kind or part.kind == "led"
-        if round_part or rng.random() < 0.5:
-            parts[victim] = (part, str(rng.choice(MISTAKEN_FOR[part.kind])), 0.0)
+        index = int(rng.choice([index for index, part in enumerate(LAYOUT) if part.kind in MISTAKEN_FOR]))
+        part = LAYOUT[index]
+        if part.is_round or rng.random() < 0.5:  # nobody would see a round one turned
+            mountings[index] = Mounting(part, str(rng.choice(MISTAKEN_FOR[part.kind])))
         else:
-            parts[victim] = (part, part.kind, float(rng.choice([-1, 1]) * rng.uniform(25, 90)))
-    return parts
+            mountings[index] = Mounting(part, part.kind, float(rng.choice([-1, 1]) * rng.uniform(25, 90)))
+    return mountings
 
 
 def make_board(rng: np.random.Generator, defect: str | None = None) -> tuple[np.ndarray, np.ndarray]:
     """One photo of the board.
 
     Args:
-        rng: source of every random choice; the good part of the picture does not depend on ``defect``.
+        rng: makes every random choice; pose, light and noise do not depend on ``defect``.
         defect: one of `DEFECTS`, or None for a good board.
 
     Returns:
-        The image, uint8 [256, 256, 3], and its mask, bool [256, 256]: the pixels the defect changed by more than
+        The image, uint8 [256, 256, 3], and its mask, bool [256, 256]: the pixels that the defect changed by more than
         `CHANGED` grey levels before light and noise; all False for a good board.
 
     Raises:
@@ -220,10 +165,10 @@ def make_board(rng: np.random.Generator, defect: str | None = None) -> tuple[np.
     if defect is not None and defect not in DEFECTS:
         raise ValueError(f"no defect '{defect}': choose one of {', '.join(DEFECTS)}")
     look = Look.draw(rng)
-    good = _photograph(_populate([(part, part.kind, 0.0) for part in LAYOUT], look), look)
+    good = _photograph(_populate(CORRECT, look), look)
     photo = good
-    while defect is not None and not _visible(photo, good):
-        board = _populate(_choose(rng, defect), look)
+    while defect is not None and _changed(photo, good).sum() < VISIBLE:  # a dark stain on a dark chip may not show
+        board = _populate(_mount(rng, defect), look)
         if defect == "scratch":
             board = _scratch(rng, board)
         if defect == "stain":
@@ -234,46 +179,45 @@ def make_board(rng: np.random.Generator, defect: str | None = None) -> tuple[np.
 
 
 def _changed(photo: np.ndarray, good: np.ndarray) -> np.ndarray:
+    """The mask, bool [SIZE, SIZE]."""
     return np.abs(photo - good).max(axis=2) > CHANGED
 
 
-def _visible(photo: np.ndarray, good: np.ndarray) -> bool:
-    """Whether a defect changed enough pixels for a person to see: a dark stain on a black body may not."""
-    return int(_changed(photo, good).sum()) >= 60
-
-
 def board_rng(seed: int, split: str, index: int) -> np.random.Generator:
-    """The generator of image ``index`` of ``split`` ('train', 'good' or a defect)."""
+    """The random generator of one image. ``split`` is train, good (of the test set) or a defect."""
     return np.random.default_rng([seed, ("train", "good", *DEFECTS).index(split), index])
 
 
 def make_demo_data(out: Path, seed: int = 0, train_good: int = 200, test_good: int = 20, per_defect: int = 10) -> Path:
-    """Write the demo category as an MVTec-AD tree and return its folder, ``out``/circuit_board.
+    """Write the dataset in MVTec-AD's layout and return its folder, ``out``/circuit_board.
 
-    Existing files of the same names are replaced; the same arguments write the same bytes.
+    The same arguments write the same bytes; existing files of the same names are replaced.
+
+    Args:
+        train_good, test_good, per_defect: number of good images to train on and to test on, and of images per defect.
 
     Raises:
         GladError: ``out`` cannot be written.
     """
     root = Path(out) / CATEGORY
     try:
-        _draw(root, seed, train_good, test_good, per_defect)
+        _write_split(root, seed, "train", "train/good", train_good)
+        _write_split(root, seed, "good", "test/good", test_good)
+        for defect in DEFECTS:
+            _write_split(root, seed, defect, f"test/{defect}", per_defect)
     except OSError as error:
         raise GladError(f"{out}: {error.strerror or error}; choose a folder that can be written") from error
     return root
 
 
-def _draw(root: Path, seed: int, train_good: int, test_good: int, per_defect: int) -> None:
-    for split, folder, count in (
-        ("train", "train/good", train_good),
-        ("good", "test/good", test_good),
-        *((defect, f"test/{defect}", per_defect) for defect in DEFECTS),
-    ):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-        if split in DEFECTS:
-            (root / "ground_truth" / split).mkdir(parents=True, exist_ok=True)
-        for index in range(count):
-            image, mask = make_board(board_rng(seed, split, index), split if split in DEFECTS else None)
-            Image.fromarray(image).save(root / folder / f"{index:03d}.png")
-            if split in DEFECTS:
-                Image.fromarray(mask).save(root / "ground_truth" / split / f"{index:03d}_mask.png")
+def _write_split(root: Path, seed: int, split: str, folder: str, count: int) -> None:
+    defect = split if split in DEFECTS else None
+    images, masks = root / folder, root / "ground_truth" / split
+    images.mkdir(parents=True, exist_ok=True)
+    if defect:
+        masks.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        image, mask = make_board(board_rng(seed, split, index), defect)
+        Image.fromarray(image).save(images / f"{index:03d}.png")
+        if defect:
+            Image.fromarray(mask).save(masks / f"{index:03d}_mask.png")

@@ -1,4 +1,4 @@
-"""The components of the demo's circuit board: how each is drawn, and where it sits."""
+"""The components of the demo's circuit board: where each is mounted and how it is drawn."""
 
 from __future__ import annotations
 
@@ -9,19 +9,24 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 
+CANVAS = 512  # pixels; the board is drawn at twice an image's side and averaged down, which smooths its edges
 Colour = tuple[int, int, int]
 SILVER, DARK, WHITE, GOLD = (198, 200, 204), (34, 35, 38), (225, 228, 222), (205, 168, 86)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One component: how it is drawn, where its centre sits on the canvas, the box (canvas pixels) it fills."""
+    """One component: its kind in `DRAW`, its centre on the canvas, its width and height, in canvas pixels."""
 
     kind: str
     x: int
     y: int
     width: int
     height: int
+
+    @property
+    def is_round(self) -> bool:
+        return "capacitor" in self.kind or self.kind == "led"
 
 
 LAYOUT = (
@@ -38,7 +43,7 @@ LAYOUT = (
 
 
 def _gradient(tile: Image.Image, low: Colour, high: Colour) -> Image.Image:
-    """``tile``'s shape filled with a vertical gradient, for bodies that catch light from above."""
+    """The shape of ``tile`` filled with a vertical gradient, as if lit from above."""
     ramp = np.linspace(0, 1, tile.height)[:, None, None]
     rows = np.array(high) * (1 - ramp) + np.array(low) * ramp
     fill = Image.fromarray(np.broadcast_to(rows, (tile.height, tile.width, 3)).astype(np.uint8))
@@ -59,9 +64,9 @@ def _ic(draw: ImageDraw.ImageDraw, w: int, h: int) -> None:
 
 def _chip(draw: ImageDraw.ImageDraw, w: int, h: int) -> None:
     for k in range(7):
-        at = 20 + k * (w - 40) / 6
-        draw.rectangle((at - 3, 0, at + 3, h), fill=SILVER)
-        draw.rectangle((0, at - 3, w, at + 3), fill=SILVER)
+        pin = 20 + k * (w - 40) / 6
+        draw.rectangle((pin - 3, 0, pin + 3, h), fill=SILVER)
+        draw.rectangle((0, pin - 3, w, pin + 3), fill=SILVER)
     draw.rounded_rectangle((12, 12, w - 13, h - 13), 5, fill=(42, 42, 47))
     draw.ellipse((20, 20, 32, 32), fill=(150, 150, 154))
     draw.rectangle((34, 44, w - 34, h - 44), outline=(150, 152, 156), width=3)

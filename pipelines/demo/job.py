@@ -1,4 +1,4 @@
-"""`glad demo`: data, scoring job, figures, contact sheet and report in one go."""
+"""`glad demo`: draws a dataset, scores it, and makes the metrics, the contact sheet and the report."""
 
 from __future__ import annotations
 
@@ -17,27 +17,30 @@ from pipelines.score.request import ScoreRequest
 
 
 def demo(out: Path, console: Console) -> None:
-    """Fill ``out`` with data/, run/, sheet.png, report.html and metrics.json, and print the tables and I-AUROC."""
+    """Fill ``out`` with data/, run/, sheet.png, report.html and metrics.json; print the metrics and where to look."""
     started = time.perf_counter()
-    folder = make_demo_data(out / "data", 0)
-    run = out / "run"
-    counts = score(ScoreRequest(str(folder), str(run), reconstructions=True, overwrite=True), console)
-    (found,) = evaluate(str(run), str(folder), console).values()
-    show(str(run), 20, out / "sheet.png", console)
-    page = out / "report.html"
-    report(str(run), page, Console(quiet=True), dataset=str(folder))
+    dataset, run, sheet, page = (
+        str(make_demo_data(out / "data")),
+        str(out / "run"),
+        out / "sheet.png",
+        out / "report.html",
+    )
+    counts = score(ScoreRequest(dataset, run, reconstructions=True, overwrite=True), console)
+    (metrics,) = evaluate(run, dataset, console).values()
+    show(run, 20, sheet, console)
+    report(run, page, Console(quiet=True), dataset=dataset)
     summary = {
-        "i_auroc": found["I-AUROC"],
-        "p_auroc": found["P-AUROC"],
+        "i_auroc": metrics["I-AUROC"],
+        "p_auroc": metrics["P-AUROC"],
         "images": counts.images,
         "errors": counts.errors,
         "seconds": time.perf_counter() - started,
     }
     (out / "metrics.json").write_text(json.dumps(summary, indent=1) + "\n")
     lines = (
-        f"{counts.anomalies} of {counts.images} boards called anomalous; "
-        f"I-AUROC {found['I-AUROC']:.3f}, P-AUROC {found['P-AUROC']:.3f}",
+        f"{counts.anomalies} of {counts.images} boards called anomalous; AUROC (1 is perfect, 0.5 is chance): "
+        f"images {metrics['I-AUROC']:.3f}, pixels {metrics['P-AUROC']:.3f}",
         f"open this in a browser:  {page.resolve().as_uri()}",
-        f"or look at one picture:  {out / 'sheet.png'}",
+        f"or look at one picture:  {sheet}",
     )
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

@@ -22,7 +22,7 @@ QUALITIES = ((1.0, 78), (1.0, 55), (0.75, 50), (0.5, 40), (0.25, 30))
 INPUT_SHARE, RECONSTRUCTION_SHARE, HEAT_SHARE, CONTOUR_SHARE = 0.4, 0.4, 0.12, 0.08
 COLOURS = colormaps["inferno"]
 # Why the denoising of an image stopped, in words (column ``stop_reason``).
-STOP_REASONS = {"difference": "difference found", "min_step": "no difference", "none": "not compared"}
+STOP_REASONS = {"difference": "difference", "min_step": "no difference", "none": "not compared"}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The demo category: the tree, the masks, and that every image depends on its own seed alone."""
+"""The demo dataset: its folders, its masks, and that every image depends on its own seed alone."""
 
 from pathlib import Path
 
@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from glad_core.errors import GladError
 from pipelines.demo.boards import DEFECTS, SIZE, board_rng, make_board, make_demo_data
 
 
-def test_writes_an_mvtec_tree(tmp_path: Path) -> None:
+def test_the_folders_are_mvtecs(tmp_path: Path) -> None:
     root = make_demo_data(tmp_path, train_good=2, test_good=1, per_defect=1)
     files = {str(path.relative_to(root)) for path in root.rglob("*.png")}
     expected = {"train/good/000.png", "train/good/001.png", "test/good/000.png"}
@@ -42,9 +43,18 @@ def test_mask_marks_what_the_defect_changed_and_nothing_else(defect: str) -> Non
         assert changed[~mask].max() <= 15
 
 
-def test_sizes_of_defects_differ() -> None:
-    area = {d: np.mean([make_board(board_rng(1, d, k), d)[1].sum() for k in range(6)]) for d in DEFECTS}
-    assert area["scratch"] < area["missing_component"]
+def test_a_scratch_is_smaller_than_a_missing_component() -> None:
+    scratch, missing = (
+        np.mean([make_board(board_rng(1, defect, index), defect)[1].sum() for index in range(6)])
+        for defect in ("scratch", "missing_component")
+    )
+    assert scratch < missing
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(GladError, match="choose a folder that can be written"):
+        make_demo_data(tmp_path / "file")
 
 
 def test_unknown_defect_is_named() -> None:

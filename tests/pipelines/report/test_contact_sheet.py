@@ -21,7 +21,7 @@ def test_highest_scores_first_and_ties_by_image_id() -> None:
 
 
 def test_stop_labels() -> None:
-    assert stop_label(350, "difference") == "step 350: difference found"
+    assert stop_label(350, "difference") == "step 350: difference"
     assert stop_label(150, "min_step") == "step 150: no difference"
     assert stop_label(None, "none") == stop_label(None, None) == "not compared"
 
