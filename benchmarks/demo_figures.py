@@ -1,8 +1,9 @@
-"""What ADS and SAFF bring the small model on the demo test set: I-AUROC, P-AUROC, seconds per image.
+"""Quality of a model on the demo's test set with and without adaptive steps (ADS) and feature fusion (SAFF).
 
     python benchmarks/demo_figures.py [--json] [BUNDLE]
 
-Rows: the bundle as it is; ADS without SAFF; neither (δ = 0: plain DDIM from T, nothing compared on the way).
+Rows: the bundle as it is; ADS without SAFF; neither, which is plain DDIM (delta = 0).
+Columns: AUROC of images and of pixels, seconds per image.
 """
 
 import json
@@ -30,7 +31,7 @@ BATCH = 8
 
 
 def test_set(resolution: int) -> tuple[list[Request], np.ndarray, np.ndarray]:
-    """The 60 test boards of `glad demo-data`, their labels, and masks of the model's side, or their own if smaller."""
+    """The 60 test boards of `glad demo-data`, their labels, and their masks, no larger than the model's resolution."""
     requests, labels, masks = [], [], []
     for split in ("good", *DEFECTS):
         for index in range(20 if split == "good" else 10):
@@ -44,8 +45,8 @@ def test_set(resolution: int) -> tuple[list[Request], np.ndarray, np.ndarray]:
 
 
 def main(
-    path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="the embedded one by default")] = SMALL_BUNDLE,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
+    path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="default: the embedded one")] = SMALL_BUNDLE,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")] = False,
 ) -> None:
     """Measure and print."""
     settings = Settings.parse(read_description(path).settings, str(path))
@@ -53,21 +54,21 @@ def main(
     figures = {}
     for name, change in (("ADS + SAFF", {}), ("ADS", {"saff": False}), ("neither", {"delta": 0.0})):
         model = load_bundle(path, settings=settings.model_copy(update=change))
-        found = {}
+        by_id = {}
         for start in range(0, len(requests), BATCH):
-            found |= {result.image_id: result for result in detect(model, requests[start : start + BATCH])}
-        ordered = [found[request.image_id] for request in requests]
-        scores = np.array([result.score for result in ordered])
-        maps = np.stack([map_at_full_size(model.settings, result).numpy() for result in ordered])
+            by_id |= {result.image_id: result for result in detect(model, requests[start : start + BATCH])}
+        results = [by_id[request.image_id] for request in requests]
+        scores = np.array([result.score for result in results])
+        maps = np.stack([map_at_full_size(model.settings, result).numpy() for result in results])
         figures[name] = {
             "i_auroc": round(image_metrics(scores, labels)["AUROC"], 4),
             "p_auroc": round(roc_auc_score(masks.ravel(), maps.ravel()), 4),
-            "seconds_per_image": round(float(np.mean([result.seconds for result in ordered])), 3),
+            "seconds_per_image": round(float(np.mean([result.seconds for result in results])), 3),
         }
     if as_json:
         print(json.dumps(figures))
         return
-    table = Table("", "I-AUROC", "P-AUROC", "s/image", title=f"{path.name}, {torch.get_num_threads()} threads")
+    table = Table("", "image AUROC", "pixel AUROC", "s/image", title=f"{path.name}, {torch.get_num_threads()} threads")
     for name, row in figures.items():
         table.add_row(name, f"{row['i_auroc']:.3f}", f"{row['p_auroc']:.3f}", f"{row['seconds_per_image']:.2f}")
     Console().print(table)

@@ -1,14 +1,14 @@
-"""How long the report of a long run takes, to make and to open.
+"""Time to make and to open the report of a long run.
 
     python benchmarks/report.py [--json] [--images 10000]
 
-build_seconds    of `glad report` as a command, start of Python included
-open_seconds     until headless Chromium shows the first cards and all plots are drawn
-console_errors   that the page made meanwhile
+build_seconds    of the command `glad report`, including the start of Python
+open_seconds     until headless Chromium shows the first cards and all plots
+console_errors   number of errors and warnings of the page
 size_mb          of the page
 
-The run is written by the product's own functions: results of drawn boards, scored by the small model, repeated under
-other names with their scores moved a little; every image is a file of its own.
+The run: drawn boards scored by the small model, repeated under other names with slightly different scores. Every image
+is a file of its own.
 """
 
 import json
@@ -22,72 +22,77 @@ from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import typer
 from PIL import Image
 from rich.console import Console
 
-from cluster.storage import Storage
 from pipelines.demo.boards import board_rng, make_board
 from pipelines.runs.run import Run
-from pipelines.runs.schema import SCORED_SCHEMA, read_run
+from pipelines.runs.schema import SCORED_SCHEMA
 from pipelines.runs.write import ResultsWriter, complete
-from pipelines.score import job
+from pipelines.score.job import score
+from pipelines.score.request import ScoreRequest
 
-DISTINCT = 40
-ROWS = 256  # of a shard
+DISTINCT = 40  # boards that are drawn and scored
+ROWS = 256  # of a results file
 CHROMIUM = "/usr/bin/chromium"
 
 
-def long_run(folder: Path, images: int) -> Path:
-    """A finished run over so many images."""
+def long_run(folder: Path, images: int) -> str:
+    """Write a finished run over so many images and return its location."""
     archive = folder / "boards"
     archive.mkdir()
     for index in range(DISTINCT):
-        kind = "scratch" if index % 4 == 0 else None
-        board, _ = make_board(board_rng(5, kind or "good", index), kind)
+        defect = "scratch" if index % 4 == 0 else None
+        board, _ = make_board(board_rng(5, defect or "good", index), defect)
         Image.fromarray(board).save(archive / f"{index:06d}.png")
-    seed, run, storage = folder / "seed", folder / "run", Storage()
-    job.score(job.ScoreRequest(str(archive), str(seed), reconstructions=True), Console(quiet=True))
-    scored = pads.dataset(seed / "results").to_table().to_pylist()
-    (listed,) = pads.dataset(seed / "manifest").to_table().to_pylist()[:1]
+    seed, run = Run.at(str(folder / "seed")), Run.at(str(folder / "run"))
+    score(ScoreRequest(str(archive), seed.location, reconstructions=True), Console(quiet=True))
+    results = seed.results().to_table().to_pylist()
+    listed = next(iter(seed.manifest_rows([results[0]["image_id"]]).values()))
     rng = np.random.default_rng(0)
-    write = ResultsWriter(Run(str(run), storage), ROWS, "bench")
+    write = ResultsWriter(run, ROWS, "bench")
     manifest = []
     for start in range(0, images, ROWS):
-        rows = []
-        for position in range(start, min(start + ROWS, images)):
-            row = scored[position % DISTINCT]
-            place = archive / f"copy-{position:06d}.png"
-            os.link(row["uri"], place)
-            moved = row["score"] * float(rng.uniform(0.8, 1.2))
-            # As in a factory, few are anomalous.
-            if row["is_anomalous"] and rng.random() > 0.2:
-                moved = 0.5 * row["threshold"] * float(rng.uniform(0.3, 1))
-            rows.append(
-                row
-                | {"image_id": f"{position:032x}", "uri": str(place), "position": position, "score": moved}
-                | {"is_anomalous": moved > row["threshold"], "stage": None, "error_type": None, "message": None}
-            )
-            manifest.append(listed | {"image_id": f"{position:032x}", "uri": str(place), "size": place.stat().st_size})
+        rows = [
+            copied(results[index % DISTINCT], index, archive, rng) for index in range(start, min(start + ROWS, images))
+        ]
         write(pa.Table.from_pylist(rows, schema=SCORED_SCHEMA))
-    (run / "manifest").mkdir()
-    pq.write_table(pa.Table.from_pylist(manifest), run / "manifest" / "part-000000.parquet")
-    record = read_run(str(seed), storage)
-    complete(Run(str(run), storage), record | {"counts": record["counts"] | {"images": images, "scored": images}})
-    return run
+        manifest += [
+            listed | {"image_id": row["image_id"], "uri": row["uri"], "size": os.path.getsize(row["uri"])}
+            for row in rows
+        ]
+    (folder / "run" / "manifest").mkdir()
+    pq.write_table(pa.Table.from_pylist(manifest), folder / "run" / "manifest" / "part-000000.parquet")
+    counts = seed.record["counts"] | {"images": images, "scored": images}
+    complete(run, seed.record | {"counts": counts})
+    return run.location
 
 
-def opened(page: Path) -> tuple[float, list[str]]:
-    """Seconds until the page is there, and what it complained of."""
+def copied(result: dict, index: int, archive: Path, rng: np.random.Generator) -> dict:
+    """A result under another name and with a slightly different score; as in a factory, few stay anomalous."""
+    path = archive / f"copy-{index:06d}.png"
+    os.link(result["uri"], path)
+    score = result["score"] * float(rng.uniform(0.8, 1.2))
+    if result["is_anomalous"] and rng.random() > 0.2:
+        score = 0.5 * result["threshold"] * float(rng.uniform(0.3, 1))
+    return (
+        result
+        | {"image_id": f"{index:032x}", "uri": str(path), "position": index, "score": score}
+        | {"is_anomalous": score > result["threshold"], "stage": None, "error_type": None, "message": None}
+    )
+
+
+def open_page(page: Path) -> tuple[float, list[str]]:
+    """Seconds until a browser shows the page, and the page's errors and warnings."""
     from playwright.sync_api import sync_playwright
 
     errors: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         tab = browser.new_page(viewport={"width": 1440, "height": 1000})
-        tab.on("console", lambda said: errors.append(said.text) if said.type in ("error", "warning") else None)
+        tab.on("console", lambda line: errors.append(line.text) if line.type in ("error", "warning") else None)
         tab.on("pageerror", lambda error: errors.append(str(error)))
         started = time.perf_counter()
         tab.goto(page.as_uri())
@@ -100,8 +105,8 @@ def opened(page: Path) -> tuple[float, list[str]]:
 
 
 def main(
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
-    images: Annotated[int, typer.Option(help="of the run")] = 10_000,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")] = False,
+    images: Annotated[int, typer.Option(help="number of images of the run")] = 10_000,
 ) -> None:
     """Measure and print."""
     with tempfile.TemporaryDirectory() as name:
@@ -110,7 +115,7 @@ def main(
         glad = Path(sys.executable).with_name("glad")
         subprocess.run([glad, "report", run, "--out", page], check=True, stdout=subprocess.DEVNULL)
         build = time.perf_counter() - started
-        seconds, errors = opened(page)
+        seconds, errors = open_page(page)
         figures = {
             "images": images,
             "build_seconds": round(build, 2),

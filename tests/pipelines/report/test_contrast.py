@@ -1,4 +1,4 @@
-"""Every colour that text of the report has can be read on every ground it stands on (WCAG AA), light, dark, printed."""
+"""The report's texts and lines stand out from their backgrounds (WCAG AA), in light, dark and printed pages."""
 
 import re
 
@@ -28,19 +28,19 @@ THEMES = {
 
 def luminance(colour):
     digits = colour if len(colour) == 6 else "".join(2 * digit for digit in colour)
-    parts = [int(digits[place : place + 2], 16) / 255 for place in (0, 2, 4)]
+    parts = [int(digits[start : start + 2], 16) / 255 for start in (0, 2, 4)]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return sum(share * part for share, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
 @pytest.mark.parametrize("theme", THEMES)
 def test_contrast(theme):
-    of = THEMES[theme]
+    colour = THEMES[theme]
     for pairs, least in ((TEXT, 4.5), (DRAWN, 3.0)):
         for one, other in pairs:
-            low, high = sorted((luminance(of[one]), luminance(of[other])))
+            low, high = sorted((luminance(colour[one]), luminance(colour[other])))
             assert (high + 0.05) / (low + 0.05) >= least, f"--{one} on --{other}"
 
 
-def test_both_ways_into_the_dark_are_the_same():
+def test_the_dark_theme_is_the_same_by_button_and_by_system():
     assert THEMES["dark"] == THEMES["dark by the system"]
