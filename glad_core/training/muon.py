@@ -1,7 +1,10 @@
 """Muon (Jordan et al., 2024): momentum whose every update is made orthogonal, for matrices and convolutions.
 
-On the small model's codec it reached in one minute what AdamW did not in five, which is what makes training on two
-cores practical. `torch.optim.Muon` takes matrices only; most of what is trained here are convolutions.
+On the small model's codec it reached in one minute what AdamW did not reach in five, so training on two cores is
+practical. `torch.optim.Muon` takes matrices only, and most of the weights here are convolutions. `timm.optim.Muon` takes
+both and trains as well: 200 steps of the small UNet ended at the same held-out loss, .2197. But it orthogonalises in
+bfloat16, which a CPU without bfloat16 units emulates: .47 s of CPU per step against .12 s here, in steps of about .6 s
+(one thread, AVX-512, 28 November 2026).
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 
 
 def orthogonal(matrix: Tensor, rounds: int = 5) -> Tensor:
-    """The nearest (semi-)orthogonal matrix, roughly: singular values of the result lie between about 0.7 and 1.2.
+    """Roughly the nearest (semi-)orthogonal matrix: the singular values lie between about 0.7 and 1.2.
 
     Newton-Schulz rounds with the coefficients of Jordan et al.
     """
@@ -35,7 +38,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update from the gradients at hand; there is no closure to call again."""
+        """One update from the present gradients; ``closure`` is not supported."""
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is None:

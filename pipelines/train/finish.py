@@ -1,4 +1,4 @@
-"""The end of a training run: trained weights into the base, calibration on the held-out images, delivery."""
+"""The end of a training run: put trained weights into the base, calibrate on the held-out images, deliver."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from glad_core.bundle.glad_json import read_description
+from glad_core.bundle.glad_json import Description, read_description
 from glad_core.bundle.model import Model, is_half, load_bundle, load_vit, save_derived
 from glad_core.calibration import Calibrator, judged_images
 from pipelines.models.find import local_bundle
-from pipelines.train.good_images import Survey, read_pixels
-from pipelines.train.side_by_side import tell
+from pipelines.train.pixels import read_pixels
+from pipelines.train.side_by_side import send_event
 from pipelines.train.spec import FINAL, Deliver, Outcome, TrainJob
+from pipelines.train.survey import Survey
 
 
-def finish(job: TrainJob, seen: Survey, checkpoint: Any, deliver: Deliver, events: Any) -> Outcome:
-    """Make the bundle from a run's last checkpoint and deliver it. Runs as a Ray task."""
+def finish(job: TrainJob, surveyed: Survey, checkpoint: Any, deliver: Deliver, events: Any) -> Outcome:
+    """Make the bundle from a run's last checkpoint, calibrate and deliver it. Runs as a Ray task."""
     torch.set_num_threads(job.threads)
     base = local_bundle(job.base, job.storage)
     model = load_bundle(base, job.device)
@@ -30,35 +31,38 @@ def finish(job: TrainJob, seen: Survey, checkpoint: Any, deliver: Deliver, event
     if is_half(base):
         model.unet.half().float()  # calibrate what will be stored
         model.vae.half().float()
-    held_out = read_pixels(seen.held_out, model.settings.resolution, job.storage)
+    held_out = read_pixels(surveyed.held_out, model.settings.resolution, job.storage)
     total, done = judged_images(len(held_out)), 0
 
     def judged(count: int) -> None:
         nonlocal done
         done += count
-        tell(events, job.name, "calibrate", done=done, total=total)
+        send_event(events, job.name, "calibrate", done=done, total=total)
 
     calibrator = Calibrator(model, foreground_mode=job.recipe.foreground_mode, seed=job.recipe.seed, on_image=judged)
-    settings = calibrator.calibrate(held_out, [image.category for image in seen.held_out], job.target_fpr)
-    description = read_description(base)
-    provenance = {
-        "run": job.run_id(seen),
-        "base": description.model_id,
+    settings = calibrator.calibrate(held_out, [image.category for image in surveyed.held_out], job.target_fpr)
+    provenance = _provenance(job, surveyed, read_description(base))
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = Path(folder) / "bundle"
+        save_derived(bundle, base, model, settings, category=",".join(job.categories), provenance=provenance)
+        send_event(events, job.name, "deliver")
+        return deliver(bundle, job, surveyed)
+
+
+def _provenance(job: TrainJob, surveyed: Survey, base: Description) -> dict[str, Any]:
+    return {
+        "run": job.run_id(surveyed),
+        "base": base.model_id,
         "part": job.part,
-        "dataset_fingerprint": seen.fingerprint,
-        "good_images": len(seen.fit),
-        "held_out_images": len(seen.held_out),
-        "skipped_images": len(seen.skipped),
+        "dataset_fingerprint": surveyed.fingerprint,
+        "good_images": len(surveyed.fit),
+        "held_out_images": len(surveyed.held_out),
+        "skipped_images": len(surveyed.skipped),
         "target_fpr": job.target_fpr,
-        # The UNet's recipe is what the next training starts from, whatever part was trained last.
-        "recipe": description.provenance.get("recipe", {}),
+        # The next training starts from the UNet's recipe, whichever part was trained last.
+        "recipe": base.provenance.get("recipe", {}),
         ("recipe" if job.part == "unet" else f"{job.part}_recipe"): job.recipe.model_dump(),
     }
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "bundle"
-        save_derived(made, base, model, settings, category=",".join(job.categories), provenance=provenance)
-        tell(events, job.name, "deliver")
-        return deliver(made, job, seen)
 
 
 def with_weights(model: Model, job: TrainJob, weights: dict[str, torch.Tensor]) -> Model:

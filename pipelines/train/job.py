@@ -1,7 +1,7 @@
-"""`glad train`: train one part of a bundle on good images with Ray Train, calibrate it, leave a new bundle.
+"""`glad train`: train one part of a bundle on good images with Ray Train, calibrate it, write a new bundle.
 
-`run_training` is the job, top to bottom: survey the images, train, calibrate, deliver. It is a Ray task, so `glad
-retrain` runs many of them side by side, and it goes on from its last checkpoint whoever was killed: a worker, a node,
+`run_training` is the job, top to bottom: survey the images, train, calibrate, deliver. It is a Ray task, so that `glad
+retrain` can run many of them side by side. It resumes from its last checkpoint, whatever was killed: a worker, a node,
 or the command itself, given again.
 """
 
@@ -19,18 +19,20 @@ from rich.console import Console
 
 from cluster import session
 from cluster.quick_imports import quick_imports
-from cluster.storage import Storage, StorageError, is_s3, join, local_path
+from cluster.storage import Storage, StorageError, absolute, is_s3, join
 from glad_core.bundle.glad_json import GLAD_JSON, read_description
 from glad_core.errors import GladError
 from glad_core.training.recipe import Part, Recipe
 from pipelines.models.find import SMALL, local_bundle
-from pipelines.train.good_images import DATA_CPUS, GoodImage, Survey, curated, good_images, load_textures, survey
-from pipelines.train.side_by_side import follow, tell
+from pipelines.train.good_images import GoodImage, apply_feedback, good_images
+from pipelines.train.pixels import load_textures
+from pipelines.train.side_by_side import run_side_by_side, send_event
 from pipelines.train.spec import FATAL, IDENTITY, Deliver, Outcome, TrainJob, clear_work
+from pipelines.train.survey import DATA_CPUS, Survey, survey
 
 LEAST_CPUS = 0.25  # of a worker
 MAX_FAILURES = 8  # worker groups lost to killed processes and preempted nodes before a run gives up
-# What `glad train --part` starts from where the UNet's recipe in the base bundle does not speak for the part.
+# The recipes of `glad train --part dino` and `--part vae`; the UNet's is in the base bundle.
 PART_RECIPES: dict[str, dict[str, Any]] = {
     "dino": {"steps": 300, "batch_size": 8, "learning_rate": 1e-5, "weight_decay": 0.0},
     "vae": {"steps": 500, "batch_size": 8, "learning_rate": 1e-5, "weight_decay": 0.0},
@@ -39,7 +41,7 @@ PART_RECIPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """What `glad train` was asked; locations are local or s3://. ``None`` in ``recipe``: what the base recommends."""
+    """The options of `glad train`; locations are local or s3://. None in ``recipe`` takes the base bundle's value."""
 
     dataset: str
     category: str | None
@@ -62,42 +64,42 @@ def train(request: TrainRequest, console: Console) -> str:
     The folder ``OUT.train`` beside the new bundle holds checkpoints and metrics while the job runs; the metrics stay.
 
     Raises:
-        GladError, StorageError, SessionError: a mistake in what was asked, one line, before any work.
+        GladError, StorageError, SessionError: a mistake in the request, one line, before any work.
     """
     storage = Storage.from_environment()
-    out = request.out.rstrip("/") if is_s3(request.out) else local_path(request.out)
-    found = good_images(request.dataset, request.category, storage)
-    found, what = curated(found, request.exclude, request.include, storage)
-    if what:
-        console.print(what, highlight=False, soft_wrap=True)
-    job = plan_job(request, list(found), storage, name=" ".join(found), work=f"{out}.train")
+    out = absolute(request.out)
+    images = good_images(request.dataset, request.category, storage)
+    images, changes = apply_feedback(images, request.exclude, request.include, storage)
+    if changes:
+        console.print(changes, highlight=False, soft_wrap=True)
+    job = plan_job(request, list(images), storage, name=" ".join(images), work=f"{out}.train")
     if storage.kind(out) != "none":
         raise GladError(f"{out} already exists: choose another --out or remove it")
     claim_work(storage, job.work)
     session.connect(request.address)
     job = with_resources(job, request)
     deliver = partial(deliver_bundle, storage=storage, out=out)
-    outcome = follow({job.name: partial(run_training, job, found, deliver)}, 1, console)[job.name]
+    outcome = run_side_by_side({job.name: partial(run_training, job, images, deliver)}, 1, console)[job.name]
     if isinstance(outcome, BaseException):
         raise outcome
     return outcome.model_id
 
 
-def deliver_bundle(made: Path, job: TrainJob, seen: Survey, *, storage: Storage, out: str) -> Outcome:
-    """The bundle to ``out``, its metrics beside it; checkpoints go."""
-    if not storage.publish(made, out, GLAD_JSON):
+def deliver_bundle(bundle: Path, job: TrainJob, surveyed: Survey, *, storage: Storage, out: str) -> Outcome:
+    """Copy the bundle to ``out`` and its metrics beside it, and delete the checkpoints."""
+    if not storage.publish(bundle, out, GLAD_JSON):
         raise GladError(f"{out} already exists: choose another --out or remove it")
     clear_work(storage, job.work, out)
-    return Outcome("trained", read_description(made).model_id)
+    return Outcome("trained", read_description(bundle).model_id)
 
 
 def plan_job(request: TrainRequest, categories: list[str], storage: Storage, *, name: str, work: str) -> TrainJob:
-    """The run as far as it is known before looking at the images; checks the base and the recipe."""
+    """The job as far as it is known before the survey of its images; checks the base and the recipe."""
     base = local_bundle(request.base, storage)
     description = read_description(base)
     recommended = description.provenance.get("recipe", {}) if request.part == "unet" else PART_RECIPES[request.part]
-    asked = {name: value for name, value in request.recipe.items() if value is not None}
-    recipe = Recipe.parse(recommended | asked, f"training recipe of {request.base} with the options given")
+    given = {name: value for name, value in request.recipe.items() if value is not None}
+    recipe = Recipe.parse(recommended | given, f"training recipe of {request.base} with the options given")
     if recipe.batch_size % request.workers:
         raise GladError(
             f"--batch-size {recipe.batch_size} cannot be shared by {request.workers} workers: "
@@ -126,7 +128,7 @@ def plan_job(request: TrainRequest, categories: list[str], storage: Storage, *, 
 
 
 def claim_work(storage: Storage, work: str) -> None:
-    """The proof that the run's folder can be written, before any work."""
+    """Prove that the run's folder can be written, before any work."""
     try:
         storage.write(join(work, "written.txt"), b"a training run keeps its checkpoints and metrics here\n")
     except StorageError as error:
@@ -134,12 +136,12 @@ def claim_work(storage: Storage, work: str) -> None:
 
 
 def with_resources(job: TrainJob, request: TrainRequest, parallel: int = 1) -> TrainJob:
-    """The job with its share of the connected cluster, ``parallel`` such jobs running at a time.
+    """The job with its share of the connected cluster, if ``parallel`` such jobs run at a time.
 
-    A GPU per worker where there are any (or cuda is asked for); otherwise the CPUs are shared out (`cpu_share`).
+    One GPU per worker if there are GPUs or the request is for cuda; otherwise a share of the CPUs (`cpu_share`).
 
     Raises:
-        GladError: more than this machine has. A cluster at an address may grow, so there nothing is refused.
+        GladError: more than this machine has. A cluster may grow, so nothing is refused there.
     """
     grows = request.address is not None
     gpus = session.gpus(session.resources())
@@ -159,9 +161,9 @@ def with_resources(job: TrainJob, request: TrainRequest, parallel: int = 1) -> T
 
 
 def cpu_share(nodes: list[float], workers: int) -> float:
-    """The most CPUs each of ``workers`` can have when none spans two nodes and every node keeps some for the data."""
+    """Largest equal CPU share per worker, with no worker across nodes and `DATA_CPUS` reserved on each node; else 0."""
     free = [cpus - DATA_CPUS for cpus in nodes if cpus > DATA_CPUS]
-    # What is shared out evenly on some node is the only kind of answer there can be.
+    # The largest share divides some node's CPUs evenly: with any other, every node could give a little more.
     shares = sorted({node / count for node in free for count in range(1, workers + 1)}, reverse=True)
     for share in shares:
         # Rounded down, so that the shares of a node never add up to more than it has.
@@ -185,7 +187,7 @@ Prepare = Callable[[TrainJob, Survey], TrainJob | Outcome]
 
 def run_training(
     job: TrainJob,
-    found: dict[str, list[GoodImage]],
+    images: dict[str, list[GoodImage]],
     deliver: Deliver,
     events: Any,
     prepare: Prepare | None = None,
@@ -193,51 +195,56 @@ def run_training(
     """One training job from images to a delivered bundle. Runs as a Ray task.
 
     Args:
-        found: good images by category.
-        deliver: see `pipelines.train.finish`.
-        events: queue of what the user is to see.
-        prepare: called with what the survey found; says where to work, or what came of the very same run earlier.
+        images: good images by category.
+        deliver: brings the finished bundle where it belongs.
+        events: queue of what the user sees (`side_by_side`).
+        prepare: called after the survey; returns the job with its folder, or the outcome of an earlier, identical run.
     """
     import ray
 
     session.configure_ray_data()
-    say = partial(tell, events, job.name, "survey")
-    say()
-    description = read_description(local_bundle(job.base, job.storage))
-    seen = survey(found, description.settings["resolution"], job.storage)
-    for uri, reason in seen.skipped:
-        say(warning=f"{uri}: {reason}; skipped")
-    if len(seen.sizes) > 1:
-        say(warning=f"images of {len(seen.sizes)} sizes ({', '.join(seen.sizes[:3])}, …), all made square")
-    job = replace(job, images=seen.fit)
+    surveyed = _survey(job, images, events)
+    job = replace(job, images=surveyed.fit)
     if prepare is not None:
-        prepared = prepare(job, seen)
+        prepared = prepare(job, surveyed)
         if isinstance(prepared, Outcome):
             return prepared
         job = prepared
-    _check_identity(job, seen)
+    _check_identity(job, surveyed)
     checkpoint = _fit(job, events)
     finishing = ray.remote(num_cpus=job.cpus, num_gpus=job.gpus)(_finish)
-    return ray.get(finishing.remote(job, seen, checkpoint, deliver, events))
+    return ray.get(finishing.remote(job, surveyed, checkpoint, deliver, events))
 
 
-def _check_identity(job: TrainJob, seen: Survey) -> None:
-    """Refuse the folder of a different run; a marker of an earlier failure goes, this is a new attempt."""
-    identity = job.identity(seen)
-    place = join(job.work, IDENTITY)
-    if job.storage.kind(place) == "file":
-        earlier = json.loads(job.storage.read(place))
+def _survey(job: TrainJob, images: dict[str, list[GoodImage]], events: Any) -> Survey:
+    send = partial(send_event, events, job.name, "survey")
+    send()
+    description = read_description(local_bundle(job.base, job.storage))
+    surveyed = survey(images, description.settings["resolution"], job.storage)
+    for uri, reason in surveyed.skipped:
+        send(warning=f"{uri}: {reason}; skipped")
+    if len(surveyed.sizes) > 1:
+        send(warning=f"images of {len(surveyed.sizes)} sizes ({', '.join(surveyed.sizes[:3])}, …), all made square")
+    return surveyed
+
+
+def _check_identity(job: TrainJob, surveyed: Survey) -> None:
+    """Refuse the folder of a different run; delete the mark of an earlier failure, since this is a new attempt."""
+    identity = job.identity(surveyed)
+    file = join(job.work, IDENTITY)
+    if job.storage.kind(file) == "file":
+        earlier = json.loads(job.storage.read(file))
         changed = [key for key in identity if earlier.get(key) != identity[key]]
         if changed:
             raise GladError(
                 f"{job.work} holds another run (different {', '.join(changed)}): remove it or choose another --out"
             )
-    job.storage.write(place, json.dumps(identity, indent=1).encode())
+    job.storage.write(file, json.dumps(identity, indent=1).encode())
     job.storage.delete_file(join(job.work, FATAL))
 
 
 def _fit(job: TrainJob, events: Any) -> Any:
-    """Ray Train over ``job.workers``; returns the last checkpoint. The same run goes on where it was."""
+    """Run Ray Train with ``job.workers``, resuming if there is a checkpoint; returns the last checkpoint."""
     from ray import train as ray_train
     from ray.train.torch import TorchTrainer
 
@@ -272,8 +279,8 @@ def _fit(job: TrainJob, events: Any) -> Any:
     return result.checkpoint
 
 
-# Functions of this light module: Ray's controller and the waiting task take them in as well, and would import for
-# seconds what only the worker needs.
+# These two are in this light module since Ray's controller and the waiting task unpickle them as well: they would
+# import for seconds what only the worker needs.
 
 
 def _work(config: dict[str, Any]) -> None:
@@ -289,5 +296,6 @@ def _finish(*arguments: Any) -> Outcome:
 
 
 def _fatal(job: TrainJob) -> str | None:
-    place = join(job.work, FATAL)
-    return job.storage.read(place).decode() if job.storage.kind(place) == "file" else None
+    """Why trying again is pointless, None if it is not."""
+    file = join(job.work, FATAL)
+    return job.storage.read(file).decode() if job.storage.kind(file) == "file" else None

@@ -1,7 +1,7 @@
-"""`glad retrain`: train, calibrate and check many categories side by side; the better models go live in a registry.
+"""`glad retrain`: train, calibrate and check many categories side by side; better models go live in a registry.
 
-Every category is one `train.run_training` task, so one's failure does not touch the others, and the same command again
-does only what is missing.
+Every category is one `run_training` task, so a failure of one does not touch the others, and the same command given
+again trains only what is missing.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,10 +19,12 @@ from cluster import session
 from cluster.storage import Storage, absolute, join
 from pipelines.models import registry
 from pipelines.models.find import local_bundle
-from pipelines.train.good_images import DATA_CPUS, Survey, good_images, read_pixels
+from pipelines.train.good_images import good_images
 from pipelines.train.job import TrainRequest, claim_work, plan_job, run_training, with_resources
-from pipelines.train.side_by_side import follow
+from pipelines.train.pixels import read_pixels
+from pipelines.train.side_by_side import run_side_by_side
 from pipelines.train.spec import Outcome, TrainJob, clear_work
+from pipelines.train.survey import DATA_CPUS, Survey
 
 if TYPE_CHECKING:
     from glad_core.model_comparison import ModelComparison
@@ -32,7 +34,7 @@ WORK = ".work"  # in the registry: runs under way; a leading dot, so it is no ca
 
 @dataclass(frozen=True)
 class RetrainRequest:
-    """What `glad retrain` was asked; ``train`` holds what it shares with `glad train`, its ``out`` is the registry."""
+    """The options of `glad retrain`; ``train`` are those it shares with `glad train`, whose ``out`` is the registry."""
 
     train: TrainRequest
     max_parallel: int | None = None
@@ -41,26 +43,31 @@ class RetrainRequest:
 
 
 def retrain(request: RetrainRequest, console: Console) -> bool:
-    """Retrain the categories; returns whether all of them worked.
+    """Retrain the categories; returns whether none of them failed.
 
     Raises:
-        GladError, StorageError, SessionError: a mistake in what was asked, one line, before any work.
+        GladError, StorageError, SessionError: a mistake in the request, one line, before any work.
     """
     storage = Storage.from_environment()
     home = absolute(request.train.out)
-    found = good_images(request.train.dataset, request.train.category or "all", storage)
-    jobs = {name: plan_job(request.train, [name], storage, name=name, work="") for name in found}
+    images = good_images(request.train.dataset, request.train.category or "all", storage)
+    jobs = {name: plan_job(request.train, [name], storage, name=name, work="") for name in images}
     claim_work(storage, join(home, WORK))
     session.connect(request.train.address)
     parallel = parallel_jobs(request, session.resources(), len(jobs))
     deliver = partial(publish_and_promote, storage=storage, home=home, promote=request.promote, margin=request.margin)
-    prepare = partial(look_up, storage=storage, home=home)
+    prepare = partial(find_earlier, storage=storage, home=home)
     tasks = {}
     for name, job in jobs.items():
         sized = with_resources(job, request.train, parallel)
-        tasks[name] = partial(run_training, sized, {name: found[name]}, deliver, prepare=prepare)
+        tasks[name] = partial(run_training, sized, {name: images[name]}, deliver, prepare=prepare)
     console.print(f"{len(tasks)} categories, {parallel} at a time", highlight=False)
-    outcomes = follow(tasks, parallel, console)
+    outcomes = run_side_by_side(tasks, parallel, console)
+    _print_outcomes(outcomes, console)
+    return not any(isinstance(outcome, BaseException) for outcome in outcomes.values())
+
+
+def _print_outcomes(outcomes: dict[str, Any], console: Console) -> None:
     table = Table("category", "outcome", "version")
     for name, outcome in outcomes.items():
         if isinstance(outcome, BaseException):
@@ -68,11 +75,10 @@ def retrain(request: RetrainRequest, console: Console) -> bool:
         else:
             table.add_row(name, escape(outcome.words), outcome.model_id)
     console.print(table)
-    return not any(isinstance(outcome, BaseException) for outcome in outcomes.values())
 
 
 def parallel_jobs(request: RetrainRequest, available: dict[str, float], jobs: int) -> int:
-    """How many categories at a time: what was asked, but never more than fit, or all would wait for each other."""
+    """Number of categories at a time: as requested, but no more than fit, or all would wait for each other."""
     workers = request.train.workers
     gpus = session.gpus(available)
     if request.train.device == "cuda" or (request.train.device is None and gpus):
@@ -82,41 +88,43 @@ def parallel_jobs(request: RetrainRequest, available: dict[str, float], jobs: in
     return max(1, min(jobs, fitting, request.max_parallel or jobs))
 
 
-def look_up(job: TrainJob, seen: Survey, *, storage: Storage, home: str) -> TrainJob | Outcome:
-    """The outcome of an earlier run that trained the same on the same images, if there is one; else where to work."""
-    wanted = job.run_id(seen)
+def find_earlier(job: TrainJob, surveyed: Survey, *, storage: Storage, home: str) -> TrainJob | Outcome:
+    """The outcome of an identical run on the same images, if the registry holds one; else the job with its folder."""
+    run_id = job.run_id(surveyed)
     for version in registry.versions(home, job.name, storage):
-        if registry.description(home, job.name, version, storage).provenance.get("run") == wanted:
+        if registry.description(home, job.name, version, storage).provenance.get("run") == run_id:
             return Outcome("up to date", version)
-    return replace(job, work=join(home, WORK, job.name, wanted))
+    return replace(job, work=join(home, WORK, job.name, run_id))
 
 
 def publish_and_promote(
-    made: Path, job: TrainJob, seen: Survey, *, storage: Storage, home: str, promote: str, margin: float
+    bundle: Path, job: TrainJob, surveyed: Survey, *, storage: Storage, home: str, promote: str, margin: float
 ) -> Outcome:
-    """Add the bundle to the registry and, if it may, make it current."""
-    version = registry.publish(made, home, job.name, storage)
+    """Add the bundle to the registry and make it current, if ``promote`` allows."""
+    version = registry.publish(bundle, home, job.name, storage)
     before = registry.current(home, job.name, storage)
     words = "trained, not promoted"
     if promote == "always" or (promote == "gate" and before is None):
         registry.promote(home, job.name, version, storage, "first version" if before is None else "always")
         words = "promoted"
     elif promote == "gate" and before is not None:
-        verdict = _gate(made, join(home, job.name, before.version), job, seen, margin)
-        words = f"kept {before.version}: {verdict.describe()}"
-        if verdict.passed:
-            registry.promote(home, job.name, version, storage, verdict.describe())
-            words = f"promoted: {verdict.describe()}"
+        comparison = _compare(bundle, join(home, job.name, before.version), job, surveyed, margin)
+        words = f"kept {before.version}: {comparison.describe()}"
+        if comparison.passed:
+            registry.promote(home, job.name, version, storage, comparison.describe())
+            words = f"promoted: {comparison.describe()}"
     clear_work(storage, job.work, join(home, job.name, version))
-    storage.delete_folder(join(home, WORK, job.name))  # runs on other images that never ended
+    storage.delete_folder(join(home, WORK, job.name))  # unfinished runs on other images
     return Outcome(words, version)
 
 
-def _gate(made: Path, before: str, job: TrainJob, seen: Survey, margin: float) -> ModelComparison:
-    """New against current on the same held-out good images and synthetic anomalies."""
+def _compare(bundle: Path, before: str, job: TrainJob, surveyed: Survey, margin: float) -> ModelComparison:
+    """The new bundle against the current one, on the same held-out good images and synthetic anomalies."""
     from glad_core.bundle.model import load_bundle
     from glad_core.model_comparison import compare_models
 
-    new, old = (load_bundle(place, job.device) for place in (made, local_bundle(before, job.storage)))
-    good_new, good_old = (read_pixels(seen.held_out, model.settings.resolution, job.storage) for model in (new, old))
+    new, old = (load_bundle(path, job.device) for path in (bundle, local_bundle(before, job.storage)))
+    good_new, good_old = (
+        read_pixels(surveyed.held_out, model.settings.resolution, job.storage) for model in (new, old)
+    )
     return compare_models(new, old, good_new, good_old, job.recipe.foreground_mode, margin)

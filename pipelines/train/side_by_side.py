@@ -1,4 +1,4 @@
-"""Jobs side by side: each a Ray task that says what it is doing, all of them shown live."""
+"""Training jobs side by side: each is a Ray task that sends events about its progress, and all are shown live."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ from cluster.storage import StorageError
 from glad_core.errors import GladError
 
 MAX_RETRIES = 8  # of a job whose node died
-LINE_EVERY = 10.0  # seconds between two lines of a job where there is no terminal
+LINE_EVERY = 10.0  # seconds between two lines of a job, if there is no terminal
 
-Job = Callable[[Any], Any]  # called with the queue of its events; a job begins again where it was
+Job = Callable[[Any], Any]  # takes the queue of its events; called again, it resumes
 
 
-def tell(
+def send_event(
     events: Any, name: str, state: str, *, done: int = 0, total: int = 0, note: str = "", warning: str = ""
 ) -> None:
-    """Say what a job is doing, from wherever a part of it runs."""
+    """Report what a job is doing, from any process that runs a part of it."""
     events.put({"job": name, "state": state, "done": done, "total": total, "note": note, "warning": warning})
 
 
-def follow(jobs: Mapping[str, Job], parallel: int, console: Console) -> dict[str, Any]:
+def run_side_by_side(jobs: Mapping[str, Job], parallel: int, console: Console) -> dict[str, Any]:
     """Run jobs as Ray tasks, at most ``parallel`` at a time, and show what each is doing.
 
-    A live line per job in a terminal, plain lines otherwise. Returns each one's result, or the exception it failed
-    with.
+    A live line per job in a terminal, plain lines otherwise. Returns each job's result, or the exception that ended it.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -43,30 +42,49 @@ def follow(jobs: Mapping[str, Job], parallel: int, console: Console) -> dict[str
     )
     outcomes: dict[str, Any] = {}
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        lines = {name: progress.add_task(name, total=None, state="waiting", note="") for name in jobs}
-        shown: dict[str, tuple[str, float]] = {}
+        bars = {name: progress.add_task(name, total=None, state="waiting", note="") for name in jobs}
+        lines = _Lines(console)
         for event in _run_all(jobs, parallel):
-            name, state = event["job"], event["state"]
-            if event.get("warning"):
+            name = event["job"]
+            if event["warning"]:
                 console.print(f"[yellow]{name}: {escape(event['warning'])}[/yellow]", highlight=False, soft_wrap=True)
-            if state in ("done", "failed"):
+            if event["state"] in ("done", "failed"):
                 outcomes[name] = event["outcome"]
-            done, total, note = event.get("done", 0), event.get("total") or None, event.get("note", "")
-            progress.update(lines[name], completed=done, total=total, state=state, note=note)
-            before, when = shown.get(name, ("", 0.0))
-            if not console.is_terminal and (before != state or time.monotonic() - when > LINE_EVERY):
-                shown[name] = (state, time.monotonic())
-                steps = f" {done} of {total}" if total else ""
-                console.print(f"{name}: {state}{steps}{', ' + note if note else ''}", highlight=False)
+            progress.update(
+                bars[name],
+                completed=event["done"],
+                total=event["total"] or None,
+                state=event["state"],
+                note=event["note"],
+            )
+            if not console.is_terminal:
+                lines.show(event)
     return outcomes
 
 
+class _Lines:
+    """Plain lines for a log: one whenever a job's state changes, and one every `LINE_EVERY` seconds."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.shown: dict[str, tuple[str, float]] = {}  # state and time of each job's last line
+
+    def show(self, event: dict[str, Any]) -> None:
+        name, state, note = event["job"], event["state"], event["note"]
+        last_state, last_time = self.shown.get(name, ("", 0.0))
+        if last_state == state and time.monotonic() - last_time <= LINE_EVERY:
+            return
+        self.shown[name] = (state, time.monotonic())
+        steps = f" {event['done']} of {event['total']}" if event["total"] else ""
+        self.console.print(f"{name}: {state}{steps}{', ' + note if note else ''}", highlight=False)
+
+
 def _run_all(jobs: Mapping[str, Job], parallel: int) -> Iterator[dict[str, Any]]:
-    """Run ``jobs`` as Ray tasks; yields their events, each job's last one being ``done`` or ``failed``."""
+    """Run ``jobs`` as Ray tasks; yields their events, the last of each job being ``done`` or ``failed``."""
     import ray
     from ray.util.queue import Empty, Queue
 
-    # The task itself waits for others most of the time. Its node may die: it goes on from its checkpoint elsewhere.
+    # The task itself mostly waits for others. If its node dies, it resumes elsewhere from the job's checkpoint.
     task = ray.remote(num_cpus=0, max_retries=MAX_RETRIES)(_call)
     events = Queue(actor_options={"num_cpus": 0})
     waiting, running = list(jobs.items()), {}  # type: ignore[var-annotated]
@@ -82,9 +100,13 @@ def _run_all(jobs: Mapping[str, Job], parallel: int) -> Iterator[dict[str, Any]]
         for ref in ray.wait(list(running), timeout=0)[0]:
             name = running.pop(ref)
             try:
-                yield {"job": name, "state": "done", "outcome": ray.get(ref)}
+                yield _last_event(name, "done", ray.get(ref))
             except Exception as error:
-                yield {"job": name, "state": "failed", "outcome": session.root_cause(error, GladError, StorageError)}
+                yield _last_event(name, "failed", session.root_cause(error, GladError, StorageError))
+
+
+def _last_event(name: str, state: str, outcome: Any) -> dict[str, Any]:
+    return {"job": name, "state": state, "done": 0, "total": 0, "note": "", "warning": "", "outcome": outcome}
 
 
 def _call(job: Job, events: Any) -> Any:

@@ -15,19 +15,20 @@ from cluster.storage import Storage, join, local_path
 from glad_core.bundle.glad_json import read_description
 from glad_core.training.recipe import Part, Recipe
 from pipelines.models.find import local_bundle
-from pipelines.train.good_images import GoodImage, Survey
+from pipelines.train.good_images import GoodImage
+from pipelines.train.survey import Survey
 
-# In a run's folder; FATAL says why going on is pointless.
+# In a run's folder; FATAL says why trying again is pointless.
 IDENTITY, FATAL, METRICS, TENSORBOARD = "identity.json", "fatal.txt", "metrics", "tensorboard"
 CHECKPOINT, FINAL = "checkpoint.pt", "final.safetensors"  # in each of its checkpoints; FINAL in the last
 
 
 @dataclass(frozen=True)
 class TrainJob:
-    """One training run, as all that work on it get it.
+    """One training run, as every task and worker of it receives it.
 
-    ``categories``: of ``images``; several share one model. ``work``: the run's folder, local or S3. ``cpus``, ``gpus``:
-    of one worker.
+    ``categories`` are those of ``images``; several share one model. ``work`` is the run's folder, local or S3. ``cpus``
+    and ``gpus`` are per worker.
     """
 
     name: str
@@ -49,25 +50,25 @@ class TrainJob:
     def threads(self) -> int:
         return max(1, int(self.cpus))
 
-    def identity(self, seen: Survey) -> dict[str, Any]:
-        """All that the resulting bundle depends on."""
+    def identity(self, surveyed: Survey) -> dict[str, Any]:
+        """Everything that decides the resulting bundle."""
         return {
             "base": read_description(local_bundle(self.base, self.storage)).model_id,
             "part": self.part,
             "categories": self.categories,
-            "dataset": seen.fingerprint,
+            "dataset": surveyed.fingerprint,
             "textures": self.textures,
             "recipe": self.recipe.model_dump(),
             "target FPR": self.target_fpr,
         }
 
-    def run_id(self, seen: Survey) -> str:
-        """`identity` as a short name."""
-        return hashlib.sha256(json.dumps(self.identity(seen), sort_keys=True).encode()).hexdigest()[:16]
+    def run_id(self, surveyed: Survey) -> str:
+        """A short hash of `identity`."""
+        return hashlib.sha256(json.dumps(self.identity(surveyed), sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Outcome(NamedTuple):
-    """What came of a run, in words, and the bundle it left."""
+    """The result of a run in words, and the model id of its bundle."""
 
     words: str
     model_id: str
@@ -77,12 +78,12 @@ Deliver = Callable[[Path, TrainJob, Survey], Outcome]  # brings a finished bundl
 
 
 def clear_work(storage: Storage, work: str, beside: str) -> None:
-    """Keep a finished run's metrics, ``beside`` the bundle; its checkpoints are of no more use."""
+    """Move a finished run's metrics ``beside`` the bundle and delete the rest of its folder."""
     filesystem, path = storage.resolve(join(work, METRICS))
     filesystem_out, path_out = storage.resolve(f"{beside}.training.parquet")
     table = pq.read_table(path, filesystem=filesystem)
     pq.write_table(table.sort_by("step"), path_out, filesystem=filesystem_out)
-    kept = join(work, TENSORBOARD)
-    if storage.kind(kept) == "folder":
-        Path(local_path(kept)).rename(local_path(f"{beside}.tensorboard"))
+    events = join(work, TENSORBOARD)
+    if storage.kind(events) == "folder":
+        Path(local_path(events)).rename(local_path(f"{beside}.tensorboard"))
     storage.delete_folder(work)

@@ -28,8 +28,10 @@ from glad_core.training import losses
 from glad_core.training.loop import StepResult, TrainState, add_reports, category_prompts, fine_tune
 from glad_core.verdict import Request
 from pipelines.models.find import local_bundle
-from pipelines.train.good_images import GoodImage, batches, read_pixels
-from pipelines.train.side_by_side import tell
+from pipelines.train.batches import batches
+from pipelines.train.good_images import GoodImage
+from pipelines.train.pixels import read_pixels
+from pipelines.train.side_by_side import send_event
 from pipelines.train.spec import CHECKPOINT, FATAL, FINAL, METRICS, TENSORBOARD, TrainJob
 
 CHECKPOINT_EVERY = 100  # steps
@@ -39,8 +41,8 @@ NOTE_EVERY = 0.5  # seconds between two events
 def train_worker(config: dict[str, Any]) -> None:
     """Ray Train's entry point; ``config`` holds the ``job`` and the queue of its ``events``.
 
-    What no retry can mend is written beside the checkpoints. A lone worker then ends. Where others wait for it, it
-    fails, and the group that Ray Train starts next ends at once instead of failing the same way.
+    A failure that no retry can mend is written beside the checkpoints. A single worker then ends. One of several fails,
+    since the others wait for it, and the group that Ray Train starts next finds the file and ends at once.
     """
     import ray.train
 
@@ -61,7 +63,7 @@ def train_worker(config: dict[str, Any]) -> None:
 
 
 def _reason(error: Exception) -> str | None:
-    """One line for the user where trying again is pointless."""
+    """One line for the user if trying again is pointless, else None."""
     if isinstance(error, GladError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
@@ -80,14 +82,8 @@ def _train(job: TrainJob, events: Any) -> None:
     torch.set_num_threads(job.threads)
     device = ray.train.torch.get_device() if job.gpus else torch.device(job.device)
     model = load_bundle(local_bundle(job.base, job.storage), device)
-    tell(events, job.name, "prepare")
-    loss = make_loss(job, model, rank, world)
-    state = TrainState.start(loss, job.recipe)
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            saved = torch.load(Path(folder) / CHECKPOINT, map_location=device, weights_only=True)
-        state.load_state_dict(saved)
+    send_event(events, job.name, "prepare")
+    state = _resumed(TrainState.start(make_loss(job, model, rank, world), job.recipe), device)
     stream = batches(
         job.images,
         job.recipe,
@@ -106,14 +102,26 @@ def _train(job: TrainJob, events: Any) -> None:
         if rank == 0 and (time.monotonic() - last_note > NOTE_EVERY or step.step == job.recipe.steps):
             last_note = time.monotonic()
             note = _note(done, world)
-            tell(events, job.name, "train", done=step.step, total=job.recipe.steps, note=note)
+            send_event(events, job.name, "train", done=step.step, total=job.recipe.steps, note=note)
         if step.step % CHECKPOINT_EVERY == 0 or step.step == job.recipe.steps:
             _report(job, state, done, rank, world)
             done = []
 
 
+def _resumed(state: TrainState, device: torch.device) -> TrainState:
+    """The state, brought to Ray Train's last checkpoint if there is one."""
+    import ray.train
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            saved = torch.load(Path(folder) / CHECKPOINT, map_location=device, weights_only=True)
+        state.load_state_dict(saved)
+    return state
+
+
 def make_loss(job: TrainJob, model: Model, rank: int = 0, world: int = 1) -> Any:
-    """The loss module of the part that is trained, with what is computed once for every good image."""
+    """The loss module of the trained part, with everything that is computed once for every good image."""
     recipe, dtype = job.recipe, AUTOCAST[job.recipe.autocast]
     if job.part == "vae":
         return losses.CodecLoss(model.vae, model.final_features, dtype)
@@ -171,9 +179,9 @@ def _posterior(model: Model, images: list[GoodImage], pixels: np.ndarray) -> tup
 
 
 def _reconstructed(model: Model, images: list[GoodImage], pixels: np.ndarray) -> tuple[Tensor]:
-    """What the bundle rebuilds of good images, uint8 [B, R, R, 3]."""
-    requests = [Request(image.digest, of, image.category) for image, of in zip(images, pixels, strict=True)]
-    rebuilt = {found.image_id: found.reconstruction for found in detect(model, requests)}
+    """The bundle's reconstructions of good images, uint8 [B, R, R, 3]."""
+    requests = [Request(image.digest, array, image.category) for image, array in zip(images, pixels, strict=True)]
+    rebuilt = {detection.image_id: detection.reconstruction for detection in detect(model, requests)}
     return (torch.from_numpy(np.stack([rebuilt[image.digest] for image in images])),)
 
 
@@ -234,7 +242,7 @@ def metric_rows(done: list[StepResult], world: int) -> list[dict[str, float]]:
 
 
 def _log(job: TrainJob, rows: list[dict[str, float]]) -> None:
-    """The same numbers for TensorBoard, in the run's local folder, and for MLflow where a server is named."""
+    """The same numbers for TensorBoard, if the run's folder is local, and for MLflow, if a server is configured."""
     from tensorboardX import SummaryWriter
 
     if not is_s3(job.work):
@@ -246,8 +254,8 @@ def _log(job: TrainJob, rows: list[dict[str, float]]) -> None:
         import mlflow
 
         mlflow.set_experiment("glad")
-        found = mlflow.search_runs(filter_string=f"tags.work = '{job.work}'", output_format="list")
-        with mlflow.start_run(run_id=found[0].info.run_id if found else None, run_name=job.name):
+        runs = mlflow.search_runs(filter_string=f"tags.work = '{job.work}'", output_format="list")
+        with mlflow.start_run(run_id=runs[0].info.run_id if runs else None, run_name=job.name):
             mlflow.set_tag("work", job.work)
             for row in rows:
                 numbers = {name: value for name, value in row.items() if value == value}  # MLflow refuses NaN

@@ -9,7 +9,7 @@ from glad_core.bundle.glad_json import read_description
 from glad_core.errors import GladError
 from pipelines.cli.main import app
 from pipelines.runs import feedback
-from pipelines.train.good_images import GoodImage, curated
+from pipelines.train.good_images import GoodImage, apply_feedback
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_marks_choose_training_images(judged) -> None:
     false_alarm = next(row["uri"] for row in alarms if "/good/" in row["uri"])
     images = [GoodImage(uri, "bottle") for uri in ("/a", "/b", confirmed)]
     location, storage = judged.run.location, judged.run.storage
-    kept, change = curated({"bottle": images}, location, location, storage)
+    kept, change = apply_feedback({"bottle": images}, location, location, storage)
     uris = [image.uri for image in kept["bottle"]]
     assert uris[:2] == ["/a", "/b"]
     assert confirmed not in uris
@@ -66,7 +66,7 @@ def test_marks_choose_training_images(judged) -> None:
     assert "1 good images left out" in change
     storage.delete_folder(judged.run.path("feedback"))
     with pytest.raises(GladError, match="no feedback"):
-        curated({"bottle": images}, location, None, storage)
+        apply_feedback({"bottle": images}, location, None, storage)
 
 
 def mark_all_alarms(judged, leave_out: int = 0) -> list[dict]:

@@ -26,9 +26,7 @@ def test_how_many_images_a_target_needs():
 @pytest.mark.slow
 def test_a_bundle_is_calibrated_on_good_images(tmp_path: Path, tiny_bundle, photos, ray_session, monkeypatch) -> None:
     # On the cluster, where the GPUs are: workers import the module anew and do not see this.
-    monkeypatch.setattr(
-        "pipelines.train.calibrate.Calibrator", lambda *_, **__: pytest.fail("in the calling process")
-    )
+    monkeypatch.setattr("pipelines.train.calibrate.Calibrator", lambda *_, **__: pytest.fail("in the calling process"))
     out = tmp_path / "calibrated"
     made = run("calibrate", photos, "--model", tiny_bundle, "--out", out, "--target-fpr", 0.1)
     assert made.exit_code == 0, made.output

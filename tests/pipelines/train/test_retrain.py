@@ -12,10 +12,11 @@ from cluster.storage import Storage
 from glad_core.bundle.glad_json import read_description, update_settings
 from glad_core.bundle.settings import Settings
 from pipelines.models import registry
-from pipelines.train.good_images import GoodImage, Survey
+from pipelines.train.good_images import GoodImage
 from pipelines.train.job import TrainRequest, plan_job
-from pipelines.train.retrain import RetrainRequest, look_up, parallel_jobs, publish_and_promote
+from pipelines.train.retrain import RetrainRequest, find_earlier, parallel_jobs, publish_and_promote
 from pipelines.train.spec import Outcome, TrainJob
+from pipelines.train.survey import Survey
 
 STORAGE = Storage()
 
@@ -77,13 +78,13 @@ def test_the_gate_decides_what_goes_live(tmp_path, trained) -> None:
 def test_the_same_run_is_not_repeated_and_another_has_a_folder_of_its_own(tmp_path, trained) -> None:
     home = str(tmp_path / "registry")
     made, job, seen = trained(0)
-    fresh = look_up(job, seen, storage=STORAGE, home=home)
+    fresh = find_earlier(job, seen, storage=STORAGE, home=home)
     assert fresh.work.startswith(f"{home}/.work/bolt/")
     outcome = deliver((made, job, seen), tmp_path)
-    assert look_up(job, seen, storage=STORAGE, home=home) == Outcome("up to date", outcome.model_id)
+    assert find_earlier(job, seen, storage=STORAGE, home=home) == Outcome("up to date", outcome.model_id)
     grown = replace(seen, fingerprint="more images")
-    assert look_up(job, grown, storage=STORAGE, home=home).work != fresh.work
-    stricter = look_up(replace(job, target_fpr=0.01), seen, storage=STORAGE, home=home)
+    assert find_earlier(job, grown, storage=STORAGE, home=home).work != fresh.work
+    stricter = find_earlier(replace(job, target_fpr=0.01), seen, storage=STORAGE, home=home)
     assert isinstance(stricter, TrainJob)  # another threshold is another bundle
 
 

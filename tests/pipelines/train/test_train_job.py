@@ -21,8 +21,9 @@ from glad_core.training.losses import AtpLoss, to_pixels
 from glad_core.training.recipe import Recipe
 from pipelines.cli.main import app
 from pipelines.train.finish import with_weights
-from pipelines.train.good_images import GoodImage, read_pixels
+from pipelines.train.good_images import GoodImage
 from pipelines.train.job import TrainRequest, cpu_share, plan_job
+from pipelines.train.pixels import read_pixels
 from pipelines.train.worker import make_loss
 
 

@@ -1,0 +1,91 @@
+"""The survey of good images before training: which are readable, and which are held out for calibration."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.storage import Storage
+from glad_core.errors import GladError
+from pipelines.archive.decode import ImageError
+from pipelines.train.good_images import GoodImage
+from pipelines.train.pixels import read_picture
+
+DATA_CPUS = 0.5  # of a task that decodes images or makes anomalies
+BATCH = 32  # images decoded in one call
+HELD_OUT_SHARE, HELD_OUT_MAX = 0.1, 40  # of a category's images
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The images to train on, those held out for calibration, and those skipped.
+
+    ``skipped`` holds (URI, reason); ``sizes`` the different "width x height" of all images; ``fingerprint`` is a hash
+    of the decoded pixels of all usable images.
+    """
+
+    fit: list[GoodImage]
+    held_out: list[GoodImage]
+    skipped: list[tuple[str, str]]
+    sizes: list[str]
+    fingerprint: str
+
+
+def survey(found: dict[str, list[GoodImage]], resolution: int, storage: Storage) -> Survey:
+    """Decode every image once, in Ray Data tasks.
+
+    Held out is a tenth of each category, at least one image and at most 40. The choice depends on the images' names, so
+    that an image mostly stays on its side when others are added.
+
+    Raises:
+        GladError: fewer than two readable images in a category.
+    """
+    rows = _examine([image.uri for images in found.values() for image in images], resolution, storage)
+    skipped = [
+        (image.uri, rows[image.uri]["reason"])
+        for images in found.values()
+        for image in images
+        if not rows[image.uri]["digest"]
+    ]
+    fit: list[GoodImage] = []
+    held_out: list[GoodImage] = []
+    for category, images in found.items():
+        digests = {image.uri: rows[image.uri]["digest"] for image in images}
+        usable = [GoodImage(uri, category, digest) for uri, digest in digests.items() if digest]
+        if len(usable) < 2:
+            reason = next((f"; {uri}: {why}" for uri, why in skipped), "")
+            raise GladError(f"{category}: {len(usable)} readable good images; at least two are needed{reason}")
+        order = sorted(usable, key=lambda image: hashlib.sha256(image.uri.rpartition("/")[2].encode()).digest())
+        count = min(HELD_OUT_MAX, max(1, round(len(order) * HELD_OUT_SHARE)))
+        held_out += order[:count]
+        fit += sorted(order[count:], key=lambda image: image.uri)
+    sizes = sorted({row["size"] for row in rows.values() if row["size"]})
+    return Survey(fit, held_out, skipped, sizes, _fingerprint([*fit, *held_out]))
+
+
+def _examine(uris: list[str], resolution: int, storage: Storage) -> dict[str, dict[str, str]]:
+    """Digest, size and reason of failure of every image, by URI."""
+    import ray.data
+
+    def stage(batch: dict[str, Any]) -> dict[str, Any]:
+        rows = [_examine_one(storage, str(uri), resolution) for uri in batch["uri"]]
+        return {"uri": batch["uri"]} | {name: [row[name] for row in rows] for name in rows[0]}
+
+    items = ray.data.from_items([{"uri": uri} for uri in uris], override_num_blocks=max(1, len(uris) // BATCH))
+    rows = items.map_batches(stage, batch_size=BATCH, num_cpus=DATA_CPUS)
+    return {row["uri"]: row for row in rows.iter_rows()}
+
+
+def _examine_one(storage: Storage, uri: str, resolution: int) -> dict[str, str]:
+    try:
+        picture = read_picture(storage, uri, resolution)
+    except ImageError as error:
+        return {"digest": "", "reason": str(error), "size": ""}
+    size = f"{picture.width} x {picture.height}"
+    return {"digest": hashlib.sha256(picture.pixels.tobytes()).hexdigest(), "reason": "", "size": size}
+
+
+def _fingerprint(images: list[GoodImage]) -> str:
+    digests = sorted(f"{image.category}:{image.digest}" for image in images)
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:16]
