@@ -1,4 +1,4 @@
-"""Writes docs/settings.md from the code: `make docs`. tests/test_settings_page.py holds the page to what this makes."""
+"""Writes docs/settings.md from the code: `make docs`. tests/test_settings_page.py fails if the page is out of date."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ PAGE = Path(__file__).with_name("settings.md")
 HEAD = """\
 # Settings
 
-Made from the code by `make docs`; change it there, not here.
+This page is generated from the code by `make docs`: change the code, not the page.
 
 ## Where a value comes from
 
-A flag wins over the environment, that over glad.yaml, that over the default. `glad config show COMMAND` prints what a
-command would be run with and where each value comes from.
+The first of these that has a value wins: flag, environment, glad.yaml, default. `glad config show COMMAND` prints the
+settings a command would run with, and where each value comes from.
 
 - **Flag**: as listed below. `glad COMMAND --help` prints the same.
 - **Environment**: `GLAD_COMMAND_OPTION`, such as `GLAD_SCORE_BATCH_SIZE=16` or
   `GLAD_BUNDLE_CREATE_PRESET=VisA/pcb1`; a flag without a value takes `true` or `false`.
-- **glad.yaml**: in the folder where `glad` is called, or `glad --config FILE`. A section for each command, in it the
-  options without their dashes, and the arguments by their names. An unknown section or key is refused, with the nearest
-  known one.
+- **glad.yaml**: in the folder where `glad` is called, or `glad --config FILE`. It has a section for each command, with
+  the options without their dashes and the arguments by their names. An unknown section or key is an error that names
+  the nearest known one.
 
 ```yaml
 score:
@@ -44,36 +44,37 @@ bundle:
     preset: MVTec-AD/screw
 ```
 
-Other variables of the environment:
+Other environment variables:
 
 | variable | what it does |
 |---|---|
-| `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN` | keys for `s3://` |
-| `AWS_PROFILE` | a profile instead; without either AWS's default chain, such as the machine's role |
-| `AWS_ENDPOINT_URL_S3`, `AWS_ENDPOINT_URL` | another S3 server than AWS |
-| `AWS_REGION`, `AWS_DEFAULT_REGION` | the bucket's region; us-east-1 where an endpoint is given |
-| `GLAD_CACHE` | where bundles from `s3://` are kept, `~/.cache/glad` by default |
-| `RAY_AUTH_MODE`, `RAY_AUTH_TOKEN_PATH` | Ray's own: `token` and the file with it, for a cluster that asks for one |
-| `RAY_API_SERVER_ADDRESS` | the dashboard that `glad submit` and `glad jobs` speak to |
-| `MLFLOW_TRACKING_URI` | where training is logged as well, if mlflow is installed |
+| `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN` | credentials for `s3://` |
+| `AWS_PROFILE` | a profile with credentials; without both, AWS's default chain applies, such as the machine's role |
+| `AWS_ENDPOINT_URL_S3`, `AWS_ENDPOINT_URL` | URL of an S3 server other than AWS |
+| `AWS_REGION`, `AWS_DEFAULT_REGION` | the bucket's region; default with an endpoint: us-east-1 |
+| `GLAD_CACHE` | folder for copies of bundles from `s3://`; default: `~/.cache/glad` |
+| `RAY_AUTH_MODE`, `RAY_AUTH_TOKEN_PATH` | of Ray, for a cluster with a token: `token`, and the file that holds it |
+| `RAY_API_SERVER_ADDRESS` | URL of the dashboard that `glad submit` and `glad jobs` connect to |
+| `MLFLOW_TRACKING_URI` | MLflow server to log training to as well, if mlflow is installed |
 
 """
 
 BUNDLE = """\
 ## A bundle's settings
 
-In a bundle's `glad.json` under `settings`; `glad bundle inspect BUNDLE` prints them. `glad bundle create --preset`
-takes the published ones, `glad train` and `glad calibrate` set T, δ, min_step, the threshold and the bounds of the
-guarded search. Symbols are the paper's.
+They are stored in the bundle's `glad.json` under `settings`; `glad bundle inspect BUNDLE` prints them.
+`glad bundle create --preset` uses published values. `glad train` and `glad calibrate` set `start_step`,
+`inference_steps`, `min_step`, `delta`, `profile`, `score_fall`, `score_guess` and `threshold`. Symbols are the paper's.
 
 """
 
 RECIPE = """\
 ## A training recipe
 
-Options of `glad train` win over the `recipe` in the provenance of its `--base`, that over these defaults. `--precision`
-is `autocast`, `--ema` is `ema_decay`, `--no-anomalies` sets `anomaly_probability` to 0. `--part dino` and `--part vae`
-start from recipes of their own (`PART_RECIPES` in `pipelines/train/job.py`).
+The first of these that has a value wins: an option of `glad train`, `provenance.recipe` in the base bundle's
+`glad.json`, the default below. `--precision` sets `autocast`, `--ema` sets `ema_decay`, `--no-anomalies` sets
+`anomaly_probability` to 0. `--part dino` and `--part vae` have recipes of their own instead of the base bundle's
+(`PART_RECIPES` in `pipelines/train/job.py`).
 
 """
 
@@ -83,7 +84,7 @@ def page() -> str:
 
 
 def commands() -> str:
-    """What typer writes of every command, a level deeper and without what each of them repeats."""
+    """Typer's own page of all commands, its headings one level deeper, without usage lines and `--help`."""
     typer = [sys.executable, "-m", "typer", "pipelines.cli.main", "utils", "docs", "--name", "glad"]
     typer += ["--title", "Commands"]
     root = PAGE.parents[1]
@@ -96,7 +97,7 @@ def commands() -> str:
 
 
 def table(model: type[BaseModel]) -> str:
-    """A pydantic model's fields: name, default, what it takes, description."""
+    """A Markdown table of a pydantic model's fields: name, default, accepted values, description."""
     lines = ["| setting | default | takes | what it is |", "|---|---|---|---|"]
     for name, field in model.model_json_schema()["properties"].items():
         default = field.get("default")
@@ -106,15 +107,14 @@ def table(model: type[BaseModel]) -> str:
 
 
 def takes(field: dict[str, Any]) -> str:
-    """Kind and range of a field of a JSON schema."""
-    kinds = [kind for kind in field.get("anyOf", [field]) if kind.get("type") != "null"]
-    (kind,) = kinds
-    if "enum" in kind:
-        return ", ".join(f"`{value}`" for value in kind["enum"])
+    """Accepted values of a field of a JSON schema: its type and range, or its choices."""
+    (schema,) = [schema for schema in field.get("anyOf", [field]) if schema.get("type") != "null"]
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    bounds = [f"{sign} {kind[bound]:g}" for bound, sign in signs.items() if bound in kind]
+    bounds = [f"{sign} {schema[bound]:g}" for bound, sign in signs.items() if bound in schema]
     names = {"integer": "whole number", "object": "table", "boolean": "true, false"}
-    return ", ".join([names.get(kind["type"], kind["type"]), *bounds])
+    return ", ".join([names.get(schema["type"], schema["type"]), *bounds])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What README.md and docs/ tell people to type is what the programs take.
+"""Every command in README.md and docs/ exists, with its options.
 
-Every `glad` line is parsed by the command itself; every other program's file, target and options have to be there. The
-blocks marked `sh` in the README are run as they stand, in `tests/integration/test_readme.py`.
+Each `glad` line is parsed by the command itself; of other programs the file, the target and the options are looked up.
+`tests/integration/test_readme.py` runs the README's blocks marked `sh`.
 """
 
 import re
@@ -20,29 +20,29 @@ PROGRAM = re.compile(r"^(?:\$ )?(?:\.venv/bin/)?((?:glad|make|python|python3|pip
 
 
 def commands(page: Path) -> list[tuple[str, bool]]:
-    """Lines of the page's code blocks that start a program, and (False) what the text says of `glad ...`, in part."""
-    found, fenced = [], False
+    """Commands of a page: lines of code blocks, which are whole (True), and `glad ...` in the text (False)."""
+    lines, fenced = [], False
     for line in page.read_text().splitlines():
         if line.startswith("```"):
             fenced = not fenced
         elif fenced or line.startswith("    "):
             match = PROGRAM.match(line.strip())
             if match:
-                found.append((match[1].split("  #")[0].split(" # ")[0].strip(), True))
+                lines.append((match[1].split("  #")[0].split(" # ")[0].strip(), True))
         else:
-            found += [(words, False) for words in re.findall(r"`((?:glad|make) [a-z][^`]*)`", line)]
-    return found
+            lines += [(words, False) for words in re.findall(r"`((?:glad|make) [a-z][^`]*)`", line)]
+    return lines
 
 
 def parse(words: list[str], whole: bool) -> None:
-    """Let click parse the words as it would before running them."""
+    """Parse the words of a `glad` command without running it; ``whole``: required arguments have to be there, too."""
     command, rest = typer.main.get_command(app), words[1:]
     while isinstance(command, TyperGroup) and rest:
         assert rest[0] in command.commands, f"no command {rest[0]}"
         command, rest = command.commands[rest[0]], rest[1:]
     if whole and "--help" not in rest:
         command.make_context(words[1], list(rest))
-    if command.context_settings.get("ignore_unknown_options"):  # takes those of another command
+    if command.context_settings.get("ignore_unknown_options"):  # `glad config show` has options of other commands
         return
     known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
     own = rest[: rest.index("--")] if "--" in rest else rest
@@ -50,11 +50,11 @@ def parse(words: list[str], whole: bool) -> None:
     assert not unknown, f"no option {unknown}"
 
 
-ALL = [(page.name, *found) for page in PAGES for found in commands(page)]
+ALL = [(page.name, *command) for page in PAGES for command in commands(page)]
 
 
 @pytest.mark.parametrize(("page", "command", "whole"), ALL)
-def test_a_command_in_the_documents_is_one(page: str, command: str, whole: bool) -> None:
+def test_a_command_in_the_documents_exists(page: str, command: str, whole: bool) -> None:
     words = shlex.split(re.sub(r"[\[\]]", " ", command))
     if words[0] == "glad":
         parse(words, whole)

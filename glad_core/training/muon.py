@@ -1,10 +1,10 @@
 """Muon (Jordan et al., 2024): momentum whose every update is made orthogonal, for matrices and convolutions.
 
 On the small model's codec it reached in one minute what AdamW did not reach in five, so training on two cores is
-practical. `torch.optim.Muon` takes matrices only, and most of the weights here are convolutions. `timm.optim.Muon` takes
-both and trains as well: 200 steps of the small UNet ended at the same held-out loss, .2197. But it orthogonalises in
-bfloat16, which a CPU without bfloat16 units emulates: .47 s of CPU per step against .12 s here, in steps of about .6 s
-(one thread, AVX-512, 28 November 2026).
+practical. `torch.optim.Muon` takes matrices only, and most of the weights here are convolutions. `timm.optim.Muon`
+takes both and trains as well: 200 steps of the small UNet ended at the same held-out loss, .2197. But it orthogonalises
+in bfloat16, which a CPU without bfloat16 units emulates: .47 s of CPU per step against .12 s here, in steps of about
+.6 s (one thread, AVX-512, 28 November 2026).
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def drift(
     alpha: Annotated[float, typer.Option(min=0, max=1, help="Accepted probability of a false alarm")] = 0.01,
     as_json: Json = False,
 ) -> None:
-    """Compare how two runs' scores and stop steps are distributed. Exit code 1 if they differ."""
+    """Compare the distributions of two runs' scores and of the steps they stopped at. Exit code 1 if they differ."""
     from pipelines.report.drift import drift as compare
 
     comparison = compare(first, second, out, Console(stderr=as_json), alpha=alpha)
@@ -120,7 +120,7 @@ def ablate(
 def datasets_check(
     path: Annotated[str, typer.Argument(help="Dataset folder, local or s3://")], as_json: Json = False
 ) -> None:
-    """Count a dataset's images and find unreadable files and missing or misfitting masks (exit code 1)."""
+    """Count a dataset's images, and find unreadable files and masks that are missing or do not fit (exit code 1)."""
     from pipelines.evaluate.datasets import check
 
     report = check(path, Console(stderr=as_json))

@@ -37,12 +37,12 @@ def score(
         ),
     ] = None,
     actors: Annotated[
-        int | None, typer.Option(min=1, help="Processes with a copy of the model each; default: as many as fit")
+        int | None, typer.Option(min=1, help="Actors: processes with a copy of the model each; default: as many as fit")
     ] = None,
     num_gpus: Annotated[float | None, typer.Option(min=0, help="GPUs per actor; 0.5: two actors share one")] = None,
     num_cpus: Annotated[float | None, typer.Option(min=0.1, help="CPUs per actor")] = None,
     seed: Annotated[
-        int, typer.Option(help="Seed of the random noise; the same seed gives an image the same result again")
+        int, typer.Option(help="Seed of the random noise; with the same seed an image gets the same result again")
     ] = 0,
     max_errors: Annotated[
         int | None, typer.Option(min=0, help="Stop with exit code 1 if more images than this fail")
@@ -57,7 +57,7 @@ def score(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results of another run in --out")] = False,
     method: Annotated[
         Method,
-        typer.Option(help="nearest: instead of GLAD, compare patches with those of --good images, a cheap baseline"),
+        typer.Option(help="nearest replaces GLAD by a cheap baseline: compare patches with those of --good images"),
     ] = "glad",
     good: Annotated[str | None, typer.Option(help="Good images for --method nearest: folder, glob or list")] = None,
     search: Annotated[

@@ -143,7 +143,7 @@ def retrain(
     device: DeviceChoice = None,
     address: Address = None,
 ) -> None:
-    """Train a model per category into a registry. The same command resumes. Exit code 1 if any category failed."""
+    """Train a model per category into a registry; if repeated, only what is missing. Exit code 1 if any failed."""
     from pipelines.train import retrain as job
     from pipelines.train.job import TrainRequest
 
@@ -195,7 +195,11 @@ def calibrate(
         typer.Option(help="exact: denoise step by step; fast: a single network call; default: as the bundle does"),
     ] = None,
     feedback: Annotated[
-        bool, typer.Option("--feedback", help="Leave out images of --run confirmed as anomalous in `glad view`")
+        bool,
+        typer.Option(
+            "--feedback",
+            help="Leave out images of --run confirmed as anomalous in `glad view`, where all alarms have to be marked",
+        ),
     ] = False,
     seed: Seed = 0,
     address: Address = None,

@@ -25,7 +25,7 @@ from pipelines.archive.layouts import read_dataset
 from pipelines.report.cards import STOP_REASONS, HeatScale, make_card
 from pipelines.report.totals import Totals, count
 from pipelines.report.truth import Truth, curves
-from pipelines.runs.query import Place, Query, read_rows, search
+from pipelines.runs.query import Query, ResultKey, read_rows, search
 from pipelines.runs.run import Run
 from pipelines.runs.schema import ERRORS
 
@@ -93,7 +93,7 @@ def summary(run: Run, totals: Totals) -> dict[str, Any]:
 
 
 def make_cards(
-    run: Run, results: pads.Dataset, chosen: list[Place], scale: dict[str, float], most_bytes: int
+    run: Run, results: pads.Dataset, chosen: list[ResultKey], scale: dict[str, float], most_bytes: int
 ) -> list[dict[str, Any]]:
     """The cards of the chosen results, in their order; ``most_bytes`` are the pictures of one."""
     rows = read_rows(results, chosen)
@@ -116,7 +116,7 @@ def render(page: dict[str, Any], live: bool = False) -> str:
     return templates.get_template("report.html.j2").render(page=page, live=live, title=title, **parts)
 
 
-def _most_anomalous(results: pads.Dataset, totals: Totals, top: int) -> list[Place]:
+def _most_anomalous(results: pads.Dataset, totals: Totals, top: int) -> list[ResultKey]:
     """The ``top`` most anomalous results; the last ones make room for the worst misses, if ground truth shows any."""
     _, chosen = search(results, Query(count=top))
     shown = {result.image_id for result in chosen}
@@ -128,7 +128,7 @@ def _most_anomalous(results: pads.Dataset, totals: Totals, top: int) -> list[Pla
 
 
 def _make_all_cards(
-    run: Run, results: pads.Dataset, chosen: list[Place], scale: dict[str, float], console: Console
+    run: Run, results: pads.Dataset, chosen: list[ResultKey], scale: dict[str, float], console: Console
 ) -> list[dict[str, Any]]:
     most_bytes = int(PAGE_BYTES * PICTURE_SHARE / max(len(chosen), 1))
     cards: list[dict[str, Any]] = []

@@ -21,7 +21,7 @@ from glad_core.errors import GladError
 from pipelines.report.page import make_cards, render, summary
 from pipelines.report.totals import count
 from pipelines.runs import feedback
-from pipelines.runs.query import Place, Query, read_rows, search
+from pipelines.runs.query import Query, ResultKey, read_rows, search
 from pipelines.runs.run import Run
 
 HOST = "127.0.0.1"
@@ -29,7 +29,7 @@ CARD_BYTES = 200_000  # of a card's pictures
 MARKED_COLUMNS = ["image_id", "uri", "category", "model_id", "score"]  # of a result, kept with its mark
 
 
-class Mark(Place):
+class Mark(ResultKey):
     """A person's verdict on a result; None takes it back."""
 
     verdict: feedback.Verdict | None

@@ -16,8 +16,6 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipelines.runs.run import Run
-
 HELD = 65_536  # candidates kept before the worst are dropped
 READERS = 8  # files read at a time
 
@@ -51,14 +49,14 @@ class Query(BaseModel):
     count: int = Field(60, ge=1, le=500)
 
 
-class Place(BaseModel):
+class ResultKey(BaseModel):
     """Where a result is stored: its file and its image id."""
 
     file: str
     image_id: str
 
 
-def search(results: pads.Dataset, query: Query, marks: dict[str, str] | None = None) -> tuple[int, list[Place]]:
+def search(results: pads.Dataset, query: Query, marks: dict[str, str] | None = None) -> tuple[int, list[ResultKey]]:
     """Number of results that match, and where those of the page are stored, in order; ties by image id.
 
     Args:
@@ -88,18 +86,18 @@ def search(results: pads.Dataset, query: Query, marks: dict[str, str] | None = N
     if total == 0:
         return 0, []
     page = best(batches).slice(query.first).to_pylist()
-    return total, [Place(file=row["file"], image_id=row["image_id"]) for row in page]
+    return total, [ResultKey(file=row["file"], image_id=row["image_id"]) for row in page]
 
 
-def read_rows(results: pads.Dataset, places: list[Place], columns: list[str] | None = None) -> list[dict[str, Any]]:
+def read_rows(results: pads.Dataset, keys: list[ResultKey], columns: list[str] | None = None) -> list[dict[str, Any]]:
     """The rows stored there, in that order, whole or some columns.
 
     Raises:
         KeyError: no such result.
     """
     ids_by_file: dict[str, list[str]] = {}
-    for place in places:
-        ids_by_file.setdefault(place.file, []).append(place.image_id)
+    for key in keys:
+        ids_by_file.setdefault(key.file, []).append(key.image_id)
     fragments = {fragment.path: fragment for fragment in results.get_fragments() if fragment.path in ids_by_file}
 
     def read(file: str) -> list[dict[str, Any]]:
@@ -108,7 +106,7 @@ def read_rows(results: pads.Dataset, places: list[Place], columns: list[str] | N
 
     with ThreadPoolExecutor(READERS) as pool:
         rows = {row["image_id"]: row for part in pool.map(read, ids_by_file) for row in part}
-    return [rows[place.image_id] for place in places]
+    return [rows[key.image_id] for key in keys]
 
 
 def _filter(query: Query, marks: dict[str, str]) -> pc.Expression | None:
@@ -138,7 +136,3 @@ def _marked(mark: str, marks: dict[str, str]) -> pc.Expression:
     ids: Collection[str] = [image_id for image_id, verdict in marks.items() if mark in (verdict, "unmarked")]
     marked = pads.field("image_id").isin(pa.array(ids, pa.string()))
     return ~marked if mark == "unmarked" else marked
-
-
-def open_results(folder: str, storage: Any) -> pads.Dataset:
-    return Run(folder, storage).results()

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import pyarrow as pa
-
-from cluster.storage import Storage, join
-from glad_core.bundle.settings import Settings
-from glad_core.errors import GladError
 
 RESULTS, ERRORS, MANIFEST = "results", "errors", "manifest"
 STARTED, PLAN, COMMITS, COMPLETE = "started.json", "plan.json", "commits", "run.json"
@@ -63,32 +56,3 @@ WRITTEN_SCHEMA = pa.schema(
         ("files", pa.list_(pa.string())),
     ]
 )
-
-
-def read_run(dest: str, storage: Storage) -> dict[str, Any]:
-    """run.json of a finished run.
-
-    Raises:
-        GladError: no finished run there.
-    """
-    if storage.kind(join(dest, COMPLETE)) != "file":
-        if storage.kind(join(dest, STARTED)) == "file":
-            raise GladError(f"{dest}: this run is not finished; its `glad score` command, given again, goes on with it")
-        raise GladError(f"{dest}: no finished run there (no {COMPLETE}); name the --out of a `glad score`")
-    try:
-        run = json.loads(storage.read(join(dest, COMPLETE)))
-        return {"models": {}, "counts": {}} | run
-    except (ValueError, TypeError) as error:
-        raise GladError(f"{join(dest, COMPLETE)}: damaged; score again") from error
-
-
-def settings_of(run: dict[str, Any], category: str, where: str) -> Settings:
-    """The settings an image of this category was scored with, from run.json.
-
-    Raises:
-        GladError: run.json does not say.
-    """
-    model = run["models"].get("", run["models"].get(category))
-    if model is None:
-        raise GladError(f"{where}: names no model for category '{category}'; score again")
-    return Settings.parse(model["settings"], where)

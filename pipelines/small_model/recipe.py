@@ -100,8 +100,8 @@ def unet_stage(work: Path) -> None:
 
     def rows() -> Iterator[dict[str, torch.Tensor]]:
         for start in range(0, UNET_RECIPE.steps * UNET_RECIPE.batch_size, UNET_RECIPE.batch_size):
-            places = range(start, start + UNET_RECIPE.batch_size)
-            chosen = [samples.sample_at(UNET_RECIPE, place, len(boards)) for place in places]
+            positions = range(start, start + UNET_RECIPE.batch_size)
+            chosen = [samples.sample_at(UNET_RECIPE, position, len(boards)) for position in positions]
             made = samples.make_rows([boards[sample.index] for sample in chosen], chosen, UNET_RECIPE, "unet")
             yield {name: torch.from_numpy(values) for name, values in made.items()}
 

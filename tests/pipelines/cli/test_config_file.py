@@ -25,18 +25,18 @@ def settings(*arguments, env=None):
 def test_flags_win_over_the_environment_that_over_the_file_that_over_defaults(here):
     text = "score:\n  batch-size: 16\n  actors: 3\n  num_cpus: 0.5\n  seed: 7\n  overwrite: true\n  maps: full\n"
     (here / "glad.yaml").write_text(text)
-    found = settings("config", "show", "score", "photos", "--seed", 9, env={"GLAD_SCORE_ACTORS": "4"})
-    assert found["seed"] == (9, "flag")
-    assert found["source"] == ("photos", "flag")
-    assert found["actors"] == (4, "environment")
-    assert found["batch-size"] == (16, "file")
-    assert found["num-cpus"] == (0.5, "file")
-    assert found["overwrite"] == (True, "file")
-    assert found["maps"] == ("full", "file")
-    assert found["precision"] == ("off", "default")
+    values = settings("config", "show", "score", "photos", "--seed", 9, env={"GLAD_SCORE_ACTORS": "4"})
+    assert values["seed"] == (9, "flag")
+    assert values["source"] == ("photos", "flag")
+    assert values["actors"] == (4, "environment")
+    assert values["batch-size"] == (16, "file")
+    assert values["num-cpus"] == (0.5, "file")
+    assert values["overwrite"] == (True, "file")
+    assert values["maps"] == ("full", "file")
+    assert values["precision"] == ("off", "default")
 
 
-def test_a_command_runs_with_what_the_file_says(here, tiny_bundle):
+def test_a_command_runs_with_the_options_of_the_file(here, tiny_bundle):
     (here / "other.yaml").write_text(f"bundle:\n  inspect:\n    path: {tiny_bundle}\n    json: true\n")
     outcome = glad("--config", "other.yaml", "bundle", "inspect")
     assert outcome.exit_code == 0, outcome.output

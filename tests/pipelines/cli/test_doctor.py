@@ -32,9 +32,9 @@ def test_the_command_ends_with_1_if_something_is_wrong(tmp_path, monkeypatch):
     for storage, code in ((tmp_path, 0), (tmp_path / "file", 1)):
         outcome = CliRunner().invoke(app, ["doctor", "--storage", str(storage), "--json"])
         assert outcome.exit_code == code, outcome.output
-        found = {of["what"]: of["state"] for of in json.loads(outcome.stdout)["findings"]}
-        assert found["storage"] == ("wrong" if code else "ok")
-        assert {"device cpu", "disk", "memory", "open files"} <= set(found)
+        states = {finding["what"]: finding["state"] for finding in json.loads(outcome.stdout)["findings"]}
+        assert states["storage"] == ("wrong" if code else "ok")
+        assert {"device cpu", "disk", "memory", "open files"} <= set(states)
 
 
 @pytest.mark.slow

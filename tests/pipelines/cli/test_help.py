@@ -1,6 +1,5 @@
-import json
+import re
 import shlex
-import shutil
 
 import typer.main
 from typer.testing import CliRunner
@@ -21,48 +20,29 @@ def glad(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_every_command_says_what_it_does_with_an_example_that_parses():
+def test_every_command_has_help_and_an_example_that_parses():
     for words, command in commands():
-        called = f"glad {' '.join(words)}"
-        assert command.help, f"{called} has no docstring"
+        name = f"glad {' '.join(words)}"
+        assert command.help, f"{name} has no docstring"
         example = (command.epilog or "").partition("Example: ")[2]
-        assert example.startswith(called), f"{called}: give it an epilog 'Example: {called} ...'"
-        command.make_context(called, shlex.split(example)[1 + len(words) :])  # as typed: raises if it does not fit
+        assert example.startswith(name), f"{name}: give it an epilog 'Example: {name} ...'"
+        command.make_context(name, shlex.split(example)[1 + len(words) :])  # raises if the example does not fit
         shown = glad(*words, "--help")
         assert shown.exit_code == 0
-        assert "Example: glad" in shown.stdout, called
+        assert "Example: glad" in shown.stdout, name
+
+
+def test_every_parameter_has_help_without_symbols_and_acronyms_of_the_paper():
+    """A user has not read it: T, δ and the names of its parts mean nothing to them."""
+    insider = re.compile(r"δ|\bT\b|min_step|\bA(DS|TP)\b|\bSAFF\b|ᾱ|\bshards?\b")
+    for words, command in commands():
+        texts = {parameter.name: parameter.help for parameter in command.params if parameter.name != "help"}
+        for name, text in {**texts, "the command itself": command.help}.items():
+            assert text, f"glad {' '.join(words)}: {name} has no help"
+            assert not insider.search(text), f"glad {' '.join(words)}: {name}: {text}"
 
 
 def test_help_gives_the_exit_codes_and_shells_can_complete():
     shown = " ".join(glad("--help").stdout.split())
     assert "Exit codes: 0" in shown
     assert "--install-completion" in shown
-
-
-def test_json_of_a_bundle_and_of_a_dataset(tiny_bundle, tmp_path):
-    outcome = glad("bundle", "inspect", tiny_bundle, "--json")
-    assert json.loads(outcome.stdout) == json.loads((tiny_bundle / "glad.json").read_text())
-    broken = tmp_path / "data/nut/train/good/0.png"
-    broken.parent.mkdir(parents=True)
-    broken.write_bytes(b"no picture")
-    (tmp_path / "data/nut/test/good").mkdir(parents=True)
-    outcome = glad("datasets", "check", tmp_path / "data", "--json")
-    assert outcome.exit_code == 1
-    found = json.loads(outcome.stdout)
-    assert found["categories"]["nut"]["train good"] == 1
-    assert "0.png" in found["problems"][0]
-
-
-def test_json_of_a_registry(tiny_bundle, tmp_path):
-    shutil.copytree(tiny_bundle, tmp_path / "models/bolt/v1")
-    (listed,) = json.loads(glad("registry", "list", tmp_path / "models", "--json").stdout)["categories"]
-    assert listed == {"category": "bolt", "current": None, "since": None, "reason": None, "versions": ["v1"]}
-    assert glad("registry", "promote", tmp_path / "models", "bolt", "v1").exit_code == 0
-    (listed,) = json.loads(glad("registry", "list", tmp_path / "models", "--json").stdout)["categories"]
-    assert (listed["current"], listed["reason"]) == ("v1", "by hand")
-    (shown,) = json.loads(glad("registry", "show", tmp_path / "models", "bolt", "--json").stdout)["versions"]
-    assert (shown["version"], shown["state"], shown["good_images"]) == ("v1", "current", None)
-    assert shown["delta"] == json.loads((tiny_bundle / "glad.json").read_text())["settings"]["delta"]
-    wrong = glad("registry", "show", tmp_path / "models", "bolts")
-    assert wrong.exit_code == 2
-    assert "did you mean 'bolt'" in wrong.stderr

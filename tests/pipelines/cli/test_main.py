@@ -1,4 +1,3 @@
-import socket
 import subprocess
 import sys
 import time
@@ -8,83 +7,27 @@ from typer.testing import CliRunner
 
 from pipelines.cli.main import app
 
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+HEAVY = {"torch", "ray", "pyarrow", "numpy", "matplotlib", "diffusers"}
 
 
-def refused(outcome, *words):
-    """Exit code 2 and exactly one line on stderr, which holds the words."""
-    assert outcome.exit_code == 2, outcome.output
-    assert outcome.stderr.startswith("Error: ")
-    assert outcome.stderr.count("\n") == 1
-    for word in words:
-        assert word in outcome.stderr
-
-
-def test_help_is_quick_and_loads_neither_torch_nor_ray():
+@pytest.mark.parametrize("words", [["--help"], ["score", "--help"]])
+def test_help_is_quick_and_loads_nothing_heavy(words):
+    code = f"""
+import sys
+from pipelines.cli.main import app
+app({words}, standalone_mode=False)
+print("loaded", {HEAVY} & set(sys.modules))
+"""
     started = time.monotonic()
-    heavy = {"torch", "ray", "matplotlib", "diffusers"}
-    code = f"import sys; from pipelines.cli.main import app; print({heavy} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert outcome.stdout.endswith("loaded set()\n"), outcome.stderr
     assert time.monotonic() - started < 20
-    assert "score" in run("--help").stdout
 
 
-def test_words_that_do_not_fit_are_one_line(tmp_path):
-    refused(run("scor"), "Did you mean 'score'")
-    refused(run("--cofnig", "x"), "--config")
-    refused(run("score"), "Missing argument 'source'", "score --help")
-    refused(run("score", "x", "--out"), "'--out' requires an argument")
-    refused(run("score", "x", "--out", "y", "--batchsize", 3), "--batch-size")
-    refused(run("score", "x", "--out", "y", "--batch-size", "many"), "--batch-size", "integer")
-    refused(run("score", "x", "--out", "y", "--maps", "huge"), "'huge' is not one of 'token', 'full'")
-    refused(run("jobs", "lst"), "Did you mean 'list'")
-    refused(run("demo", "--out", "/proc/glad"), "/proc/glad", "can be written")
-    refused(run("bundle", "create", "nowhere", "--out", tmp_path / "x"), "no such folder", "OWNER/MODEL")
-    assert "Commands" in run().output
-
-
-def test_a_cluster_that_does_not_answer_is_told_at_once(tmp_path, tiny_bundle, photos, monkeypatch):
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
-    with socket.socket() as taken:  # bound, but nothing listens
-        taken.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-        started = time.monotonic()
-        refused(run("score", photos, "--model", tiny_bundle, "--out", tmp_path / "out", "--address", address), address)
-        assert time.monotonic() - started < 20  # Ray itself tries for over ten minutes
-
-
-# None of these may get as far as Ray: no model is loaded before they are found.
-@pytest.fixture
-def no_ray(monkeypatch):
-    monkeypatch.setattr("cluster.session.connect", lambda address: pytest.fail("Ray was started"))
-
-
-@pytest.mark.usefixtures("no_ray")
-def test_mistakes_found_before_anything_starts(tmp_path, tiny_bundle, photos):
-    out = tmp_path / "out"
-    refused(run("score", tmp_path / "none", "--model", tiny_bundle, "--out", out), "no such file or folder")
-    refused(run("score", photos, "--model", tmp_path / "none", "--out", out), "no such model bundle")
-    refused(run("score", photos, "--model", photos, "--out", out), "not a GLAD bundle")
-    refused(run("score", photos, "--model", tiny_bundle, "--out", photos / "out"), "lies inside the archive")
-    refused(run("score", photos, "--model", tiny_bundle, "--out", "gs://bucket/out"), "unknown kind of location")
-    refused(run("score", photos, "--model", tiny_bundle, "--out", "/proc/glad"), "/proc/glad", "cannot be written")
-    refused(run("show", tmp_path), "no finished run")
-    assert not out.exists()
-    (out / "results").mkdir(parents=True)
-    refused(run("score", photos, "--model", tiny_bundle, "--out", out), "already holds", "--overwrite")
-
-
-@pytest.mark.usefixtures("no_ray")
-def test_an_endpoint_that_cannot_be_reached(monkeypatch, tmp_path, tiny_bundle):
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    refused(run("score", "s3://bucket/x", "--model", tiny_bundle, "--out", tmp_path / "out"), "http://127.0.0.1:9")
-
-
-@pytest.mark.usefixtures("no_ray")
-def test_a_message_with_brackets_is_printed_as_it_is(tmp_path, photos):
-    outcome = run("score", photos, "--model", tmp_path / "[bold]x", "--out", tmp_path / "out")
-    refused(outcome, "[bold]x")
+def test_the_callback_reads_the_configuration_file(tmp_path, monkeypatch):
+    """./glad.yaml if it exists, unless --config names another file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "glad.yaml").write_text("score:\n  batch-size: many\n")
+    (tmp_path / "other.yaml").write_text("score:\n  seed: many\n")
+    assert "glad.yaml: score.batch-size" in CliRunner().invoke(app, ["status", "x"]).stderr
+    assert "other.yaml: score.seed" in CliRunner().invoke(app, ["--config", "other.yaml", "status", "x"]).stderr
