@@ -1,6 +1,6 @@
 """How a part of a model is trained: the state a run resumes from, and the loop that every worker runs.
 
-Everything random is in the rows (`samples`), so a run goes on after an interruption as if nothing had
+Everything random is in the rows (`samples`), so a run resumes after an interruption as if nothing had
 happened. Shapes: K categories, L D prompt tokens and their width.
 """
 

@@ -95,7 +95,7 @@ def _chosen(source: str, folders: dict[str, str], category: str | None) -> list[
     if folders:
         return [choose_category(folders, category, source)]
     if category is not None:
-        raise GladError(f"{source}: no MVTec-AD category (a folder with train/ and test/) in it; leave --category out")
+        raise GladError(f"{source}: no category in it, that is, a folder with train/ and test/; leave --category out")
     return []
 
 

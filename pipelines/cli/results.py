@@ -100,7 +100,7 @@ def ablate(
     model: Annotated[str, typer.Option(help="Bundle trained with synthetic anomalies")],
     plain: Annotated[str, typer.Option(help="Bundle trained without them: glad train --no-anomalies")],
     out: Annotated[Path, typer.Option(help="Folder for the runs and tables; complete runs are not repeated")],
-    category: Annotated[str | None, typer.Option(help="Category within an MVTec-AD folder")] = None,
+    category: Annotated[str | None, typer.Option(help="Category within the dataset")] = None,
     seeds: Annotated[str, typer.Option(help="Seeds of the random noise, one run each")] = "0,1,2",
 ) -> None:
     """Measure what each part of GLAD brings: adaptive steps, training with synthetic anomalies, feature fusion.

@@ -20,7 +20,7 @@ def score(
     source: Annotated[
         str,
         typer.Argument(
-            help="Images: folder, glob, MVTec-AD category, list of URIs (.txt, .parquet) or tar files; local or s3://"
+            help="Images: folder, glob, dataset (MVTec-AD, VisA), list of URIs (.txt, .parquet), tar files; local or s3://"
         ),
     ],
     out: Annotated[str, typer.Option(help="Folder for the results, local or s3://")],
@@ -28,7 +28,7 @@ def score(
         str, typer.Option(help="Model bundle or registry, local or s3://; 'small' is the built-in bundle")
     ] = "small",
     category: Annotated[
-        str | None, typer.Option(help="Category to score in an MVTec-AD folder, or whose model to take of a registry")
+        str | None, typer.Option(help="Category to score of a dataset, or whose model to take from a registry")
     ] = None,
     batch_size: Annotated[
         int | None,

@@ -32,7 +32,8 @@ commands = typer.Typer()
 @commands.command(epilog="Example: glad train mvtec --category screw --out bundle")
 def train(
     dataset: Annotated[
-        str, typer.Argument(help="MVTec-AD folder, or the folder of one category, with good images in train/good")
+        str,
+        typer.Argument(help="Dataset (MVTec-AD, VisA), or the folder of one category with good images in train/good"),
     ],
     out: Annotated[str, typer.Option(help="Bundle to write, local or s3://")],
     category: Annotated[
@@ -120,7 +121,7 @@ def train(
 
 @commands.command(epilog="Example: glad retrain mvtec --out s3://bucket/models --promote gate")
 def retrain(
-    dataset: Annotated[str, typer.Argument(help="MVTec-AD folder, local or s3://")],
+    dataset: Annotated[str, typer.Argument(help="Dataset in the layout of MVTec-AD or VisA, local or s3://")],
     out: Annotated[str, typer.Option(help="Model registry to write to: a folder, local or s3://")],
     categories: Annotated[str, typer.Option(help="Categories to train: all, or a,b,c")] = "all",
     base: Base = "small",

@@ -5,7 +5,7 @@ errors/       Parquet, one row per image that was not judged (`ERRORS_SCHEMA`)
 manifest/     Parquet, the archive as it was listed
 run.json      settings, counts, versions; written last, so its presence says that the run is complete
 started.json, plan.json, commits/    which shards are finished (`pipelines.runs.commits`)
-feedback/     what people said of results (`pipelines.runs.feedback`)
+feedback/     people's verdicts on results (`pipelines.runs.feedback`)
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class Run:
 
     def manifest_rows(self, image_ids: Collection[str]) -> dict[str, dict[str, Any]]:
         """The manifest rows of these images by image id: where to read them again, tar members included."""
-        wanted = pa.array(image_ids, pa.string())  # typed, since it may be empty
-        table = self._dataset(MANIFEST, None).to_table(filter=pads.field("image_id").isin(wanted))
+        ids = pa.array(image_ids, pa.string())  # typed, since it may be empty
+        table = self._dataset(MANIFEST, None).to_table(filter=pads.field("image_id").isin(ids))
         return {row["image_id"]: row for row in table.to_pylist()}
 
     def settings_of(self, category: str | None) -> Settings:

@@ -88,7 +88,7 @@ def open_run(job: Job, new: bool) -> Opened:
 
 
 def actor_settings(job: Job, opened: Opened) -> ActorSettings:
-    """What every actor of the job is told."""
+    """The settings of every actor of the job."""
     request, actors = job.request, opened.actors
     return ActorSettings(
         models=job.models,

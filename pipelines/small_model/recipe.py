@@ -3,8 +3,8 @@
     pictures ──▶ codec ──┐
         └──────▶ ViT  ───┴──▶ UNet (ATP) ──▶ bundle
 
-Every stage leaves one folder or file in the work folder and is skipped if that exists. Iteration counts are fixed, so a
-slower machine takes longer and gets the same model up to rounding.
+Every stage writes one folder or file in the work folder and is skipped if that exists. The numbers of iterations are
+fixed, so a slower machine takes longer and gets the same model up to rounding.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -48,7 +49,7 @@ UNET_RECIPE = Recipe(
     max_timestep=800,
     autocast="bf16",
 )
-# What `glad train` does with this model on a laptop CPU, unless told otherwise.
+# The defaults of `glad train` for this model, for a laptop's CPU.
 FINE_TUNING = {
     "steps": 600,
     "batch_size": 16,
@@ -73,7 +74,7 @@ HELD_OUT_BOARDS = range(10_000, 10_024)  # apart from the boards of the pool
 
 
 def stage(folder: Path, make: Callable[[Path], object]) -> None:
-    """Run ``make`` on a partial folder and move it to ``folder``; nothing to do where ``folder`` exists."""
+    """Run ``make`` on a partial folder and move it to ``folder``; skipped if ``folder`` exists."""
     if folder.exists():
         return
     partial = folder.with_name(folder.name + ".partial")
@@ -97,53 +98,59 @@ def features_stage(work: Path) -> None:
 def unet_stage(work: Path) -> None:
     """``work``/unet: the UNet from nothing, by the same ATP loop as `glad train`, on the pool's good boards."""
     boards = make_pool(work / "pool.npz")["boards"]
+    stage(work / "unet", lambda folder: _train_unet(work / "vae", boards, folder))
 
-    def rows() -> Iterator[dict[str, torch.Tensor]]:
-        for start in range(0, UNET_RECIPE.steps * UNET_RECIPE.batch_size, UNET_RECIPE.batch_size):
-            positions = range(start, start + UNET_RECIPE.batch_size)
-            chosen = [samples.sample_at(UNET_RECIPE, position, len(boards)) for position in positions]
-            made = samples.make_rows([boards[sample.index] for sample in chosen], chosen, UNET_RECIPE, "unet")
-            yield {name: torch.from_numpy(values) for name, values in made.items()}
 
-    def train(folder: Path) -> None:
-        torch.manual_seed(UNET_RECIPE.seed)
-        vae = AutoencoderKL.from_pretrained(work / "vae").eval().requires_grad_(False)
-        unet = UNet2DConditionModel(
-            sample_size=16,
-            in_channels=24,
-            out_channels=24,
-            block_out_channels=(80, 128),
-            layers_per_block=1,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            mid_block_type="UNetMidBlock2DCrossAttn",
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=32,
-            attention_head_dim=4,
-            norm_num_groups=16,
-        )
-        with torch.no_grad():
-            batches = (to_tensor(list(boards[start : start + 32])) for start in range(0, len(boards), 32))
-            posteriors = [vae.encode(images).latent_dist for images in batches]
-        clean = (torch.cat([part.mean for part in posteriors]), torch.cat([part.std for part in posteriors]))
-        loss = AtpLoss(
-            unet,
-            vae,
-            schedule.alphas_cumprod(),
-            clean,
-            torch.zeros(1, 1, 32),
-            torch.zeros(len(boards), dtype=torch.long),
-            blend=UNET_RECIPE.blend,
-            max_timestep=UNET_RECIPE.max_timestep,
-            autocast=AUTOCAST[UNET_RECIPE.autocast],
-        )
-        state = TrainState.start(loss, UNET_RECIPE)
-        for step in fine_tune(state, rows(), UNET_RECIPE):
-            if step.step % 50 == 0:
-                LOG.info("unet: step %d of %d, loss %.4f", step.step, UNET_RECIPE.steps, step.loss)
-        state.finish()
-        unet.save_pretrained(folder)
+def _train_unet(codec: Path, boards: np.ndarray, folder: Path) -> None:
+    torch.manual_seed(UNET_RECIPE.seed)
+    vae = AutoencoderKL.from_pretrained(codec).eval().requires_grad_(False)
+    unet = _create_unet()
+    with torch.no_grad():
+        batches = (to_tensor(list(boards[start : start + 32])) for start in range(0, len(boards), 32))
+        posteriors = [vae.encode(images).latent_dist for images in batches]
+    clean = (torch.cat([part.mean for part in posteriors]), torch.cat([part.std for part in posteriors]))
+    loss = AtpLoss(
+        unet,
+        vae,
+        schedule.alphas_cumprod(),
+        clean,
+        torch.zeros(1, 1, 32),
+        torch.zeros(len(boards), dtype=torch.long),
+        blend=UNET_RECIPE.blend,
+        max_timestep=UNET_RECIPE.max_timestep,
+        autocast=AUTOCAST[UNET_RECIPE.autocast],
+    )
+    state = TrainState.start(loss, UNET_RECIPE)
+    for step in fine_tune(state, _unet_rows(boards), UNET_RECIPE):
+        if step.step % 50 == 0:
+            LOG.info("unet: step %d of %d, loss %.4f", step.step, UNET_RECIPE.steps, step.loss)
+    state.finish()
+    unet.save_pretrained(folder)
 
-    stage(work / "unet", train)
+
+def _create_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=24,
+        out_channels=24,
+        block_out_channels=(80, 128),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DCrossAttn",
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def _unet_rows(boards: np.ndarray) -> Iterator[dict[str, torch.Tensor]]:
+    """The rows of every training step."""
+    for start in range(0, UNET_RECIPE.steps * UNET_RECIPE.batch_size, UNET_RECIPE.batch_size):
+        positions = range(start, start + UNET_RECIPE.batch_size)
+        chosen = [samples.sample_at(UNET_RECIPE, position, len(boards)) for position in positions]
+        rows = samples.make_rows([boards[sample.index] for sample in chosen], chosen, UNET_RECIPE, "unet")
+        yield {name: torch.from_numpy(values) for name, values in rows.items()}
 
 
 def bundle_stage(work: Path, out: Path) -> str:
