@@ -1,7 +1,8 @@
 """How a part of a model is trained: the state a run resumes from, and the loop that every worker runs.
 
-Everything random is in the rows (`samples`), so a run resumes after an interruption as if nothing had
-happened. Shapes: K categories, L D prompt tokens and their width.
+All randomness comes with the rows (`samples`), so an interrupted run resumes as if nothing had happened.
+
+Shapes: K categories, L D prompt tokens and their width.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from glad_core.training.samples import derived_seed
 
 @dataclass
 class TrainState:
-    """All a resumed run needs: the weights in training, the optimisers, and how many steps are done."""
+    """All that a resumed run needs: the weights in training, the optimisers, and the number of finished steps."""
 
     loss: nn.Module
     optimizers: Sequence[torch.optim.Optimizer]
@@ -79,7 +80,7 @@ class TrainState:
         self.step = state["step"]
 
     def finish(self) -> None:
-        """Leave the trained weights (averaged, where an average was kept) in the networks, ready for inference."""
+        """Make the networks ready for inference, with the averaged weights if an average was kept."""
         if self.ema is not None:
             self.ema.copy_to([parameter for parameter in self.loss.parameters() if parameter.requires_grad])
         self.loss.requires_grad_(False).eval()
@@ -101,8 +102,8 @@ class StepResult:
 def fine_tune(state: TrainState, batches: Iterable[Rows], recipe: Recipe) -> Iterator[StepResult]:
     """Run the steps that are left, yielding after each; the caller logs, saves ``state``, or stops.
 
-    Within a process group of several workers every one runs this on its own share of each batch, and gradients are
-    averaged (DistributedDataParallel).
+    In a process group of several workers, each runs this on its own share of every batch, and gradients are averaged
+    (DistributedDataParallel).
 
     Args:
         batches: this worker's share of every step from ``state.step`` on.
@@ -113,10 +114,10 @@ def fine_tune(state: TrainState, batches: Iterable[Rows], recipe: Recipe) -> Ite
     network: nn.Module = state.loss
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         network = DistributedDataParallel(state.loss)
-    order = iter(batches)
+    remaining = iter(batches)
     while state.step < recipe.steps:
         started = time.perf_counter()
-        rows = next(order)
+        rows = next(remaining)
         waited = time.perf_counter() - started
         for optimizer in state.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -127,7 +128,7 @@ def fine_tune(state: TrainState, batches: Iterable[Rows], recipe: Recipe) -> Ite
             state.scaler.unscale_(optimizer)
         trained = [parameter for parameter in state.loss.parameters() if parameter.requires_grad]
         norm = torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
-        # Loss scaling meets infinities in its normal course; when it has come down to 1 they are real.
+        # Loss scaling produces infinities now and then and lowers its scale; at scale 1 they are real.
         scaled = state.scaler.is_enabled() and state.scaler.get_scale() > 1
         if not scaled and not bool(torch.isfinite(norm)):
             raise GladError(
@@ -164,10 +165,10 @@ def _accumulate(network: nn.Module, rows: Rows, recipe: Recipe, scaler: torch.am
 
 
 def category_prompts(model: Model, categories: Sequence[str]) -> tuple[Tensor, bool]:
-    """The prompts of the categories to train, [K, L, D], and whether they are to be learned.
+    """The prompts of the categories to train, [K, L, D], and whether they are learned.
 
-    A single category has the bundle's constant prompt. For several the bundle has embeddings of "a photo of sks" and
-    the category where a text encoder made it; else each starts as noise of its own and is learned with the UNet.
+    A single category has the bundle's constant prompt. For several, the bundle has an embedding of "a photo of sks" and
+    each category's name if a text encoder made it; else each starts as noise of its own and is learned with the UNet.
     """
     if all(name in model.prompts for name in categories):
         return torch.cat([model.prompts[name] for name in categories]), False
@@ -180,7 +181,7 @@ def category_prompts(model: Model, categories: Sequence[str]) -> tuple[Tensor, b
 
 
 def add_reports(a: Report, b: Report) -> Report:
-    """Two reports as one."""
+    """The sum of two reports."""
     names = [*a, *(name for name in b if name not in a)]
     zero = (0.0, 0.0)
     return {n: (a.get(n, zero)[0] + b.get(n, zero)[0], a.get(n, zero)[1] + b.get(n, zero)[1]) for n in names}

@@ -1,8 +1,8 @@
-"""What each part of a model is trained for: the UNet by ATP (Sec. 3.5), ViT and VAE by adaptation to good images.
+"""The loss of each trained part: the paper's ATP for the UNet (Sec. 3.5), adaptation to good images for ViT and VAE.
 
-Each loss is a module whose parameters are what is trained and whose ``forward(rows)`` gives the loss of a few images,
-so that one loop, and DistributedDataParallel, serve all three. Networks that stay frozen hide in tuples: neither the
-optimiser nor a checkpoint sees them.
+Each loss is a module. Its parameters are trained, and its ``forward(rows)`` returns the loss of a few images, so one
+loop, and DistributedDataParallel, serve all three. Frozen networks are kept in tuples, where neither the optimiser nor
+a checkpoint finds them.
 
 Shapes: B batch, C latent channels, H W latent grid, R image side, N good images, L D prompt tokens and their width.
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from glad_core import features, schedule
 
 Rows = dict[str, Tensor]
-# What one forward pass reports: the sum of a quantity and the number of values in it, so that batches can be added up.
+# The sum of each reported quantity and the number of values in it, so that batches can be added up.
 Report = dict[str, tuple[float, float]]
 
 BANDS = (0, 250, 500, 750)  # timestep bands of the reported loss
@@ -28,13 +28,13 @@ KL_WEIGHT = 1e-6  # as latent diffusion's autoencoders were trained (Rombach et 
 
 
 class AtpLoss(nn.Module):
-    """Eq. 10 for rows of (possibly anomalous) images; trains the UNet, and prompt embeddings where they are learned.
+    """Eq. 10 for rows of (possibly anomalous) images; trains the UNet, and prompt embeddings if they are learned.
 
     Args:
-        clean: mean and std of the VAE's posterior of every good image, [N, C, H, W] each: once is enough.
+        clean: mean and std of the VAE's posterior of every good image, [N, C, H, W] each, computed once.
         prompts_KLD: one embedding per category.
         category_N: the category of every good image, int64.
-        learn_prompts: train the embeddings too (no text encoder made them).
+        learn_prompts: train the embeddings too, since no text encoder made them.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class AtpLoss(nn.Module):
         device = self.prompts.device
         (vae,), (alphas,) = self.frozen, self.alphas
         mean, std = (part[rows["index"]].to(device) for part in self.clean)
-        t, eps, noise = drawn(rows["seed"], mean.shape[1:], self.max_timestep)
+        t, eps, noise = draw(rows["seed"], mean.shape[1:], self.max_timestep)
         t, eps, noise = t.to(device), eps.to(device), noise.to(device)
         changed = rows["mask"].flatten(1).any(dim=1)
         with torch.no_grad():
@@ -126,18 +126,19 @@ class FeatureLoss(nn.Module):
         blocks = features.used_blocks(self.vit)
         (original,) = self.frozen
         with torch.autocast(device.type, self.autocast or torch.float32, enabled=self.autocast is not None):
-            now = features.patch_tokens(self.vit, both, blocks)
+            adapted = features.patch_tokens(self.vit, both, blocks)
             with torch.no_grad():
-                before = features.patch_tokens(original, both, blocks)
-        apart = torch.stack([_cosine_distance(*tokens.float().chunk(2)) for tokens in now]).sum(0)
-        moved = torch.stack([_cosine_distance(a.float(), b.float()) for a, b in zip(now, before, strict=True)]).sum(0)
-        moved = moved[: len(apart)] + moved[len(apart) :]
-        loss = (apart + self.keep * moved).mean()
-        return loss, {"feature_distance": _summed(apart), "feature_change": _summed(moved)}
+                original_tokens = features.patch_tokens(original, both, blocks)
+        distance = torch.stack([_cosine_distance(*tokens.float().chunk(2)) for tokens in adapted]).sum(0)
+        pairs = zip(adapted, original_tokens, strict=True)
+        change = torch.stack([_cosine_distance(a.float(), b.float()) for a, b in pairs]).sum(0)
+        change = change[: len(distance)] + change[len(distance) :]
+        loss = (distance + self.keep * change).mean()
+        return loss, {"feature_distance": _summed(distance), "feature_change": _summed(change)}
 
 
 class CodecLoss(nn.Module):
-    """Adaptation of the autoencoder to good images: |x - x̂| + the ViT's feature distance + a little KL."""
+    """Adaptation of the autoencoder to good images: |x - x̂| + the ViT's feature distance + `KL_WEIGHT` · KL."""
 
     def __init__(self, vae: AutoencoderKL, vit: VisionTransformer, autocast: torch.dtype | None = None) -> None:
         super().__init__()
@@ -156,15 +157,15 @@ class CodecLoss(nn.Module):
         images = to_pixels(rows["image"]).to(device)
         with torch.autocast(device.type, self.autocast or torch.float32, enabled=self.autocast is not None):
             posterior = self.vae.encode(images).latent_dist
-            _, _, noise = drawn(rows["seed"], posterior.mean.shape[1:], 1)
+            _, _, noise = draw(rows["seed"], posterior.mean.shape[1:], 1)
             rebuilt = self.vae.decode(posterior.mean + posterior.std * noise.to(device)).sample.float()
             both = features.imagenet_normalize(torch.cat([images, rebuilt]))
             tokens = features.patch_tokens(vit, both, features.used_blocks(vit))
         pixels = (images - rebuilt).abs().mean(dim=(1, 2, 3))
-        seen = torch.stack([_cosine_distance(*layer.float().chunk(2)) for layer in tokens]).mean(0)
+        distance = torch.stack([_cosine_distance(*layer.float().chunk(2)) for layer in tokens]).mean(0)
         kl = posterior.kl().float()
-        loss = (pixels + seen + KL_WEIGHT * kl).mean()
-        return loss, {"pixel_error": _summed(pixels), "feature_distance": _summed(seen), "kl": _summed(kl)}
+        loss = (pixels + distance + KL_WEIGHT * kl).mean()
+        return loss, {"pixel_error": _summed(pixels), "feature_distance": _summed(distance), "kl": _summed(kl)}
 
 
 def to_pixels(images_BRR3: Tensor) -> Tensor:
@@ -172,8 +173,8 @@ def to_pixels(images_BRR3: Tensor) -> Tensor:
     return images_BRR3.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def drawn(seed_B: Tensor, shape: Sequence[int], max_timestep: int) -> tuple[Tensor, Tensor, Tensor]:
-    """t [B], ε and the posterior's noise, [B, *shape] each, of every row from its own seed, on the CPU."""
+def draw(seed_B: Tensor, shape: Sequence[int], max_timestep: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw t [B], ε and the posterior's noise, [B, *shape] each, of every row from its own seed, on the CPU."""
     ts, pairs = [], []
     for seed in seed_B.tolist():
         generator = torch.Generator().manual_seed(seed)
@@ -193,8 +194,8 @@ def encode_pair(
 ) -> tuple[Tensor, Tensor]:
     """Latents of good images, from their posteriors, and of their anomalous twins, with the same posterior noise.
 
-    The released code shares the noise too. Only the M images that were ``changed`` are encoded; the others are their
-    own twins.
+    The released code shares the noise too. Only the M ``changed`` images are encoded; the others equal their
+    twins.
     """
     x = (mean_BCHW + std_BCHW * noise_BCHW) * vae.config.scaling_factor
     x_a = x.clone()
@@ -206,15 +207,15 @@ def encode_pair(
 
 
 def alpha_blend(anomalous_BCHW: Tensor, normal_BCHW: Tensor, t_B: Tensor) -> Tensor:
-    """The released code's blend: α·x^a + (1 - α)·x with α = t / 1000, less anomaly the smaller the timestep."""
+    """The released code's blend: α·x^a + (1 - α)·x with α = t / 1000, so the anomaly fades at small timesteps."""
     alpha = (t_B.to(anomalous_BCHW.dtype) / 1000).view(-1, 1, 1, 1)
     return alpha * anomalous_BCHW + (1 - alpha) * normal_BCHW
 
 
 def atp_target(alphas: Tensor, anomalous_BCHW: Tensor, normal_BCHW: Tensor, eps_BCHW: Tensor, t_B: Tensor) -> Tensor:
-    """Eq. 9: ε - √ᾱ_t/√(1-ᾱ_t)·(x^a - x), what the UNet shall predict; computed in float64, given in float32.
+    """Eq. 9: ε - √ᾱ_t/√(1-ᾱ_t)·(x^a - x), the value that the UNet learns to predict.
 
-    At t near 0 the factor reaches about 34, hence the double precision (as in the released code).
+    Computed in float64, as in the released code, since the factor reaches about 34 near t = 0; returned in float32.
     """
     alpha_bar = alphas.to(t_B.device)[t_B].double().view(-1, 1, 1, 1)
     factor = (alpha_bar / (1 - alpha_bar)).sqrt()
@@ -232,7 +233,7 @@ def atp_error(
     *,
     blend: bool,
 ) -> Tensor:
-    """The squared error of Eq. 10 at every place, averaged over channels, [B, H, W]; its mean is the loss.
+    """The squared error of Eq. 10 at every position, averaged over channels, [B, H, W]; its mean is the loss.
 
     ``blend`` first mixes x^a with x (`alpha_blend`, the released code).
     """

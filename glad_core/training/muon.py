@@ -31,14 +31,14 @@ def orthogonal(matrix: Tensor, rounds: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD with Nesterov momentum and orthogonal updates; a convolution counts as a matrix [out, in * h * w]."""
+    """SGD with Nesterov momentum and orthogonal updates; a convolution is treated as a matrix [out, in * h * w]."""
 
     def __init__(self, params: Iterable[Tensor] | list[dict], lr: float, momentum: float = 0.9) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update from the present gradients; ``closure`` is not supported."""
+        """One update from the current gradients; ``closure`` is not supported."""
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is None:
@@ -55,7 +55,7 @@ class Muon(torch.optim.Optimizer):
 def muon_and_adamw(model: nn.Module, rate: float, outer: Iterable[nn.Module] = ()) -> tuple[Muon, torch.optim.AdamW]:
     """Muon at ``rate`` for inner matrices and convolutions, AdamW at a tenth of it for the rest.
 
-    The weights nearest the data (``outer``, by module) stay with AdamW: their sides are colours, not features.
+    The layers nearest the data (``outer``) stay with AdamW: one side of their weights is colours, not features.
     """
     kept = {id(parameter) for module in outer for parameter in module.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]

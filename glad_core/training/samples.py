@@ -1,7 +1,7 @@
-"""What a training run sees and when: the order of the good images, and the anomalies put into them.
+"""The samples of a training run: the order of the good images, and the anomalies put into them.
 
-Everything follows from (seed, position in the endless order), so it is the same whoever computes which part of it.
-Data workers import this and no network code.
+Everything follows from the seed and the position in an endless order, so any process computes the same rows. Processes
+that make data import this file and no networks.
 
 Shapes: B batch, R image side.
 """
@@ -25,7 +25,7 @@ from glad_core.training.recipe import Part, Recipe
 
 @dataclass(frozen=True)
 class Sample:
-    """One place of the sample order: which good image, the seed of its anomaly, the seed of its t and noise."""
+    """One position of the sample order: index of the good image, seed of its anomaly, seed of its t and noise."""
 
     index: int
     anomaly_seed: int
@@ -39,20 +39,20 @@ def _epoch_order(seed: int, epoch: int, count: int) -> list[int]:
 
 
 def sample_at(recipe: Recipe, position: int, count: int) -> Sample:
-    """What is at one position of the endless order: shuffled epochs over ``count`` images."""
-    epoch, place = divmod(position, count)
-    index = _epoch_order(recipe.seed, epoch, count)[place]
-    return Sample(index, *(derived_seed(recipe.seed, what, epoch, index) for what in ("anomaly", "noise")))
+    """The sample at one position of the endless order: shuffled epochs over ``count`` images."""
+    epoch, offset = divmod(position, count)
+    index = _epoch_order(recipe.seed, epoch, count)[offset]
+    return Sample(index, *(derived_seed(recipe.seed, use, epoch, index) for use in ("anomaly", "noise")))
 
 
 def make_rows(
     images: Sequence[np.ndarray], samples: Sequence[Sample], recipe: Recipe, part: Part, textures: Tensor | None = None
 ) -> dict[str, np.ndarray]:
-    """What a loss of `glad_core.training.losses` takes, as arrays: the samples' images, for the UNet with anomalies.
+    """Rows for a loss of `glad_core.training.losses`, as arrays: the samples' images, with anomalies for the UNet.
 
     Args:
         images: the samples' good images, uint8 [R, R, 3] each.
-        textures: pool for the synthesis, uint8 [M, H', W', 3]; the images themselves serve when None.
+        textures: pool for the synthesis, uint8 [M, H', W', 3]; None takes the images themselves.
 
     Returns:
         ``index``, ``seed`` int64 [B], ``image`` uint8 [B, R, R, 3], for the UNet also ``mask`` bool [B, R, R].
@@ -79,6 +79,6 @@ def make_rows(
 
 
 def derived_seed(*parts: object) -> int:
-    """A seed below 2^63 from anything that prints."""
+    """A seed below 2^63 from anything that has a text form."""
     digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

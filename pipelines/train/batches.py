@@ -36,7 +36,7 @@ def batches(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """This worker's share of every step from ``first_step`` on, as `samples.make_rows` makes it, in order.
+    """This worker's share of every step from ``first_step`` on, in order, as rows of `samples.make_rows`.
 
     Args:
         rank, world: this worker among all.
@@ -55,7 +55,7 @@ def batches(
         return
 
     def make(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        import torch  # again: Ray Data's own actor unpickles this function, and need not import what tasks do
+        import torch  # here: Ray Data's own actor also unpickles this function, and need not import what the tasks do
 
         from glad_core.training import samples
 
@@ -66,10 +66,10 @@ def batches(
         return samples.make_rows(pixels, chosen, recipe, part, pool)
 
     # Items need no read task, which would ask for a whole CPU. A task makes the rows of two steps.
-    rows = ray.data.from_items(positions, override_num_blocks=max(1, len(positions) // (2 * share)))
-    rows.context.execution_options.preserve_order = True
-    made = rows.map_batches(make, batch_size=share, num_cpus=DATA_CPUS)
+    items = ray.data.from_items(positions, override_num_blocks=max(1, len(positions) // (2 * share)))
+    items.context.execution_options.preserve_order = True
+    rows = items.map_batches(make, batch_size=share, num_cpus=DATA_CPUS)
     # A split is run by an actor of its own: Ray Data's loop would contend with the training loop for the interpreter.
-    stream = made.streaming_split(1)[0]
+    stream = rows.streaming_split(1)[0]
     for batch in stream.iter_batches(batch_size=share, prefetch_batches=PREFETCHED, batch_format="numpy"):
         yield {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in batch.items()}

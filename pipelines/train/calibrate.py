@@ -1,6 +1,6 @@
 """`glad calibrate`: the denoising steps and the decision threshold of a bundle, from good images alone.
 
-The threshold is set on scores of the scoring job itself, so whatever archives and clusters that job takes, this takes.
+The threshold is set on scores of the scoring job itself, so the same archives and clusters are accepted here.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 `run_training` is the job, top to bottom: survey the images, train, calibrate, deliver. It is a Ray task, so that `glad
 retrain` can run many of them side by side. It resumes from its last checkpoint, whatever was killed: a worker, a node,
-or the command itself, given again.
+or the command, which the user then gives again.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def plan_job(request: TrainRequest, categories: list[str], storage: Storage, *, 
     base = local_bundle(request.base, storage)
     description = read_description(base)
     recommended = description.provenance.get("recipe", {}) if request.part == "unet" else PART_RECIPES[request.part]
-    given = {name: value for name, value in request.recipe.items() if value is not None}
-    recipe = Recipe.parse(recommended | given, f"training recipe of {request.base} with the options given")
+    options = {name: value for name, value in request.recipe.items() if value is not None}
+    recipe = Recipe.parse(recommended | options, f"training recipe of {request.base} with the options given")
     if recipe.batch_size % request.workers:
         raise GladError(
             f"--batch-size {recipe.batch_size} cannot be shared by {request.workers} workers: "

@@ -1,4 +1,4 @@
-"""One training run: what it is, what makes it the same run again, and what lies in its folder."""
+"""One training run: its description, its identity, and the names of the files in its folder."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class TrainJob:
         return max(1, int(self.cpus))
 
     def identity(self, surveyed: Survey) -> dict[str, Any]:
-        """Everything that decides the resulting bundle."""
+        """Everything that decides the resulting bundle; runs of equal identity are the same run."""
         return {
             "base": read_description(local_bundle(self.base, self.storage)).model_id,
             "part": self.part,

@@ -32,7 +32,7 @@ class Survey:
     fingerprint: str
 
 
-def survey(found: dict[str, list[GoodImage]], resolution: int, storage: Storage) -> Survey:
+def survey(candidates: dict[str, list[GoodImage]], resolution: int, storage: Storage) -> Survey:
     """Decode every image once, in Ray Data tasks.
 
     Held out is a tenth of each category, at least one image and at most 40. The choice depends on the images' names, so
@@ -41,16 +41,16 @@ def survey(found: dict[str, list[GoodImage]], resolution: int, storage: Storage)
     Raises:
         GladError: fewer than two readable images in a category.
     """
-    rows = _examine([image.uri for images in found.values() for image in images], resolution, storage)
+    rows = _examine([image.uri for images in candidates.values() for image in images], resolution, storage)
     skipped = [
         (image.uri, rows[image.uri]["reason"])
-        for images in found.values()
+        for images in candidates.values()
         for image in images
         if not rows[image.uri]["digest"]
     ]
     fit: list[GoodImage] = []
     held_out: list[GoodImage] = []
-    for category, images in found.items():
+    for category, images in candidates.items():
         digests = {image.uri: rows[image.uri]["digest"] for image in images}
         usable = [GoodImage(uri, category, digest) for uri, digest in digests.items() if digest]
         if len(usable) < 2:

@@ -156,21 +156,21 @@ def _for_each(
     rank: int,
     world: int,
 ) -> list[Tensor]:
-    """``make``'s tensors for all good images; the workers share the work and exchange what they made."""
-    made: dict[int, tuple[Tensor, ...]] = {}
+    """``make``'s tensors for all good images; the workers share the work and exchange the tensors."""
+    tensors: dict[int, tuple[Tensor, ...]] = {}
     size = job.recipe.micro_batch or max(1, job.recipe.batch_size // world)
-    mine = range(rank, len(job.images), world)
-    for start in range(0, len(mine), size):
-        indices = mine[start : start + size]
+    own = range(rank, len(job.images), world)
+    for start in range(0, len(own), size):
+        indices = own[start : start + size]
         images = [job.images[index] for index in indices]
         pixels = np.stack(read_pixels(images, model.settings.resolution, job.storage))
         parts = make(model, images, pixels)
-        made |= {index: tuple(part[row] for part in parts) for row, index in enumerate(indices)}
+        tensors |= {index: tuple(part[row] for part in parts) for row, index in enumerate(indices)}
     if world > 1:
         gathered: list[Any] = [None] * world
-        torch.distributed.all_gather_object(gathered, made)
-        made = {index: parts for others in gathered for index, parts in others.items()}
-    return [torch.stack(column) for column in zip(*(made[i] for i in range(len(job.images))), strict=True)]
+        torch.distributed.all_gather_object(gathered, tensors)
+        tensors = {index: parts for others in gathered for index, parts in others.items()}
+    return [torch.stack(column) for column in zip(*(tensors[i] for i in range(len(job.images))), strict=True)]
 
 
 def _posterior(model: Model, images: list[GoodImage], pixels: np.ndarray) -> tuple[Tensor, Tensor]:
