@@ -23,12 +23,12 @@ from glad_core.images import resize
 # EPS would start Ghostscript and the exotic decoders are where the security holes are: only what cameras write.
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "PPM", "GIF")
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif"})
-MAX_PIXELS = 89_478_485  # Pillow's own line for a decompression bomb: about 9459 x 9459
+MAX_PIXELS = 89_478_485  # Pillow's own limit for a decompression bomb: about 9459 x 9459
 MAX_BYTES = 512 * 2**20
 MAX_MEMORY = 3 * 2**30  # bytes that decoding one image may take
 TOO_MUCH = f"its decoder asked for more memory than the {MAX_MEMORY // 2**20} MiB that one image may take"
 FETCH_THREADS = 8
-TRIES = 2  # at an image alone in a process, before it is given up
+TRIES = 2  # for an image that has a process to itself
 
 # Bombs are refused below with an error of our own; Pillow's warning would only repeat it in worker logs.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)

@@ -83,12 +83,13 @@ def read_dataset(location: str, storage: Storage) -> list[Example]:
     if examples is not None:
         return examples
     folders = category_folders(root, storage)
-    if not folders:
+    examples = [example for name, folder in folders.items() for example in _mvtec_examples(name, folder, storage)]
+    if not examples:
         raise GladError(
             f"{root}: no dataset there; known are MVTec-AD's layout (CATEGORY/train, CATEGORY/test, "
             "CATEGORY/ground_truth) and VisA's (split_csv/1cls.csv)"
         )
-    return [example for name, folder in folders.items() for example in _mvtec_examples(name, folder, storage)]
+    return examples
 
 
 def split_file(root: str, storage: Storage) -> str | None:
@@ -100,7 +101,7 @@ def read_split_file(root: str, storage: Storage) -> list[Example] | None:
     """Every image of a dataset in VisA's layout, None if the folder has no split file.
 
     Raises:
-        GladError: the file lacks a column or is no text.
+        GladError: the file lacks a column, is cut off or is no text.
     """
     file = split_file(root, storage)
     if file is None:
@@ -115,6 +116,8 @@ def read_split_file(root: str, storage: Storage) -> list[Example] | None:
         raise GladError(f"{file}: lacks the column {', '.join(sorted(missing))}; VisA's split file is expected")
     examples = []
     for row in rows:
+        if row["image"] is None or row["mask"] is None:
+            raise GladError(f"{file}: line {rows.line_num} has too few columns; the file may be cut off")
         anomalous = row["label"] != "normal"
         mask = join(root, row["mask"]) if anomalous and row["mask"] else None
         uri = join(root, row["image"])

@@ -140,13 +140,13 @@ def _open(folder: Entry, storage: Storage) -> list[Entry]:
 def write_manifest(archive: Archive, piece: Sequence[Entry] | None, number: int, folder: str) -> tuple[int, int]:
     """List a piece of the archive (None: all of it) into Parquet parts; returns the number of images and of duplicates.
 
-    Holds one part in memory. Paths in a tree cannot repeat. To find what a list or a tar names twice, 16 bytes are kept
-    for each of its images.
+    Holds one part in memory. Paths in a tree cannot repeat. To skip what a list, a split file or a tar names twice, it
+    keeps 16 bytes for each image.
     """
     if piece is None:
         rows = list_source(archive.source, archive.category, archive.storage, archive.several)
-        split_file = archive.storage.kind(archive.source) == "folder"
-        whole = split_file or PurePosixPath(archive.source).suffix.lower() in LIST_SUFFIXES
+        has_split_file = archive.storage.kind(archive.source) == "folder"  # any other folder is cut into pieces
+        whole = has_split_file or PurePosixPath(archive.source).suffix.lower() in LIST_SUFFIXES
     else:
         rows, whole = _piece_rows(piece, archive), False
     count, seen = 0, 0

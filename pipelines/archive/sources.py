@@ -78,15 +78,15 @@ def trees_of(source: str, category: str | None, storage: Storage, several: bool 
     if several and (category is None or category in folders):
         chosen = list(folders) if category is None else [category]
     elif several:  # the category is a name for whatever is there
-        chosen = _chosen(source, folders, None)
+        chosen = _one_category(source, folders, None)
     else:
-        chosen = _chosen(source, folders, category)
+        chosen = _one_category(source, folders, category)
     # Ids count from the category's name on, so they are the same for the category's folder and for the one above it.
     return [Tree(join(folders[name], "test"), f"{name}/test/", name) for name in chosen] or [Tree(source)]
 
 
-def _chosen(source: str, folders: dict[str, str], category: str | None) -> list[str]:
-    """The one MVTec-AD category that is meant, [] if ``source`` is not laid out that way."""
+def _one_category(source: str, folders: dict[str, str], category: str | None) -> list[str]:
+    """The one MVTec-AD category to list, [] if ``source`` is not in that layout."""
     if source in folders.values():
         (own_name,) = folders
         if category not in (None, own_name):

@@ -140,8 +140,8 @@ def _tables(values: dict[str, dict[str, list[float]]]) -> list[Table]:
     for kind, title in (("components", "Table 3: components"), ("steps", "Table 4: fixed against adaptive steps")):
         table = Table("", "I-AUROC", "P-AUROC", "PRO", "paper, MVTec-AD: I-AUROC/P-AUROC", title=title)
         for name, columns in values.items():
-            its_kind, _, row = name.partition(": ")
-            if its_kind == kind:
+            table_name, _, row = name.partition(": ")
+            if table_name == kind:
                 table.add_row(row, *(_spread(columns[name]) for name in ("I-AUROC", "P-AUROC", "PRO")), paper[row])
         tables.append(table)
     return tables

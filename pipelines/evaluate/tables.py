@@ -51,7 +51,7 @@ def evaluate(
         GladError, StorageError, SessionError: no finished run, no dataset, or the two do not belong together.
     """
     run = Run.at(location)
-    _ = run.record
+    _ = run.record  # fails at once if the run is not finished
     examples = read_dataset(dataset, run.storage)
     session.connect()
     tallies = tally_results(run, examples)
@@ -149,8 +149,8 @@ def _write(metrics: Metrics, dataset: str | None, out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         plain = {name: {key: None if np.isnan(v) else v for key, v in row.items()} for name, row in metrics.items()}
-        theirs = published()["averages"].get(dataset) if dataset else None
-        (out / "metrics.json").write_text(json.dumps({"ours": plain, "published": theirs}, indent=1) + "\n")
+        paper = published()["averages"].get(dataset) if dataset else None
+        (out / "metrics.json").write_text(json.dumps({"ours": plain, "published": paper}, indent=1) + "\n")
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(["category", *next(iter(metrics.values()))])

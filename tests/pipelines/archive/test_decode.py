@@ -11,6 +11,7 @@ from cluster.storage import Storage
 from glad_core.images import resize, to_tensor
 from pipelines.archive import decode as decode_module
 from pipelines.archive.decode import DECODED_SCHEMA, ImageError, decode_image, fetch_and_decode
+from pipelines.archive.listing import MANIFEST_SCHEMA
 
 
 def encode(image, format="PNG", **options):
@@ -115,20 +116,18 @@ def test_a_decompression_bomb_is_refused_from_its_header(side):
     assert error.value.kind == "too_large"
 
 
-def test_the_stage_answers_every_row_and_never_raises(tmp_path, monkeypatch):
+def test_the_stage_returns_every_row_and_never_raises(tmp_path, monkeypatch):
     good, empty, big = tmp_path / "good.png", tmp_path / "empty.png", tmp_path / "big.png"
     good.write_bytes(encode(Image.fromarray(picture())))
     empty.write_bytes(b"")
     big.write_bytes(b"x" * 2000)
     monkeypatch.setattr(decode_module, "MAX_BYTES", 1500)
-    places = [good, empty, big, tmp_path / "missing.png", tmp_path]
-    rows = [{"image_id": str(n), "uri": str(p), "category": "c", "size": None} for n, p in enumerate(places)]
+    files = [good, empty, big, tmp_path / "missing.png", tmp_path]
+    rows = [{"image_id": str(n), "uri": str(file), "category": "c", "size": None} for n, file in enumerate(files)]
     lost = {"stage": "list", "error_type": "damaged", "message": "m"}
     rows.append({"image_id": "9", "uri": "broken.tar", "size": 5, **lost})
     rows = [row | {"position": position} for position, row in enumerate(rows)]
-    columns = ["image_id", "uri", "category", "size", "shard", "offset", "stage", "error_type", "message"]
-    columns.append("position")
-    table = pa.table({name: [row.get(name) for row in rows] for name in columns})
+    table = pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)
     out = fetch_and_decode(Storage(), lambda category: 16)(table)
     assert out.schema == DECODED_SCHEMA
     assert out["error_type"].to_pylist() == [None, "empty", "too_large", "missing", "missing", "damaged"]

@@ -4,123 +4,156 @@ from pathlib import Path
 
 import pytest
 from conftest import make_bucket
-from PIL import Image
+from drawn_datasets import draw_image, draw_mvtec, draw_visa
 
 from cluster.storage import Storage
 from glad_core.errors import GladError
-from pipelines.archive.decode import is_image
+from pipelines.archive.decode import decode_image, fetch, is_image
 from pipelines.archive.layouts import category_folders, choose_category, good_images, read_dataset
-from pipelines.archive.listing import Archive, write_manifest
+from pipelines.archive.listing import Archive, read_manifest, split, write_manifest
 from pipelines.archive.sources import list_source
 
 STORAGE = Storage()
 
 
-def picture(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (12, 10), "grey").save(path)
-
-
 @pytest.fixture
 def mvtec(tmp_path: Path) -> Path:
-    for category in ("bottle", "cable"):
-        for file in (
-            "train/good/000.png",
-            "test/good/000.PNG",
-            "test/broken/000.png",
-            "ground_truth/broken/000_mask.png",
-        ):
-            picture(tmp_path / "mvtec" / category / file)
-        (tmp_path / "mvtec" / category / "train/good/Thumbs.db").write_text("no image")
-    return tmp_path / "mvtec"
+    root = draw_mvtec(tmp_path / "mvtec")
+    (root / "cable/test/good/000.png").rename(root / "cable/test/good/000.PNG")
+    for file in ("bottle/train/good/Thumbs.db", "bottle/test/good/notes.txt"):
+        (root / file).write_text("no image")
+    return root
 
 
 @pytest.fixture
 def visa(tmp_path: Path) -> Path:
-    root = tmp_path / "visa"
-    lines = ["object,split,label,image,mask"]
-    for category in ("pcb1", "pcb2"):
-        for split, label, name in (("train", "normal", "0"), ("test", "normal", "1"), ("test", "anomaly", "2")):
-            image = f"{category}/Data/Images/{'Normal' if label == 'normal' else 'Anomaly'}/{name}.JPG"
-            picture(root / image)
-            mask = f"{category}/Data/Masks/Anomaly/{name}.png" if label == "anomaly" else ""
-            if mask:
-                picture(root / mask)
-            lines.append(f"{category},{split},{label},{image},{mask}")
-    lines.append(lines[2])  # an image that is named twice
-    (root / "split_csv").mkdir()
-    (root / "split_csv/1cls.csv").write_text("\n".join(lines) + "\n")
-    return root
+    return draw_visa(tmp_path / "visa")
 
 
 def names(rows, root) -> list[str]:
     return [row["uri"].removeprefix(f"{root}/") for row in rows]
 
 
-def test_visa_s_test_images_are_scored_and_nothing_else_of_the_folder(visa):
-    rows = list(list_source(str(visa), "pcb2", STORAGE))
-    assert names(rows, visa) == ["pcb2/Data/Images/Normal/1.JPG", "pcb2/Data/Images/Anomaly/2.JPG"]
-    assert {row["category"] for row in rows} == {"pcb2"}
-    with pytest.raises(GladError, match=r"holds 2 categories \(pcb1, pcb2\): choose one with --category"):
-        list(list_source(str(visa), None, STORAGE))
-    with pytest.raises(GladError, match="no category 'pcb3'; did you mean"):
-        list(list_source(str(visa), "pcb3", STORAGE))
-    both = list(list_source(f"{visa}/", None, STORAGE, several=True))
-    assert [row["category"] for row in both] == ["pcb1", "pcb1", "pcb2", "pcb2", "pcb1"]
-    paths = {example.path for example in read_dataset(str(visa), STORAGE) if example.split == "test"}
-    assert set(names(both, visa)) == paths
+def listed(source, category=None, several=False) -> list[dict]:
+    return list(list_source(str(source), category, STORAGE, several))
 
 
-def test_a_visa_image_has_the_id_of_a_plain_walk_and_is_listed_once(visa, tmp_path):
-    ids = {row["uri"]: row["image_id"] for row in list_source(str(visa), "pcb1", STORAGE)}
-    (visa / "split_csv/1cls.csv").rename(visa / "split_csv/other.csv")
-    walked = {row["uri"]: row["image_id"] for row in list_source(str(visa), None, STORAGE)}
-    assert ids.items() <= walked.items()
-    (visa / "split_csv/other.csv").rename(visa / "split_csv/1cls.csv")
-    counts = write_manifest(Archive(str(visa), "pcb1", STORAGE, False), None, 0, str(tmp_path / "manifest"))
-    assert counts == (2, 1)
+def test_mvtec_layout_as_a_tree_and_as_one_category(mvtec):
+    examples = read_dataset(str(mvtec), STORAGE)
+    assert len(examples) == 6
+    broken = {example.path: example for example in examples}["cable/test/broken/000.png"]
+    assert (broken.category, broken.split, broken.anomalous) == ("cable", "test", True)
+    assert broken.mask == f"{mvtec}/cable/ground_truth/broken/000_mask.png"
+    assert {example.mask for example in examples if not example.anomalous} == {None}
+    alone = read_dataset(str(mvtec / "cable"), STORAGE)
+    assert alone == [example for example in examples if example.category == "cable"]
 
 
-def test_good_training_images_of_both_layouts(mvtec, visa):
-    found = good_images(str(mvtec), "all", STORAGE)
-    assert found == {name: [str(mvtec / name / "train/good/000.png")] for name in ("bottle", "cable")}
-    assert good_images(f"{mvtec}/cable/", None, STORAGE) == {"cable": found["cable"]}
-    assert list(good_images(str(mvtec), "cable, bottle", STORAGE)) == ["cable", "bottle"]
-    assert good_images(str(visa), "pcb2", STORAGE) == {"pcb2": [str(visa / "pcb2/Data/Images/Normal/0.JPG")]}
-    with pytest.raises(GladError, match="no category 'pcb'; did you mean 'pcb2'"):
-        good_images(str(visa), "pcb", STORAGE)
-    with pytest.raises(GladError, match="choose one with --category"):
-        good_images(str(mvtec), None, STORAGE)
-    with pytest.raises(GladError, match="no category with train/good in it"):
-        good_images(str(mvtec / "bottle/test"), None, STORAGE)
-    with pytest.raises(GladError, match="no such dataset folder"):
-        good_images(str(mvtec / "none"), None, STORAGE)
+def test_visa_layout_by_its_split_file(visa):
+    examples = read_dataset(str(visa), STORAGE)
+    assert len(examples) == 6
+    anomalous = [example for example in examples if example.anomalous]
+    assert [example.path for example in anomalous] == [f"pcb{n}/Data/Images/Anomaly/2.JPG" for n in (1, 2)]
+    assert anomalous[0].mask == f"{visa}/pcb1/Data/Masks/Anomaly/2.png"
+    assert [example.split for example in examples if example.category == "pcb1"] == ["train", "test", "test"]
+    (visa / "split_csv/1cls.csv").rename(visa / "1cls.csv")  # where PCB-Bank has it
+    assert read_dataset(str(visa), STORAGE) == examples
 
 
-def test_training_needs_no_test_folder_and_scoring_takes_such_a_folder_as_it_is(tmp_path):
-    picture(tmp_path / "widget/train/good/0.png")
-    assert list(good_images(str(tmp_path), None, STORAGE)) == ["widget"]
-    assert category_folders(str(tmp_path), STORAGE) == {}
-    assert names(list_source(str(tmp_path), None, STORAGE), tmp_path) == ["widget/train/good/0.png"]
+def test_a_folder_that_is_no_dataset_is_one_line(tmp_path):
+    with pytest.raises(GladError, match="no such dataset"):
+        read_dataset(str(tmp_path / "nowhere"), STORAGE)
+    for folder in ("train", "test"):
+        (tmp_path / "empty/bottle" / folder).mkdir(parents=True)
+    for location in (tmp_path, tmp_path / "empty"):
+        with pytest.raises(GladError, match="no dataset there"):
+            read_dataset(str(location), STORAGE)
 
 
 def test_a_damaged_split_file_is_one_line(visa):
     file = visa / "split_csv/1cls.csv"
+    whole = file.read_text()
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(GladError, match="not a UTF-8 text file"):
-        list(list_source(str(visa), None, STORAGE))
+        listed(visa)
     file.write_text("object,split\n")
     with pytest.raises(GladError, match="lacks the column image, label, mask"):
         read_dataset(str(visa), STORAGE)
+    file.write_text(whole[: whole.rindex("anomaly")])
+    with pytest.raises(GladError, match="line 7 has too few columns; the file may be cut off"):
+        good_images(str(visa), "all", STORAGE)
 
 
-def test_one_rule_for_suffixes():
-    assert [is_image(path) for path in ("a.PNG", "b/c.tif", "d.jpeg", "e.txt", "png", "f.png.bak")] == [True] * 3 + [
-        False
-    ] * 3
+def test_scoring_visa_lists_test_images_only(visa):
+    rows = listed(visa, "pcb2")
+    assert names(rows, visa) == ["pcb2/Data/Images/Normal/1.JPG", "pcb2/Data/Images/Anomaly/2.JPG"]
+    assert {row["category"] for row in rows} == {"pcb2"}
+    with pytest.raises(GladError, match=r"holds 2 categories \(pcb1, pcb2\): choose one with --category"):
+        listed(visa)
+    with pytest.raises(GladError, match="no category 'pcb3'; did you mean"):
+        listed(visa, "pcb3")
+    both = listed(f"{visa}/", several=True)
+    assert [row["category"] for row in both] == ["pcb1", "pcb1", "pcb2", "pcb2"]
+    assert names(both, visa) == [e.path for e in read_dataset(str(visa), STORAGE) if e.split == "test"]
+    assert {row["category"] for row in listed(visa, "board", several=True)} == {"board"}  # a name for all of them
 
 
-def test_one_category_is_chosen_without_asking():
+def test_a_visa_image_has_the_id_of_a_plain_walk(visa):
+    ids = {row["uri"]: row["image_id"] for row in listed(visa, "pcb1")}
+    (visa / "split_csv/1cls.csv").rename(visa / "split_csv/other.csv")
+    walked = {row["uri"]: row["image_id"] for row in listed(visa)}
+    assert ids.items() <= walked.items()
+    assert len(walked) == 9  # images, masks and the table
+
+
+def test_a_visa_manifest_skips_repeated_images_and_leads_to_their_pixels(visa, tmp_path):
+    file = visa / "split_csv/1cls.csv"
+    file.write_text(file.read_text() + file.read_text().splitlines()[2] + "\n")  # names pcb1's good test image again
+    archive = Archive(str(visa), "pcb1", STORAGE, False)
+    assert split(archive) == [None]
+    assert write_manifest(archive, None, 0, str(tmp_path / "manifest")) == (2, 1)
+    rows = read_manifest(str(tmp_path / "manifest"), [2], 0, 2, STORAGE).to_pylist()
+    assert [decode_image(fetch(STORAGE, row)).shape for row in rows] == [(10, 12, 3)] * 2
+
+
+def test_good_training_images_of_both_layouts(mvtec, visa):
+    images = good_images(str(mvtec), "all", STORAGE)
+    assert images == {name: [str(mvtec / name / "train/good/000.png")] for name in ("bottle", "cable")}
+    assert good_images(f"{mvtec}/cable/", None, STORAGE) == {"cable": images["cable"]}
+    assert list(good_images(str(mvtec), "cable, bottle", STORAGE)) == ["cable", "bottle"]
+    assert good_images(str(visa), "pcb2", STORAGE) == {"pcb2": [str(visa / "pcb2/Data/Images/Normal/0.JPG")]}
+    assert list(good_images(str(visa), "all", STORAGE)) == ["pcb1", "pcb2"]
+
+
+def test_a_wrong_choice_of_training_images_is_one_line(mvtec, visa):
+    for location, category, message in (
+        (visa, "pcb", "no category 'pcb'; did you mean 'pcb2'"),
+        (visa, None, "choose one with --category"),
+        (mvtec, None, "choose one with --category"),
+        (mvtec / "bottle/test", None, "no category with train/good in it"),
+        (mvtec / "none", None, "no such dataset folder"),
+    ):
+        with pytest.raises(GladError, match=message):
+            good_images(str(location), category, STORAGE)
+    file = visa / "split_csv/1cls.csv"
+    file.write_text("\n".join(line for line in file.read_text().splitlines() if ",train," not in line))
+    with pytest.raises(GladError, match="its split file names no good training image"):
+        good_images(str(visa), "pcb1", STORAGE)
+
+
+def test_training_needs_no_test_folder_and_scoring_walks_a_folder_without_one(tmp_path):
+    draw_image(tmp_path / "widget/train/good/0.png")
+    assert list(good_images(str(tmp_path), None, STORAGE)) == ["widget"]
+    assert category_folders(str(tmp_path), STORAGE) == {}
+    assert names(listed(tmp_path), tmp_path) == ["widget/train/good/0.png"]
+
+
+def test_image_suffixes():
+    assert all(map(is_image, ("a.PNG", "b/c.tif", "d.jpeg")))
+    assert not any(map(is_image, ("e.txt", "png", "f.png.bak", "g.png/h")))
+
+
+def test_the_only_category_needs_no_choice():
     assert choose_category(["bottle"], None, "x") == "bottle"
 
 
@@ -129,11 +162,11 @@ def test_a_slash_at_the_end_changes_nothing(mvtec, s3_server, monkeypatch):
         monkeypatch.setenv(name, value)
     make_bucket(s3_server, "slashes")
     storage = Storage.from_environment()
-    for file in ("a/0.png", "a/1.png"):
+    for file in ("a/0.png", "a/1.png", "b/train/good/0.png", "b/test/good/0.png"):
         storage.write(f"s3://slashes/{file}", b"x")
-    rows = list(list_source("s3://slashes/a", None, storage))
-    assert len(rows) == 2
-    assert list(list_source("s3://slashes/a/", None, storage)) == rows
-    assert list(list_source(f"{mvtec}/bottle/", None, STORAGE)) == list(
-        list_source(str(mvtec / "bottle"), None, STORAGE)
-    )
+    for folder, count in (("s3://slashes/a", 2), ("s3://slashes/b", 1)):
+        rows = list(list_source(folder, None, storage))
+        assert len(rows) == count
+        assert list(list_source(f"{folder}/", None, storage)) == rows
+    assert good_images("s3://slashes/b/", None, storage) == {"b": ["s3://slashes/b/train/good/0.png"]}
+    assert listed(f"{mvtec}/bottle/") == listed(mvtec / "bottle")

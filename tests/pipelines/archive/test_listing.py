@@ -20,15 +20,14 @@ NAMES = st.sampled_from(["a", "a-b", "a.d", "b", "ü", "Z", "0"])
 
 
 def listed(archive, folder):
-    """Every piece by itself, last piece first; (counts by piece, duplicates)."""
+    """List every piece by itself, the last one first; returns the rows of each piece, and the duplicates."""
     pieces = list(enumerate(split(archive)))
-    found = {number: write_manifest(archive, piece, number, str(folder)) for number, piece in reversed(pieces)}
-    counts = [found[number] for number, _ in pieces]
-    return [rows for rows, _ in counts], sum(duplicates for _, duplicates in counts)
+    counts = {number: write_manifest(archive, piece, number, str(folder)) for number, piece in reversed(pieces)}
+    return [counts[number][0] for number, _ in pieces], sum(duplicates for _, duplicates in counts.values())
 
 
-def manifest(folder, counts, *place):
-    return read_manifest(str(folder), counts, *(place or (0, sum(counts))), STORAGE)
+def manifest(folder, counts, *stretch):
+    return read_manifest(str(folder), counts, *(stretch or (0, sum(counts))), STORAGE)
 
 
 @given(
@@ -41,9 +40,9 @@ def manifest(folder, counts, *place):
 def test_pieces_together_are_one_walk_with_positions(tmp_path_factory, files, folders, loose, several):
     root, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("out")
     for name in files:
-        place = root / f"{name}.png"  # so that a file and a folder may have like names
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(name.encode())
+        file = root / f"{name}.png"  # next to a folder of that name without suffix
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(name.encode())
     with pytest.MonkeyPatch.context() as patched:
         for name, value in (("FOLDERS", folders), ("LOOSE_FILES", loose), ("PART_ROWS", 4)):
             patched.setattr(listing, name, value)
@@ -87,11 +86,11 @@ def test_a_list_is_in_parts_without_duplicates(tmp_path, monkeypatch):
 
 def test_a_name_twice_in_one_tar_is_a_duplicate_and_in_two_tars_is_not(tmp_path):
     for shard in ("0.tar", "1.tar"):
-        with tarfile.open(tmp_path / shard, "w") as made:
+        with tarfile.open(tmp_path / shard, "w") as tar:
             for name in ("a.png", "b.png", "a.png"):
                 member = tarfile.TarInfo(name)
                 member.size = 4
-                made.addfile(member, io.BytesIO(b"data"))
+                tar.addfile(member, io.BytesIO(b"data"))
     assert listed(Archive(str(tmp_path), None, STORAGE, False), tmp_path / "manifest") == ([4], 2)
 
 

@@ -39,7 +39,7 @@ def make_tar(path, members):
     return path
 
 
-def test_a_folder_tree_takes_every_file_and_ids_do_not_depend_on_where_it_lies(tmp_path):
+def test_every_file_of_a_tree_is_listed_and_a_copied_tree_keeps_its_ids(tmp_path):
     here, there = (tree(tmp_path / name, "a/1.png", "b.jpg", "notes.txt", ".git/x") for name in ("here", "there"))
     rows = listed(here)
     assert names(rows, here) == ["a/1.png", "b.jpg", "notes.txt"]
@@ -78,6 +78,17 @@ def test_several_categories_need_a_choice_that_exists(tmp_path):
         listed(root / "bottle" / "test", "bottle")
 
 
+def test_a_registry_s_category_names_the_images_of_any_folder(tmp_path):
+    root = tree(tmp_path / "bottle", "left/0.png", "1.png")
+    for category, expected in ((None, [None, "left"]), ("bottle", ["bottle"] * 2), ("cable", ["cable"] * 2)):
+        rows = list_source(str(root), category, STORAGE, several=True)
+        assert [row["category"] for row in rows] == expected
+    both = tree(tmp_path / "both", *[f"{c}/{s}/good/0.png" for c in ("bottle", "cable") for s in ("train", "test")])
+    rows = list(list_source(str(both), None, STORAGE, several=True))
+    assert names(rows, both) == ["bottle/test/good/0.png", "cable/test/good/0.png"]
+    assert [row["category"] for row in rows] == ["bottle", "cable"]
+
+
 def test_lists_of_uris(tmp_path):
     root = tree(tmp_path, "a.png", "sub/b.png")
     (root / "list.txt").write_text(f"# ours\na.png\n\n  sub/b.png \n{root}/a.png\ns3://bucket/c d.png\n")
@@ -100,7 +111,7 @@ def test_lists_of_uris(tmp_path):
         listed(root / "latin.txt")
 
 
-def test_tar_members_are_read_by_their_place_in_the_shard(tmp_path):
+def test_only_a_tar_member_s_own_bytes_are_read(tmp_path):
     members = {"000.png": b"first", "000.json": b"{}", "sub/001.JPG": b"second!", "001.cls": b"1", "002.png": b""}
     make_tar(tmp_path / "shard-0.tar", members)
     make_tar(tmp_path / "shard-1.tar", {"000.png": b"other"})
@@ -122,7 +133,7 @@ def test_a_cut_off_shard_gives_its_readable_images_and_one_error(tmp_path, cut):
     assert rows[-1]["stage"] == "list"
 
 
-def test_no_tar_and_compressed_tar_are_error_rows(tmp_path):
+def test_a_file_that_is_no_tar_and_a_compressed_tar_are_error_rows(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"not a tar at all")
     with tarfile.open(tmp_path / "b.tar.gz", "w:gz"):
         pass
@@ -131,7 +142,7 @@ def test_no_tar_and_compressed_tar_are_error_rows(tmp_path):
     assert "unpack it" in messages[1]
 
 
-def test_nothing_there(tmp_path):
+def test_a_source_that_does_not_exist_or_has_no_categories(tmp_path):
     with pytest.raises(StorageError, match="no such file or folder"):
         listed(tmp_path / "none")
     with pytest.raises(GladError, match="leave it out"):

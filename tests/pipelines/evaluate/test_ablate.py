@@ -24,9 +24,9 @@ def dataset(tmp_path: Path) -> Path:
             if folder == "test/cut":
                 mask = np.zeros((32, 32), np.uint8)
                 mask[4:12, 4:12] = 255
-                place = root / "ground_truth/cut" / f"{number}_mask.png"
-                place.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(mask).save(place)
+                mask_file = root / "ground_truth/cut" / f"{number}_mask.png"
+                mask_file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(mask).save(mask_file)
     return root
 
 
@@ -41,24 +41,14 @@ def test_the_rows_are_the_paper_s(tiny_bundle) -> None:
 
 @pytest.mark.slow
 def test_rows_are_scored_once_and_a_complete_one_not_again(tmp_path, dataset, tiny_bundle, ray_session, monkeypatch):
-    everything = ablate.rows_of
-    monkeypatch.setattr(ablate, "rows_of", lambda settings: [everything(settings)[n] for n in (2, 4, 8)])
+    rows_of = ablate.rows_of
+    monkeypatch.setattr(ablate, "rows_of", lambda settings: [rows_of(settings)[n] for n in (2, 4, 8)])
     scored = []
     job = ablate.score
     monkeypatch.setattr(ablate, "score", lambda request, console: scored.append(request.out) or job(request, console))
     base = read_description(tiny_bundle).model_id
-    command = [
-        "ablate",
-        dataset,
-        "--model",
-        tiny_bundle,
-        "--plain",
-        tiny_bundle,
-        "--out",
-        tmp_path / "out",
-        "--seeds",
-        0,
-    ]
+    command = ["ablate", dataset, "--model", tiny_bundle, "--plain", tiny_bundle]
+    command += ["--out", tmp_path / "out", "--seeds", 0]
     outcome = CliRunner().invoke(app, [*map(str, command)])
     assert outcome.exit_code == 0, outcome.output
     assert len(scored) == 2  # the adaptive row is the full one

@@ -9,7 +9,7 @@ from pipelines.cli.main import app
 
 
 @pytest.mark.slow
-def test_the_table_is_what_scikit_learn_says(scored, tmp_path, ray_session) -> None:
+def test_the_table_agrees_with_scikit_learn(scored, tmp_path, ray_session) -> None:
     run, data, rows = scored
     extra = data / "cable/test/good/099.png"
     extra.write_bytes((data / "cable/test/good/000.png").read_bytes())  # never scored
@@ -18,11 +18,11 @@ def test_the_table_is_what_scikit_learn_says(scored, tmp_path, ray_session) -> N
     ours = json.loads((tmp_path / "tables/metrics.json").read_text())["ours"]
     assert list(ours) == ["bottle", "cable", "average"]
     for category in ("bottle", "cable"):
-        mine = [row for row in rows if row["category"] == category]
-        labels = ["/cut/" in row["uri"] for row in mine]
-        scores = [np.float32(row["score"]) for row in mine]
-        maps = np.concatenate([row["anomaly_map"] for row in mine]).astype(np.float64)
-        masks = np.concatenate([row["mask"].ravel() for row in mine])
+        members = [row for row in rows if row["category"] == category]
+        labels = ["/cut/" in row["uri"] for row in members]
+        scores = [np.float32(row["score"]) for row in members]
+        maps = np.concatenate([row["anomaly_map"] for row in members]).astype(np.float64)
+        masks = np.concatenate([row["mask"].ravel() for row in members])
         expected = {
             "I-AUROC": sk.roc_auc_score(labels, scores),
             "I-AP": sk.average_precision_score(labels, scores),

@@ -43,7 +43,7 @@ def test_a_missing_mask_is_counted_and_left_out(scored) -> None:
     assert bottle.pixels.normal.sum() + bottle.pixels.anomalous.sum() == 8 * 32 * 32
 
 
-def test_results_find_their_image_wherever_the_archive_was(scored) -> None:
+def test_a_result_matches_its_image_wherever_the_archive_was(scored) -> None:
     _, data, _ = scored
     by_path = {example.path: example for example in read_dataset(str(data), Storage())}
     for uri in ("s3://bucket/copy/cable/test/cut/001.png", "/elsewhere/cable/test/cut/001.png"):
