@@ -13,9 +13,6 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import photo
-from typer.testing import CliRunner
-
-from pipelines.cli.main import app
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
@@ -129,17 +126,3 @@ def test_without_the_token_nobody_is_let_in(cluster, tmp_path, token):
     code, _, err = glad(stranger, "submit", "--address", url, "--", "score", tmp_path, "--out", tmp_path / "out")
     assert (code, len(err.splitlines())) == (2, 1)
     assert "refused the token" in err
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["show", "/results"], "'show' cannot be submitted: give one of calibrate"),
-        (["score", "photos", "--out", "s3://b/out"], "photos: the cluster does not know this folder"),
-        (["score", "/a", "--out", "/b", "--address", "auto"], "give --address before --"),
-    ],
-)
-def test_what_cannot_run_there_is_not_sent(words, message):
-    found = CliRunner().invoke(app, ["submit", "--address", "http://127.0.0.1:1", "--", *words])
-    assert found.exit_code == 2
-    assert message in found.stderr
