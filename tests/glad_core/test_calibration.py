@@ -17,6 +17,10 @@ def test_conformal_quantile_keeps_its_promise() -> None:
     assert calibration.conformal_quantile([3.0, 1.0, 2.0], 0.05) == 3.0  # too few for 5 %: the largest
 
 
+def test_how_many_images_a_target_needs() -> None:
+    assert [calibration.images_needed(target) for target in (0.5, 0.1, 0.05, 0.01)] == [1, 9, 19, 99]
+
+
 def test_calibration_sets_the_steps_and_the_threshold_from_good_images(tiny_bundle, monkeypatch) -> None:
     monkeypatch.setattr(calibration, "START_STEPS", (120, 240))
     model = load_bundle(tiny_bundle)

@@ -1,4 +1,4 @@
-"""Marks are kept with a run; they move the threshold of its bundle and choose the images of the next training."""
+"""Marks are kept with a run, and they move the threshold of its bundle."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,6 @@ from glad_core.bundle.glad_json import read_description
 from glad_core.errors import GladError
 from pipelines.cli.main import app
 from pipelines.runs import feedback
-from pipelines.train.good_images import GoodImage, apply_feedback
 
 
 @pytest.fixture
@@ -50,23 +49,6 @@ def test_marks_move_the_threshold(judged, tiny_bundle, tmp_path) -> None:
     threshold = read_description(tmp_path / "bundle").settings["threshold"]
     assert sum(score > threshold for score in good) / len(good) <= 0.05
     assert threshold in good
-
-
-def test_marks_choose_training_images(judged) -> None:
-    alarms = mark_all_alarms(judged)
-    confirmed = next(row["uri"] for row in alarms if "/cut/" in row["uri"])
-    false_alarm = next(row["uri"] for row in alarms if "/good/" in row["uri"])
-    images = [GoodImage(uri, "bottle") for uri in ("/a", "/b", confirmed)]
-    location, storage = judged.run.location, judged.run.storage
-    kept, change = apply_feedback({"bottle": images}, location, location, storage)
-    uris = [image.uri for image in kept["bottle"]]
-    assert uris[:2] == ["/a", "/b"]
-    assert confirmed not in uris
-    assert false_alarm in uris
-    assert "1 good images left out" in change
-    storage.delete_folder(judged.run.path("feedback"))
-    with pytest.raises(GladError, match="no feedback"):
-        apply_feedback({"bottle": images}, location, None, storage)
 
 
 def mark_all_alarms(judged, leave_out: int = 0) -> list[dict]:

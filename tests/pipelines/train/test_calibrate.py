@@ -4,7 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from glad_core.bundle.glad_json import read_description, verify
-from glad_core.calibration import conformal_quantile, images_needed
+from glad_core.calibration import conformal_quantile
 from pipelines.cli.main import app
 
 
@@ -19,19 +19,15 @@ def refused(outcome, *words):
         assert word in outcome.stderr
 
 
-def test_how_many_images_a_target_needs():
-    assert [images_needed(target) for target in (0.5, 0.1, 0.05, 0.01)] == [1, 9, 19, 99]
-
-
 @pytest.mark.slow
 def test_a_bundle_is_calibrated_on_good_images(tmp_path: Path, tiny_bundle, photos, ray_session, monkeypatch) -> None:
-    # On the cluster, where the GPUs are: workers import the module anew and do not see this.
+    # The steps are chosen on the cluster, where the GPUs are; its processes import the module anew, without this.
     monkeypatch.setattr("pipelines.train.calibrate.Calibrator", lambda *_, **__: pytest.fail("in the calling process"))
     out = tmp_path / "calibrated"
-    made = run("calibrate", photos, "--model", tiny_bundle, "--out", out, "--target-fpr", 0.1)
-    assert made.exit_code == 0, made.output
-    assert "reconstructions on" in made.stdout
-    assert "from 12 good images" in made.stdout
+    outcome = run("calibrate", photos, "--model", tiny_bundle, "--out", out, "--target-fpr", 0.1)
+    assert outcome.exit_code == 0, outcome.output
+    assert "reconstructions on" in outcome.stdout
+    assert "from 12 good images" in outcome.stdout
     description, before = verify(out), read_description(tiny_bundle)
     assert description.settings["delta"] != before.settings["delta"]
     assert description.provenance["calibration_images"] == 12

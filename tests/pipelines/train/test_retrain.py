@@ -23,7 +23,7 @@ STORAGE = Storage()
 
 @pytest.fixture
 def trained(tmp_path: Path, tiny_bundle):
-    """A function that makes the n-th finished training run: its bundle's folder and the facts `finish` hands over."""
+    """A function that makes the n-th finished training run: the arguments that `finish` calls ``deliver`` with."""
     rng = np.random.default_rng(0)
     held_out = []
     for number in range(4):
@@ -32,19 +32,21 @@ def trained(tmp_path: Path, tiny_bundle):
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
         held_out.append(GoodImage(str(path), "bolt"))
 
-    def make(n: int, **settings) -> tuple[Path, dict]:
-        made = tmp_path / f"made{n}"
-        shutil.copytree(tiny_bundle, made)
-        before = Settings.parse(read_description(made).settings, "test")
-        update_settings(made, before.model_copy(update={"threshold": float(n + 1)} | settings), {})
+    def make(n: int) -> tuple[Path, TrainJob, Survey]:
+        bundle = tmp_path / f"bundle{n}"
+        shutil.copytree(tiny_bundle, bundle)
+        before = Settings.parse(read_description(bundle).settings, "test")
+        update_settings(bundle, before.model_copy(update={"threshold": float(n + 1)}), {})
         work = tmp_path / "registry" / ".work" / "bolt" / str(n)
         (work / "metrics").mkdir(parents=True)
         pq.write_table(pa.table({"step": [2, 1], "loss": [0.1, 0.2]}), work / "metrics/part-1.parquet")
         request = TrainRequest("", "bolt", str(tiny_bundle), "", {"seed": n})
         job = replace(plan_job(request, ["bolt"], STORAGE, name="bolt", work=str(work)), images=held_out)
-        seen = Survey(held_out, held_out, [], [], f"data{n}")
-        update_settings(made, Settings.parse(read_description(made).settings, "test"), {"run": job.run_id(seen)})
-        return made, job, seen
+        surveyed = Survey(held_out, held_out, [], [], f"data{n}")
+        update_settings(
+            bundle, Settings.parse(read_description(bundle).settings, "test"), {"run": job.run_id(surveyed)}
+        )
+        return bundle, job, surveyed
 
     return make
 
@@ -77,28 +79,28 @@ def test_the_gate_decides_what_goes_live(tmp_path, trained) -> None:
 
 def test_the_same_run_is_not_repeated_and_another_has_a_folder_of_its_own(tmp_path, trained) -> None:
     home = str(tmp_path / "registry")
-    made, job, seen = trained(0)
-    fresh = find_earlier(job, seen, storage=STORAGE, home=home)
+    bundle, job, surveyed = trained(0)
+    fresh = find_earlier(job, surveyed, storage=STORAGE, home=home)
     assert fresh.work.startswith(f"{home}/.work/bolt/")
-    outcome = deliver((made, job, seen), tmp_path)
-    assert find_earlier(job, seen, storage=STORAGE, home=home) == Outcome("up to date", outcome.model_id)
-    grown = replace(seen, fingerprint="more images")
+    outcome = deliver((bundle, job, surveyed), tmp_path)
+    assert find_earlier(job, surveyed, storage=STORAGE, home=home) == Outcome("up to date", outcome.model_id)
+    grown = replace(surveyed, fingerprint="more images")
     assert find_earlier(job, grown, storage=STORAGE, home=home).work != fresh.work
-    stricter = find_earlier(replace(job, target_fpr=0.01), seen, storage=STORAGE, home=home)
+    stricter = find_earlier(replace(job, target_fpr=0.01), surveyed, storage=STORAGE, home=home)
     assert isinstance(stricter, TrainJob)  # another threshold is another bundle
 
 
 @pytest.mark.parametrize(
-    ("available", "workers", "asked", "expected"),
+    ("available", "workers", "max_parallel", "expected"),
     [
         ({"CPU": 2}, 1, None, 3),
-        ({"CPU": 2}, 1, 8, 3),  # asked for more than fit: all would wait for each other's CPUs
+        ({"CPU": 2}, 1, 8, 3),  # more than fit: all would wait for each other's CPUs
         ({"CPU": 2}, 1, 1, 1),
         ({"CPU": 8}, 2, None, 7),
         ({"CPU": 1}, 4, None, 1),
         ({"CPU": 32, "GPU": 4}, 2, None, 2),
     ],
 )
-def test_no_more_categories_at_a_time_than_fit(available, workers, asked, expected) -> None:
-    request = RetrainRequest(TrainRequest("", "all", "small", "", {}, workers=workers), max_parallel=asked)
+def test_no_more_categories_at_a_time_than_fit(available, workers, max_parallel, expected) -> None:
+    request = RetrainRequest(TrainRequest("", "all", "small", "", {}, workers=workers), max_parallel=max_parallel)
     assert parallel_jobs(request, available, 30) == expected

@@ -1,0 +1,51 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_training import make_batches
+
+from cluster.storage import Storage
+from glad_core.bundle.model import load_bundle
+from glad_core.training.loop import TrainState, fine_tune
+from pipelines.train.finish import with_weights
+from pipelines.train.good_images import GoodImage
+from pipelines.train.job import TrainRequest, plan_job
+from pipelines.train.pixels import read_pixels
+from pipelines.train.worker import make_loss
+
+
+@pytest.mark.parametrize(("part", "prefix"), [("dino", "vit."), ("vae", "vae.")])
+def test_adapting_dino_or_vae_changes_it_and_nothing_else(dataset, tiny_bundle, part, prefix):
+    """What a worker trains and what `finish` puts into the bundle, without Ray in between."""
+    files = sorted((dataset / "part/train/good").iterdir())
+    request = TrainRequest(str(dataset), "part", str(tiny_bundle), "out", {"steps": 4, "batch_size": 2}, part=part)
+    job = plan_job(request, ["part"], Storage(), name="part", work="")
+    job = replace(job, images=[GoodImage(str(path), "part", path.name) for path in files])
+    assert job.recipe.learning_rate == 1e-5  # the part's own, not the UNet's
+    job = replace(job, recipe=job.recipe.model_copy(update={"learning_rate": 1e-2}))
+    loss = make_loss(job, load_bundle(tiny_bundle))
+    state = TrainState.start(loss, job.recipe)
+    images = read_pixels(job.images, 32, Storage())
+    assert len(list(fine_tune(state, make_batches(job.recipe, images, part=part), job.recipe))) == 4
+    state.finish()
+    trained = {name: value for name, value in loss.state_dict().items() if name.startswith(prefix)}
+    before, after = load_bundle(tiny_bundle), with_weights(load_bundle(tiny_bundle), job, trained)
+    changed = {
+        name
+        for name in ("unet", "vae", "features", "final_features")
+        for a, b in zip(getattr(before, name).parameters(), getattr(after, name).parameters(), strict=True)
+        if not torch.equal(a, b)
+    }
+    assert changed == {"final_features" if part == "dino" else "vae"}
+
+
+def test_a_unet_for_several_categories_brings_their_prompts(tiny_bundle) -> None:
+    request = TrainRequest("data", "all", str(tiny_bundle), "out", {"steps": 1, "batch_size": 2})
+    job = plan_job(request, ["nut", "bolt"], Storage(), name="nut bolt", work="")
+    model = load_bundle(tiny_bundle)
+    weights = {f"unet.{name}": torch.zeros_like(value) for name, value in model.unet.state_dict().items()}
+    prompts = torch.stack([torch.full(model.prompt_cond.shape[1:], value) for value in (1.0, 2.0)])
+    after = with_weights(model, job, weights | {"prompts": prompts})
+    assert all(not parameter.any() for parameter in after.unet.parameters())
+    assert torch.equal(after.prompts["nut"], prompts[:1])
+    assert torch.equal(after.prompts["bolt"], prompts[1:])

@@ -1,0 +1,55 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from cluster.storage import StorageError
+from glad_core.errors import GladError
+from pipelines.train import side_by_side
+from pipelines.train.side_by_side import run_side_by_side, send_event
+
+
+def test_a_job_that_fails_leaves_the_others_alone(ray_session) -> None:
+    def succeed(events):
+        send_event(events, "good", "train", done=2, total=5, note="loss 0.5")
+        send_event(events, "good", "train", warning="a.png: damaged; skipped")
+        return 7
+
+    def fail(error):
+        def job(events):
+            raise error
+
+        return job
+
+    jobs = {"good": succeed, "bad": fail(GladError("no images")), "away": fail(StorageError("no such bucket"))}
+    log = io.StringIO()
+    outcomes = run_side_by_side(jobs, 2, Console(file=log, width=200))
+    assert outcomes["good"] == 7
+    # The user's errors come back as they were raised, not inside Ray's.
+    assert (type(outcomes["bad"]), str(outcomes["bad"])) == (GladError, "no images")
+    assert (type(outcomes["away"]), str(outcomes["away"])) == (StorageError, "no such bucket")
+    assert "good: train 2 of 5, loss 0.5\n" in log.getvalue()
+    assert "good: a.png: damaged; skipped\n" in log.getvalue()
+    assert "bad: failed\n" in log.getvalue()
+
+
+def test_a_log_has_a_line_per_change_of_state_and_one_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(side_by_side.time, "monotonic", lambda: clock[0])
+    log = io.StringIO()
+    lines = side_by_side._Lines(Console(file=log, width=200))
+    for seconds, name, state, done in (
+        (0, "nut", "survey", 0),
+        (1, "nut", "train", 1),
+        (2, "bolt", "train", 1),
+        (3, "nut", "train", 2),
+        (12, "nut", "train", 3),
+    ):
+        clock[0] = 100.0 + seconds
+        lines.show({"job": name, "state": state, "done": done, "total": 9 if done else 0, "note": ""})
+    assert log.getvalue().splitlines() == [
+        "nut: survey",
+        "nut: train 1 of 9",
+        "bolt: train 1 of 9",
+        "nut: train 3 of 9",
+    ]

@@ -1,0 +1,94 @@
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cluster.storage import Storage
+from glad_core.errors import GladError
+from pipelines.train import survey as survey_file
+from pipelines.train.good_images import GoodImage
+from pipelines.train.survey import HELD_OUT_MAX, survey
+
+STORAGE = Storage()
+
+
+@pytest.fixture
+def unreadable(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """No image is decoded: its name decides its pixels. Names in the returned set cannot be read."""
+    names: set[str] = set()
+
+    def examine(uris, resolution, storage):
+        rows = {}
+        for uri in uris:
+            name = uri.rpartition("/")[2]
+            digest = hashlib.sha256(name.encode()).hexdigest()
+            rows[uri] = {"digest": digest, "reason": "", "size": "40 x 40"}
+            if name in names:
+                rows[uri] = {"digest": "", "reason": "damaged", "size": ""}
+        return rows
+
+    monkeypatch.setattr(survey_file, "_examine", examine)
+    return names
+
+
+def images(count: int, folder: str = "/a", category: str = "nut") -> list[GoodImage]:
+    return [GoodImage(f"{folder}/{number:03}.png", category) for number in range(count)]
+
+
+def names(images: list[GoodImage]) -> set[str]:
+    return {image.uri.rpartition("/")[2] for image in images}
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(2, 1), (14, 1), (30, 3), (1000, HELD_OUT_MAX)])
+@pytest.mark.usefixtures("unreadable")
+def test_a_tenth_is_held_out(count: int, held_out: int) -> None:
+    surveyed = survey({"nut": images(count)}, 32, STORAGE)
+    assert len(surveyed.held_out) == held_out
+    assert len(surveyed.fit) == count - held_out
+    assert names(surveyed.fit) | names(surveyed.held_out) == names(images(count))
+    assert [image.uri for image in surveyed.fit] == sorted(image.uri for image in surveyed.fit)
+
+
+@pytest.mark.usefixtures("unreadable")
+def test_names_decide_what_is_held_out() -> None:
+    few, moved, more = (
+        survey({"nut": images(*arguments)}, 32, STORAGE) for arguments in ((30,), (30, "s3://b/c"), (36,))
+    )
+    assert names(few.held_out) == names(moved.held_out)
+    assert len(names(few.held_out) & names(more.held_out)) >= 2  # added images rarely move others
+    assert few.fingerprint == moved.fingerprint != more.fingerprint
+
+
+@pytest.mark.usefixtures("unreadable")
+def test_every_category_has_images_held_out() -> None:
+    surveyed = survey({"nut": images(30), "bolt": images(5, "/b", "bolt")}, 32, STORAGE)
+    assert [image.category for image in surveyed.held_out] == ["nut"] * 3 + ["bolt"]
+
+
+def test_unreadable_images_are_skipped(unreadable: set[str]) -> None:
+    unreadable.add("002.png")
+    surveyed = survey({"nut": images(4)}, 32, STORAGE)
+    assert surveyed.skipped == [("/a/002.png", "damaged")]
+    assert names(surveyed.fit) | names(surveyed.held_out) == {"000.png", "001.png", "003.png"}
+    unreadable |= {"000.png", "001.png"}
+    with pytest.raises(GladError, match=r"nut: 1 readable good images; at least two are needed; /a/000.png: damaged"):
+        survey({"nut": images(4)}, 32, STORAGE)
+
+
+def test_ray_tasks_examine_the_images(tmp_path: Path, ray_session) -> None:
+    rng = np.random.default_rng(0)
+    pixels = [rng.integers(0, 256, (16, 16 + number, 3), dtype=np.uint8) for number in range(3)]
+    for number, array in enumerate(pixels):
+        Image.fromarray(array).save(tmp_path / f"{number}.png")
+    (tmp_path / "3.png").write_text("no image")
+    (tmp_path / "4.png").write_bytes((tmp_path / "0.png").read_bytes())
+    surveyed = survey({"nut": [GoodImage(str(tmp_path / f"{number}.png"), "nut") for number in range(5)]}, 16, STORAGE)
+    digests = {image.uri[-5:]: image.digest for image in surveyed.fit + surveyed.held_out}
+    assert digests["0.png"] == digests["4.png"] == hashlib.sha256(pixels[0].tobytes()).hexdigest()
+    assert len(set(digests.values())) == 3
+    assert surveyed.sizes == ["16 x 16", "17 x 16", "18 x 16"]
+    ((uri, reason),) = surveyed.skipped
+    assert uri.endswith("3.png")
+    assert "not PNG" in reason
