@@ -3,9 +3,9 @@
     python benchmarks/calibration.py [--json]                                      the false-positive rate
     python benchmarks/calibration.py --dataset DATASET/CATEGORY --model BUNDLE automatic T and δ against the best
 
-The first draws good boards nobody trained on, takes the threshold from one half and counts how many of the other half
-exceed it. The second scores a test set with every T and several δ around the automatic one, and compares the image
-AUROC of the automatic pair with that of the pair that happens to be best on the test set.
+The first draws good boards that no training used, takes the threshold from one half and counts how many of the other
+half exceed it. The second scores a test set with every start step T and several bounds δ of the step score around the
+automatic one. It compares the image AUROC of the automatic pair with that of the best pair on the test set.
 """
 
 import json
@@ -31,24 +31,24 @@ from pipelines.archive.decode import decode
 from pipelines.archive.layouts import read_dataset
 from pipelines.models.find import SMALL_BUNDLE
 
-FACTORS = (0.0, 1.0, 1e4)  # of the automatic δ; 0 compares nothing, 1e4 never triggers
+FACTORS = (0.0, 1.0, 1e4)  # of the automatic δ; every step score exceeds 0, and none exceeds 1e4 times δ
 
 
 def scores(model: Model, requests: Sequence[Request]) -> np.ndarray:
     """Image scores in the order of the requests."""
-    found = {}
+    values = {}
     for request, verdict in run(Engine(model, 8), requests):
         if isinstance(verdict, Exception):
             raise verdict
-        found[request.image_id] = verdict.score
-    return np.array([found[request.image_id] for request in requests])
+        values[request.image_id] = verdict.score
+    return np.array([values[request.image_id] for request in requests])
 
 
 def false_positives(model: Model, images: int, target: float) -> dict[str, float]:
     """Threshold from ``images`` good boards, false positives among as many others."""
-    found = scores(model, boards(model.settings.resolution, [None] * 2 * images))
-    threshold = conformal_quantile(found[:images], target)
-    exceeded = int((found[images:] > threshold).sum())
+    values = scores(model, boards(model.settings.resolution, [None] * 2 * images))
+    threshold = conformal_quantile(values[:images], target)
+    exceeded = int((values[images:] > threshold).sum())
     low, high = binom.interval(0.95, images, target)
     return {
         "target_fpr": target,
@@ -69,7 +69,7 @@ def automatic_against_best(
     examples = read_dataset(dataset, storage)
     test = [example for example in examples if example.split == "test"][::every]
     train = [example for example in examples if example.split == "train"]
-    train = [train[place] for place in np.linspace(0, len(train) - 1, min(len(train), SELECTION_IMAGES)).astype(int)]
+    train = [train[index] for index in np.linspace(0, len(train) - 1, min(len(train), SELECTION_IMAGES)).astype(int)]
     pixels = {e.uri: decode(storage.read(e.uri), model.settings.resolution).pixels for e in test + train}
     requests = [Request(example.path, pixels[example.uri]) for example in test]
     labels = np.array([int(example.anomalous) for example in test])
@@ -78,19 +78,19 @@ def automatic_against_best(
     for start_step in start_steps:
         automatic = Calibrator(model, start_steps=(start_step,)).choose_steps(good)
         for factor in FACTORS:
-            tried = automatic.model_copy(update={"delta": automatic.delta * factor})
-            value = image_metrics(scores(replace(model, settings=tried), requests), labels)["AUROC"]
+            settings = automatic.model_copy(update={"delta": automatic.delta * factor})
+            value = image_metrics(scores(replace(model, settings=settings), requests), labels)["AUROC"]
             table[f"T {start_step}, {factor:g} δ"] = value
-            print(f"T {start_step}, δ {tried.delta:.4g}: {value:.4f}", flush=True)
+            print(f"T {start_step}, δ {settings.delta:.4g}: {value:.4f}", flush=True)
     best = max(table, key=lambda name: table[name])
-    own = image_metrics(scores(model, requests), labels)["AUROC"]
+    automatic_auroc = image_metrics(scores(model, requests), labels)["AUROC"]
     return {
         "images": len(test),
-        "automatic": own,
+        "automatic": automatic_auroc,
         "automatic_T": model.settings.start_step,
         "best": table[best],
         "best_pair": best,
-        "distance": table[best] - own,
+        "distance": table[best] - automatic_auroc,
         "table": table,
     }
 

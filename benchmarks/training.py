@@ -1,12 +1,12 @@
-"""Training: synthesis against a plain per-image version, waiting for data, categories side by side.
+"""Training: speed of making anomalies, time spent waiting for data, categories side by side, a killed worker.
 
     python benchmarks/training.py [--json]
 
-- ``synthesis_speedup``: `samples.make_rows` against the straightforward dataset item: list the texture
-  folder, open a texture with PIL, augment it with PIL, draw Perlin noise with NumPy, blend. Same images, same textures,
-  one thread, half of the images anomalous.
+- ``synthesis_speedup``: `samples.make_rows` against a plain dataset item made image by image: list the texture folder,
+  open a texture with PIL, augment it with PIL, draw Perlin noise with NumPy, blend. Same images, same textures, one
+  thread, half of the images anomalous.
 - ``data_wait_share``: share of a training step spent waiting for data, small model on demo boards, all CPUs.
-- ``parallel_ratio``: time of two categories retrained side by side on 2 CPUs over that of one alone on one core.
+- ``parallel_ratio``: time of two categories retrained side by side on 2 CPUs over that of one category on one core.
 - ``eight_categories_ok``: eight categories on 2 CPUs all reach the registry although one training worker is killed -9.
 """
 
@@ -64,7 +64,7 @@ def plain_perlin(side: int, cells: tuple[int, int]) -> np.ndarray:
 
 
 def plain_item(path: Path, textures: Path) -> tuple[np.ndarray, np.ndarray]:
-    """One dataset item made image by image: what the fast version is measured against."""
+    """One dataset item made image by image, for comparison with the fast version."""
     image = np.asarray(Image.open(path).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR))
     if random.random() < 0.5:
         return image, np.zeros((SIDE, SIDE), np.float32)
@@ -131,23 +131,28 @@ def synthesis(work: Path) -> dict[str, float]:
         make(range(count))  # type: ignore[operator]
         return count / (time.perf_counter() - started)
 
-    def plain(places: range) -> None:
-        for place in places:
-            plain_item(files[place % IMAGES], textures)
+    def plain(positions: range) -> None:
+        for position in positions:
+            plain_item(files[position % IMAGES], textures)
 
     recipe = Recipe()
-    # As in a data worker: images and textures decoded once, in its caches.
-    kept = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+    # As in a task that makes data: images and textures are decoded once and kept.
+    decoded = [np.asarray(Image.open(file).convert("RGB")) for file in files]
     pool = [np.asarray(Image.open(path).resize((SIDE, SIDE))) for path in sorted(textures.glob("**/*.jpg"))[:500]]
     pool_tensor = torch.from_numpy(np.stack(pool))
 
-    def fast(places: range) -> None:
-        for start in range(0, len(places), 8):
-            chosen = [samples.sample_at(recipe, place, IMAGES) for place in places[start : start + 8]]
-            samples.make_rows([kept[sample.index] for sample in chosen], chosen, recipe, "unet", pool_tensor)
+    def fast(positions: range) -> None:
+        for start in range(0, len(positions), 8):
+            batch = positions[start : start + 8]
+            chosen = [samples.sample_at(recipe, position, IMAGES) for position in batch]
+            samples.make_rows([decoded[sample.index] for sample in chosen], chosen, recipe, "unet", pool_tensor)
 
-    ours, theirs = rate(fast, 256), rate(plain, 64)
-    return {"synthesis_images_per_second": ours, "plain_images_per_second": theirs, "synthesis_speedup": ours / theirs}
+    fast_rate, plain_rate = rate(fast, 256), rate(plain, 64)
+    return {
+        "synthesis_images_per_second": fast_rate,
+        "plain_images_per_second": plain_rate,
+        "synthesis_speedup": fast_rate / plain_rate,
+    }
 
 
 def dataset(work: Path, categories: int, images: int) -> Path:
@@ -184,7 +189,7 @@ def side_by_side(work: Path) -> dict[str, float]:
 
 
 def eight(work: Path) -> dict[str, object]:
-    """Eight categories, one training worker killed -9 on the way."""
+    """Eight categories, one of whose training workers is killed -9."""
     data = dataset(work, 8, 8)
     command = [*GLAD, "retrain", data, "--out", work / "eight", "--steps", 10, "--batch-size", 8]
     process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -208,27 +213,27 @@ def eight(work: Path) -> dict[str, object]:
     started = time.perf_counter()
     output, _ = process.communicate()
     current = list((work / "eight").glob("board*/current.json"))
-    fine = process.returncode == 0 and len(current) == 8 and bool(killed)
-    if not fine:
+    succeeded = process.returncode == 0 and len(current) == 8 and bool(killed)
+    if not succeeded:
         print(output)
-    return {"eight_seconds": time.perf_counter() - started, "killed": len(killed), "eight_categories_ok": fine}
+    return {"eight_seconds": time.perf_counter() - started, "killed": len(killed), "eight_categories_ok": succeeded}
 
 
 def run(*arguments: object, core: int | None = None) -> float:
-    """Seconds of a `glad` command, confined to one core if asked; its failure ends the benchmark."""
+    """Seconds that a `glad` command takes, on one core only if ``core`` is given; its failure ends the benchmark."""
 
     def confine() -> None:
         if core is not None:
             os.sched_setaffinity(0, {core})
 
     started = time.perf_counter()
-    done = subprocess.run([*GLAD, *map(str, arguments)], preexec_fn=confine, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(done.stdout + done.stderr)
+    process = subprocess.run([*GLAD, *map(str, arguments)], preexec_fn=confine, capture_output=True, text=True)
+    if process.returncode != 0:
+        raise SystemExit(process.stdout + process.stderr)
     return time.perf_counter() - started
 
 
-def main(as_json: Annotated[bool, typer.Option("--json", help="One JSON object as the last line")] = False) -> None:
+def main(as_json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False) -> None:
     """Measure and print."""
     work = Path(tempfile.mkdtemp(prefix="glad-bench-"))
     figures: dict[str, object] = {}

@@ -1,11 +1,12 @@
-"""Memory that fine-tuning Stable Diffusion v1-4's UNet needs on the GPU, computed from its shapes: no GPU, no weights.
+"""GPU memory that fine-tuning Stable Diffusion v1-4's UNet needs, computed from its shapes without GPU or weights.
 
     python benchmarks/training_memory.py [--json]
 
-Weights, gradients and optimiser states follow from the parameter count. Activations are the tensors autograd keeps for
-one image of 512 x 512 (latents 64 x 64), counted on PyTorch's meta device with 16-bit activations, as under autocast;
-with gradient checkpointing, what is kept between blocks plus the largest block's own. Attention is counted as the
-memory-efficient kernels keep it (their inputs and output, not the N x N matrix). Allocator overhead is not counted.
+Weights, gradients and optimiser states follow from the parameter count. Activations are the tensors that autograd keeps
+for one image of 512 x 512 (latents 64 x 64), counted on PyTorch's meta device with 16-bit activations, as under
+autocast. With gradient checkpointing they are the tensors kept between blocks plus those of the largest block.
+Attention is counted as the memory-efficient kernels keep it (their inputs and output, not the N x N matrix). Allocator
+overhead is not counted.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ FROZEN = 0.084 + 0.086  # billion parameters of the VAE and the ViT, kept in flo
 
 
 def kept_bytes(unet: UNet2DConditionModel) -> tuple[int, int]:
-    """Bytes autograd keeps for one image; bytes of the largest down, mid or up block among them."""
+    """Bytes that autograd keeps for one image, and those of its largest down, mid or up block."""
     seen: dict[int, Tensor] = {}
     parameters = {id(p.untyped_storage()) for p in unet.parameters()}
     blocks: list[int] = []
@@ -51,7 +52,7 @@ def kept_bytes(unet: UNet2DConditionModel) -> tuple[int, int]:
     return total(), max(blocks)
 
 
-def main(as_json: Annotated[bool, typer.Option("--json", help="One JSON object as the last line")] = False) -> None:
+def main(as_json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False) -> None:
     """Print the table."""
     with torch.device("meta"):
         plain = UNet2DConditionModel(sample_size=64, cross_attention_dim=768).to(torch.bfloat16).train()

@@ -43,7 +43,7 @@ def test_a_finished_run_leaves_its_metrics_and_nothing_else(tmp_path: Path) -> N
         (work / folder).mkdir(parents=True)
     (work / "tensorboard/events").write_text("events")
     for start in (3, 1):
-        pq.write_table(pa.table({"step": [start, start + 1]}), work / f"metrics/part-{start}.parquet")
+        pq.write_table(pa.table({"step": [start + 1, start]}), work / f"metrics/part-{start}.parquet")
     clear_work(STORAGE, str(work), str(tmp_path / "out"))
     assert pq.read_table(tmp_path / "out.training.parquet")["step"].to_pylist() == [1, 2, 3, 4]
     assert (tmp_path / "out.tensorboard/events").read_text() == "events"
