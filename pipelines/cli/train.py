@@ -85,8 +85,8 @@ def train(
     address: Address = None,
 ) -> None:
     """Train a bundle on good images and calibrate it. The same command resumes an interrupted training."""
-    from pipelines.train.job import TrainRequest
     from pipelines.train.job import train as run
+    from pipelines.train.plan import TrainRequest
 
     recipe = {
         "steps": steps,
@@ -146,7 +146,7 @@ def retrain(
 ) -> None:
     """Train a model per category into a registry; if repeated, only what is missing. Exit code 1 if any failed."""
     from pipelines.train import retrain as job
-    from pipelines.train.job import TrainRequest
+    from pipelines.train.plan import TrainRequest
 
     recipe = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
     request = TrainRequest(

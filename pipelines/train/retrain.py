@@ -20,8 +20,9 @@ from cluster.storage import Storage, absolute, join
 from pipelines.models import registry
 from pipelines.models.find import local_bundle
 from pipelines.train.good_images import good_images
-from pipelines.train.job import TrainRequest, claim_work, plan_job, run_training, with_resources
+from pipelines.train.job import run_training
 from pipelines.train.pixels import read_pixels
+from pipelines.train.plan import TrainRequest, claim_work, plan_job, with_resources
 from pipelines.train.side_by_side import run_side_by_side
 from pipelines.train.spec import Outcome, TrainJob, clear_work
 from pipelines.train.survey import DATA_CPUS, Survey

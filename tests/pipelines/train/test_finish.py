@@ -9,8 +9,8 @@ from glad_core.bundle.model import load_bundle
 from glad_core.training.loop import TrainState, fine_tune
 from pipelines.train.finish import with_weights
 from pipelines.train.good_images import GoodImage
-from pipelines.train.job import TrainRequest, plan_job
 from pipelines.train.pixels import read_pixels
+from pipelines.train.plan import TrainRequest, plan_job
 from pipelines.train.worker import make_loss
 
 

@@ -13,7 +13,7 @@ from glad_core.bundle.glad_json import read_description, update_settings
 from glad_core.bundle.settings import Settings
 from pipelines.models import registry
 from pipelines.train.good_images import GoodImage
-from pipelines.train.job import TrainRequest, plan_job
+from pipelines.train.plan import TrainRequest, plan_job
 from pipelines.train.retrain import RetrainRequest, find_earlier, parallel_jobs, publish_and_promote
 from pipelines.train.spec import Outcome, TrainJob
 from pipelines.train.survey import Survey

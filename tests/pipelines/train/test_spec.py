@@ -7,7 +7,7 @@ import pytest
 
 from cluster.storage import Storage
 from pipelines.train.good_images import GoodImage
-from pipelines.train.job import TrainRequest, plan_job
+from pipelines.train.plan import TrainRequest, plan_job
 from pipelines.train.spec import TrainJob, clear_work
 from pipelines.train.survey import Survey
 

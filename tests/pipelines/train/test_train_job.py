@@ -19,7 +19,6 @@ from glad_core.training.loop import TrainState, fine_tune
 from glad_core.training.recipe import Recipe
 from pipelines.cli.main import app
 from pipelines.train.good_images import GoodImage
-from pipelines.train.job import cpu_share
 from pipelines.train.pixels import read_pixels
 
 
@@ -97,25 +96,6 @@ def test_one_model_for_several_categories(tmp_path, dataset, tiny_bundle, ray_se
     (error,) = pq.read_table(tmp_path / "run" / "errors").to_pylist()
     assert error["error_type"] == "no_model"
     assert "unknown" in error["message"]
-
-
-@pytest.mark.parametrize(
-    ("nodes", "workers", "expected"),
-    [
-        ([2], 1, 1.5),
-        ([2], 2, 0.75),
-        ([2], 3, 0.5),
-        ([1, 2, 2], 1, 1.5),  # of one node, not of the cluster's five: no worker spans two
-        ([1, 2, 2], 3, 0.75),  # the head has half a CPU to give: two on one node, one on the other
-        ([16, 16], 2, 15.5),
-        ([0.5], 1, 0),
-    ],
-)
-def test_a_worker_s_share_fits_one_node(nodes, workers, expected):
-    share = cpu_share(nodes, workers)
-    assert share == pytest.approx(expected)
-    if share:
-        assert sum(int((cpus - 0.5) / share + 1e-9) for cpus in nodes) >= workers
 
 
 def refused(outcome, *words):

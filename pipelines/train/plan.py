@@ -1,0 +1,132 @@
+"""The plan of a training job before anything runs: its recipe, its folder and its share of the cluster."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cluster import session
+from cluster.storage import Storage, StorageError, is_s3, join
+from glad_core.bundle.glad_json import read_description
+from glad_core.errors import GladError
+from glad_core.training.recipe import Part, Recipe
+from pipelines.models.find import SMALL, local_bundle
+from pipelines.train.pixels import load_textures
+from pipelines.train.spec import TrainJob
+from pipelines.train.survey import DATA_CPUS
+
+LEAST_CPUS = 0.25  # of a worker
+# The recipes of `glad train --part dino` and `--part vae`; the UNet's is in the base bundle.
+PART_RECIPES: dict[str, dict[str, Any]] = {
+    "dino": {"steps": 300, "batch_size": 8, "learning_rate": 1e-5, "weight_decay": 0.0},
+    "vae": {"steps": 500, "batch_size": 8, "learning_rate": 1e-5, "weight_decay": 0.0},
+}
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """The options of `glad train`; locations are local or s3://. None in ``recipe`` takes the base bundle's value."""
+
+    dataset: str
+    category: str | None
+    base: str
+    out: str
+    recipe: dict[str, Any]
+    part: Part = "unet"
+    textures: str | None = None
+    device: str | None = None
+    workers: int = 1
+    target_fpr: float = 0.05
+    address: str | None = None
+    exclude: str | None = None  # runs with feedback (`pipelines.runs.feedback`)
+    include: str | None = None
+
+
+def plan_job(request: TrainRequest, categories: list[str], storage: Storage, *, name: str, work: str) -> TrainJob:
+    """The job as far as it is known before the survey of its images; checks the base and the recipe."""
+    base = local_bundle(request.base, storage)
+    description = read_description(base)
+    recommended = description.provenance.get("recipe", {}) if request.part == "unet" else PART_RECIPES[request.part]
+    options = {name: value for name, value in request.recipe.items() if value is not None}
+    recipe = Recipe.parse(recommended | options, f"training recipe of {request.base} with the options given")
+    if recipe.batch_size % request.workers:
+        raise GladError(
+            f"--batch-size {recipe.batch_size} cannot be shared by {request.workers} workers: "
+            f"use a multiple of {request.workers}"
+        )
+    if request.textures is not None:
+        load_textures(request.textures, 8, storage, limit=1)
+    if recipe.optimizer == "adamw8bit":
+        from glad_core.training.loop import adamw_8bit
+
+        adamw_8bit()
+    base_uri = request.base if is_s3(request.base) or request.base == SMALL else str(base)
+    return TrainJob(
+        name=name,
+        base=base_uri,
+        part=request.part,
+        recipe=recipe,
+        categories=categories,
+        images=[],
+        textures=request.textures,
+        target_fpr=request.target_fpr,
+        work=work,
+        storage=storage,
+        workers=request.workers,
+    )
+
+
+def claim_work(storage: Storage, work: str) -> None:
+    """Prove that the run's folder can be written, before any work."""
+    try:
+        storage.write(join(work, "written.txt"), b"a training run keeps its checkpoints and metrics here\n")
+    except StorageError as error:
+        raise StorageError(f"cannot write {work}: choose another --out ({error})") from error
+
+
+def with_resources(job: TrainJob, request: TrainRequest, parallel: int = 1) -> TrainJob:
+    """The job with its share of the connected cluster, if ``parallel`` such jobs run at a time.
+
+    One GPU per worker if there are GPUs or the request is for cuda; otherwise a share of the CPUs (`cpu_share`).
+
+    Raises:
+        GladError: more than this machine has. A cluster may grow, so nothing is refused there.
+    """
+    grows = request.address is not None
+    gpus = session.gpus(session.resources())
+    if request.device == "cuda" or (request.device is None and gpus):
+        if job.workers > gpus and not grows:
+            raise GladError(f"{job.workers} workers need as many GPUs, this machine has {gpus:g}: lower --workers")
+        return replace(job, cpus=1.0, gpus=1.0, device="cuda")
+    if request.device is not None:
+        _check_device(request.device)
+    share = cpu_share(session.node_cpus(), job.workers * parallel)
+    if share < LEAST_CPUS and not grows:
+        raise GladError(
+            f"{job.workers * parallel} workers do not fit this machine's {sum(session.node_cpus()):g} CPUs: "
+            "lower the number of workers"
+        )
+    return replace(job, cpus=max(share, LEAST_CPUS), device=request.device or "cpu")
+
+
+def cpu_share(nodes: list[float], workers: int) -> float:
+    """Largest equal CPU share per worker, with no worker across nodes and `DATA_CPUS` reserved on each node; else 0."""
+    free = [cpus - DATA_CPUS for cpus in nodes if cpus > DATA_CPUS]
+    # The largest share divides some node's CPUs evenly: with any other, every node could give a little more.
+    shares = sorted({node / count for node in free for count in range(1, workers + 1)}, reverse=True)
+    for share in shares:
+        # Rounded down, so that the shares of a node never add up to more than it has.
+        rounded = math.floor(share * 100) / 100
+        if rounded and sum(int(node / rounded + 1e-9) for node in free) >= workers:
+            return rounded
+    return 0.0
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise GladError(f"--device {device} cannot be used on this machine; try cpu") from error
