@@ -5,6 +5,7 @@ botocore lists page by page (pyarrow returns a listing as a whole), and s3fs wri
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -170,11 +171,18 @@ def publish(connection: Connection, folder: Path, path: str, last: str) -> None:
         OSError: as the server answers.
     """
     names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    target = filesystem(connection, background_writes=False)
     for name in [name for name in names if name != last] + [last]:
-        pafs.copy_files(
-            str(folder / name),
-            f"{path}/{name}",
-            source_filesystem=pafs.LocalFileSystem(),
-            destination_filesystem=filesystem(connection, background_writes=False),
-            chunk_size=COPY_CHUNK,
-        )
+        # Not pyarrow.fs.copy_files: of a file smaller than a chunk it drops the error that closing the upload raises.
+        with (folder / name).open("rb") as source, target.open_output_stream(f"{path}/{name}") as upload:
+            shutil.copyfileobj(source, upload, COPY_CHUNK)
+
+
+def fetch(connection: Connection, path: str, file: Path) -> None:
+    """Copy the object ``path`` (``bucket/key``) to a local file, a chunk at a time.
+
+    Raises:
+        OSError: as the server answers, or the disk.
+    """
+    with filesystem(connection).open_input_stream(path) as source, file.open("wb") as target:
+        shutil.copyfileobj(source, target, COPY_CHUNK)

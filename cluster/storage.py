@@ -7,6 +7,7 @@ done by `cluster.local` and `cluster.s3`.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -154,15 +155,12 @@ class Storage(s3.Connection):
                 raise
 
     def _fetch_file(self, uri: str, target: Path) -> None:
-        filesystem, path = self.resolve(uri)
+        _, path = self.resolve(uri)
         try:
-            pafs.copy_files(
-                path,
-                str(target),
-                source_filesystem=filesystem,
-                destination_filesystem=local.filesystem(),
-                chunk_size=s3.COPY_CHUNK,
-            )
+            if is_s3(uri):
+                s3.fetch(self, path, target)
+            else:
+                shutil.copyfile(path, target)
         except OSError as error:
             if is_disk_full(error):  # the copy is to blame, not ``uri``
                 raise

@@ -201,9 +201,9 @@ def find_weed():
 
 
 @contextmanager
-def serve_s3(weed, folder):
+def serve_s3(weed, folder, volumes=500):
     ports = free_ports(4)
-    server = start_weed(weed, folder, ports)
+    server = start_weed(weed, folder, ports, volumes)
     environment = s3_environment(ports[0])
     try:
         wait_for_s3(environment, server)
@@ -222,7 +222,7 @@ def s3_environment(port):
     }
 
 
-def start_weed(weed, folder, ports):
+def start_weed(weed, folder, ports, volumes=500):
     """The server's process; started again with the same folder and ports it goes on with the same data."""
     config = folder / "s3.json"
     credentials = [{"accessKey": "glad-test", "secretKey": "glad-test-secret"}]
@@ -232,7 +232,8 @@ def start_weed(weed, folder, ports):
     command = [weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3"]
     command += [f"-s3.port={s3}", f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}"]
     command += [f"-s3.config={config}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.volumeSizeLimitMB=256"]
-    command += ["-volume.max=50", "-master.telemetry=false"]
+    # Each bucket takes seven volumes; a server without a free one refuses every write.
+    command += [f"-volume.max={volumes}", "-master.telemetry=false"]
     with (folder / "log").open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "GOMEMLIMIT": "512MiB"})
 

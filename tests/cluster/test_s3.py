@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_bucket
+from conftest import find_weed, make_bucket, serve_s3
 
 from cluster import s3
 from cluster.storage import Storage, StorageError
@@ -64,18 +64,35 @@ def test_the_last_file_arrives_last(bucket, tmp_path, monkeypatch):
     storage = Storage.from_environment()
     for name in ("glad.json", "z"):
         (tmp_path / name).write_text(name)
-    copy = s3.pafs.copy_files
+    copy = s3.shutil.copyfileobj
 
-    def fails_at_z(source, *arguments, **options):
-        if source.endswith("z"):
+    def fails_at_z(source, *arguments):
+        if source.name.endswith("z"):
             raise OSError("AWS Error ACCESS_DENIED during PutObject")
-        copy(source, *arguments, **options)
+        copy(source, *arguments)
 
-    monkeypatch.setattr(s3.pafs, "copy_files", fails_at_z)
+    monkeypatch.setattr(s3.shutil, "copyfileobj", fails_at_z)
     with pytest.raises(StorageError, match="refused the credentials") as error:
         storage.publish(tmp_path, f"{bucket}/models/v2", "glad.json")
     assert "\n" not in str(error.value)
     assert storage.kind(f"{bucket}/models/v2/glad.json") == "none"
+
+
+@pytest.mark.slow
+def test_a_server_that_refuses_what_was_sent_is_never_taken_for_one_that_has_it(tmp_path):
+    (tmp_path / "made").mkdir()
+    for name in ("glad.json", "small"):
+        (tmp_path / "made" / name).write_text(name)  # smaller than a chunk: refused only when the upload is closed
+    (tmp_path / "weed").mkdir()
+    with serve_s3(find_weed(), tmp_path / "weed", volumes=7) as environment:  # all taken by the bucket it starts with
+        make_bucket(environment, "full")
+        storage = Storage(environment["AWS_ENDPOINT_URL"], "glad-test", "glad-test-secret", region="us-east-1")
+        with pytest.raises(StorageError, match="internal error") as error:
+            storage.publish(tmp_path / "made", "s3://full/v1", "glad.json")
+        assert "\n" not in str(error.value)
+        with pytest.raises(StorageError):
+            storage.write("s3://full/x", b"x")
+        assert storage.kind("s3://full/v1/glad.json") == "none"
 
 
 @pytest.mark.slow
