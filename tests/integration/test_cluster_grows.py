@@ -191,16 +191,16 @@ def test_the_autoscaler_brings_machines_for_a_backlog_and_takes_them_back(tmp_pa
     driver = start(command(archive, tiny_bundle, out, address), log)
     try:
         wait_for_commits(out, 3, driver, log)
-        machine, (slow,) = next(iter(until(lambda: actors(top), 10, log, driver).items()))
+        machine, (slow,) = next(iter(until(lambda: actors(top), 60, log, driver).items()))
         slow.send_signal(signal.SIGSTOP)  # a backlog, however fast this computer is
         assert not (out / "run.json").exists(), "too late: the job was over"
-        until(lambda: any(working(of[0]) for place, of in actors(top).items() if place != machine), 90, log, driver)
+        until(lambda: any(working(of[0]) for place, of in actors(top).items() if place != machine), 300, log, driver)
         assert machines(top) == 2
         slow.send_signal(signal.SIGCONT)
-        assert driver.wait(120) == 0, log.read_text()
+        assert driver.wait(300) == 0, log.read_text()
     finally:
         driver.kill()
     assert "1 actor with 0.75 CPU each, more as the cluster grows" in " ".join(log.read_text().split())
     check(out, archive)
-    until(lambda: machines(top) == 0, 60, log)
+    until(lambda: machines(top) == 0, 120, log)
     assert not actors(top)
