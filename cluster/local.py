@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow.fs as pafs
 
@@ -23,17 +24,32 @@ def filesystem() -> pafs.LocalFileSystem:
     return pafs.LocalFileSystem()
 
 
-def walk(folder: str, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Every regular file below ``folder`` as (``prefix`` and relative path, bytes), in order of path."""
-    for name, size in level(folder):
-        if size is None:
-            yield from walk(f"{folder}/{name}", f"{prefix}{name}/")
+class Entry(NamedTuple):
+    """A file or folder that storage lists.
+
+    Attributes:
+        path: relative to the folder that is listed.
+        size: bytes; None for a folder.
+        version: changes when the file's bytes do: its ETag on S3, with the quotes of the server's answer; of a local
+            file the time of its last change in nanoseconds. None for a folder.
+    """
+
+    path: str
+    size: int | None
+    version: str | None
+
+
+def walk(folder: str, prefix: str = "") -> Iterator[Entry]:
+    """Every regular file below ``folder``, with ``prefix`` before its relative path, in order of path."""
+    for entry in level(folder):
+        if entry.size is None:
+            yield from walk(f"{folder}/{entry.path}", f"{prefix}{entry.path}/")
         else:
-            yield prefix + name, size
+            yield entry._replace(path=prefix + entry.path)
 
 
-def level(folder: str) -> Iterator[tuple[str, int | None]]:
-    """Files and folders directly in ``folder`` as (name, bytes; None for a folder), in order of name.
+def level(folder: str) -> Iterator[Entry]:
+    """Files and folders directly in ``folder``, in order of name.
 
     Hidden entries, pipes, sockets and links to folders are left out.
 
@@ -48,15 +64,15 @@ def level(folder: str) -> Iterator[tuple[str, int | None]]:
         if entry.name.startswith("."):
             continue
         if entry.is_dir(follow_symlinks=False):
-            yield entry.name, None
+            yield Entry(entry.name, None, None)
             continue
         try:
             status = entry.stat()
         except OSError:  # a dangling link: listed, so that it ends among the errors
-            yield entry.name, 0
+            yield Entry(entry.name, 0, None)
             continue
         if stat.S_ISREG(status.st_mode):
-            yield entry.name, status.st_size
+            yield Entry(entry.name, status.st_size, str(status.st_mtime_ns))
 
 
 def write(path: str, data: bytes) -> None:

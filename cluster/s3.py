@@ -84,10 +84,10 @@ def filesystem(connection: Connection, background_writes: bool = True) -> pafs.S
     return pafs.S3FileSystem(**options)
 
 
-def keys(connection: Connection, bucket: str, prefix: str, delimiter: str = "") -> Iterator[tuple[str, Any]]:
-    """Objects below a prefix as (rest of the key, size), page by page.
+def keys(connection: Connection, bucket: str, prefix: str, delimiter: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Objects below a prefix as (rest of the key, size, ETag), page by page.
 
-    With a delimiter, a folder's objects are one entry of size None.
+    With a delimiter, a folder's objects are one entry without size and ETag.
 
     Raises:
         OSError: as the server answers.
@@ -99,14 +99,32 @@ def keys(connection: Connection, bucket: str, prefix: str, delimiter: str = "") 
         pages = _listing(connection).get_paginator("list_objects_v2")
         for page in pages.paginate(Bucket=bucket, Prefix=below, Delimiter=delimiter):
             objects = page.get("Contents", [])
-            entries = [(item["Key"], item["Size"]) for item in objects if not item["Key"].endswith("/")]
+            entries = [(item["Key"], item["Size"], item.get("ETag")) for item in objects if item["Key"][-1] != "/"]
             if delimiter:  # the server lists objects and folders of a page apart
-                folders = [(item["Prefix"], None) for item in page.get("CommonPrefixes", [])]
+                folders = [(item["Prefix"], None, None) for item in page.get("CommonPrefixes", [])]
                 entries = sorted(entries + folders, key=lambda entry: entry[0].encode())
-            for key, size in entries:
-                yield key[len(below) :].removesuffix(delimiter or "/"), size
+            for key, size, version in entries:
+                yield key[len(below) :].removesuffix(delimiter or "/"), size, version
     except (BotoCoreError, ClientError) as error:
         raise OSError(str(error)) from error
+
+
+def find(connection: Connection, bucket: str, key: str) -> tuple[int, str | None]:
+    """Size and ETag of an object.
+
+    Raises:
+        OSError: as the server answers; FileNotFoundError if there is none.
+    """
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        page = _listing(connection).list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
+    except (BotoCoreError, ClientError) as error:
+        raise OSError(str(error)) from error
+    for item in page.get("Contents", []):  # the key itself is the first that begins with it
+        if item["Key"] == key:
+            return item["Size"], item.get("ETag")
+    raise FileNotFoundError(f"s3://{bucket}/{key}: no such file")
 
 
 @lru_cache(maxsize=8)

@@ -17,9 +17,11 @@ from urllib.parse import unquote, urlparse
 import pyarrow.fs as pafs
 
 from cluster import local, s3
+from cluster.local import Entry
 from cluster.storage_errors import StorageError, explain, is_disk_full, is_outage
 
 __all__ = [
+    "Entry",
     "Storage",
     "StorageError",
     "absolute",
@@ -59,7 +61,12 @@ class Storage(s3.Connection):
         return {pafs.FileType.File: "file", pafs.FileType.Directory: "folder"}.get(info.type, "none")
 
     def walk(self, uri: str) -> Iterator[tuple[str, int]]:
-        """Every regular file below ``uri`` as (path relative to it, size in bytes), in order of path, S3 in its own.
+        """`entries` as (path relative to ``uri``, size in bytes)."""
+        for entry in self.entries(uri):
+            yield entry.path, entry.size or 0
+
+    def entries(self, uri: str) -> Iterator[Entry]:
+        """Every regular file below ``uri``, in order of path, S3 in its own.
 
         Streamed: memory holds one page of S3's listing or one folder. Left out are hidden files and folders (a leading
         dot), pipes, sockets and links to folders.
@@ -69,23 +76,33 @@ class Storage(s3.Connection):
             yield from local.walk(root)
             return
         with clear_errors(uri, self):
-            for key, size in s3.keys(self, *root.partition("/")[::2]):
+            for key, size, version in s3.keys(self, *root.partition("/")[::2]):
                 if not any(part.startswith(".") for part in key.split("/")):
-                    yield key, size
+                    yield Entry(key, size, version)
 
-    def level(self, uri: str) -> Iterator[tuple[str, int | None]]:
-        """The files and folders directly in ``uri`` as (name, size in bytes; None for a folder), in `walk`'s order.
+    def level(self, uri: str) -> Iterator[Entry]:
+        """The files and folders directly in ``uri``, in the order of `entries`.
 
-        Leaves out what `walk` leaves out.
+        Leaves out what `entries` leaves out.
         """
         _, root = self.resolve(uri)
         if not is_s3(uri):
             yield from local.level(root)
             return
         with clear_errors(uri, self):
-            for name, size in s3.keys(self, *root.partition("/")[::2], delimiter="/"):
+            for name, size, version in s3.keys(self, *root.partition("/")[::2], delimiter="/"):
                 if not name.startswith("."):
-                    yield name, size
+                    yield Entry(name, size, version)
+
+    def entry(self, uri: str) -> Entry:
+        """One file as its folder lists it. Raises FileNotFoundError if there is none."""
+        _, path = self.resolve(uri)
+        name = path.rpartition("/")[2]
+        if not is_s3(uri):
+            status = os.stat(path)
+            return Entry(name, status.st_size, str(status.st_mtime_ns))
+        bucket, _, key = path.partition("/")
+        return Entry(name, *s3.find(self, bucket, key))
 
     def folders(self, uri: str) -> list[str]:
         """Names of the folders directly in ``uri``, sorted; empty if it is no folder."""

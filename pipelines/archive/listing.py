@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster import session
-from cluster.storage import Storage, StorageError, absolute, clear_errors, join
+from cluster.storage import Entry, Storage, StorageError, absolute, clear_errors, join
 from glad_core.errors import GladError
 from pipelines.archive.sources import LIST_SUFFIXES, Row, Tree, list_source, tree_rows, trees_of, with_categories
 
@@ -36,6 +36,7 @@ MANIFEST_SCHEMA = pa.schema(
         ("image_id", pa.string()),
         ("uri", pa.string()),
         ("size", pa.int64()),  # bytes; null if a list of URIs named the image
+        ("version", pa.string()),  # of the file when it was listed, see `storage.Entry`; null as above, or without one
         ("category", pa.string()),
         ("shard", pa.string()),  # the tar file an image lies in, and its first byte there
         ("offset", pa.int64()),
@@ -45,7 +46,7 @@ MANIFEST_SCHEMA = pa.schema(
         ("position", pa.int64()),  # among the rows of its task, from 0
     ]
 )
-Entry = tuple[Tree, str, int | None]  # a path below a tree's folder, and the file's size; None for a folder
+Part = tuple[Tree, Entry]  # a file or folder, its path relative to the tree's folder
 
 
 @dataclass(frozen=True)
@@ -96,48 +97,48 @@ def list_remotely(source: str, category: str | None, storage: Storage, folder: s
     return listed
 
 
-def split(archive: Archive) -> list[list[Entry] | None]:
+def split(archive: Archive) -> list[list[Part] | None]:
     """The archive in pieces for one task each, in order; a single None if it cannot be split into folders."""
     trees = trees_of(archive.source, archive.category, archive.storage, archive.several)
     if trees is None:
         return [None]
-    entries: list[Entry] = [(tree, "", None) for tree in trees]
-    whole: set[Entry] = set()
+    parts: list[Part] = [(tree, Entry("", None, None)) for tree in trees]
+    whole: set[Part] = set()
     with ThreadPoolExecutor(OPENERS) as pool:
         while True:
-            closed = [entry for entry in entries if entry[2] is None and entry not in whole]
-            if not closed or sum(size is None for _, _, size in entries) >= FOLDERS:
+            closed = [part for part in parts if part[1].size is None and part not in whole]
+            if not closed or sum(entry.size is None for _, entry in parts) >= FOLDERS:
                 break
-            opened = dict(zip(closed, pool.map(lambda entry: _open(entry, archive.storage), closed), strict=True))
-            whole.update(entry for entry in closed if opened[entry] == [entry])
-            entries = [part for entry in entries for part in opened.get(entry, [entry])]
-    folders_per_piece = -(-max(1, sum(size is None for _, _, size in entries)) // FOLDERS)
-    pieces: list[list[Entry] | None] = []
-    piece: list[Entry] = []
+            opened = dict(zip(closed, pool.map(lambda part: _open(part, archive.storage), closed), strict=True))
+            whole.update(part for part in closed if opened[part] == [part])
+            parts = [below for part in parts for below in opened.get(part, [part])]
+    folders_per_piece = -(-max(1, sum(entry.size is None for _, entry in parts)) // FOLDERS)
+    pieces: list[list[Part] | None] = []
+    piece: list[Part] = []
     folders = 0
-    for entry in entries:
-        if entry[2] is None and folders == folders_per_piece:
+    for part in parts:
+        if part[1].size is None and folders == folders_per_piece:
             pieces.append(piece)
             piece, folders = [], 0
-        folders += entry[2] is None
-        piece.append(entry)
+        folders += part[1].size is None
+        piece.append(part)
     return [*pieces, piece]
 
 
-def _open(folder: Entry, storage: Storage) -> list[Entry]:
+def _open(closed: Part, storage: Storage) -> list[Part]:
     """The files and folders directly in a folder; the folder itself if it holds many files."""
-    tree, path, _ = folder
-    entries: list[Entry] = []
+    tree, folder = closed
+    parts: list[Part] = []
     files = 0
-    for name, size in storage.level(join(tree.folder, path) if path else tree.folder):
-        files += size is not None
-        if files > LOOSE_FILES or not name:  # an S3 key may hold two slashes in a row, which no path can name
-            return [folder]
-        entries.append((tree, f"{path}/{name}" if path else name, size))
-    return entries
+    for entry in storage.level(join(tree.folder, folder.path) if folder.path else tree.folder):
+        files += entry.size is not None
+        if files > LOOSE_FILES or not entry.path:  # an S3 key may hold two slashes in a row, which no path can name
+            return [closed]
+        parts.append((tree, entry._replace(path=f"{folder.path}/{entry.path}") if folder.path else entry))
+    return parts
 
 
-def write_manifest(archive: Archive, piece: Sequence[Entry] | None, number: int, folder: str) -> tuple[int, int]:
+def write_manifest(archive: Archive, piece: Sequence[Part] | None, number: int, folder: str) -> tuple[int, int]:
     """List a piece of the archive (None: all of it) into Parquet parts; returns the number of images and of duplicates.
 
     Holds one part in memory. Paths in a tree cannot repeat. To skip what a list, a split file or a tar names twice, it
@@ -169,16 +170,16 @@ def write_manifest(archive: Archive, piece: Sequence[Entry] | None, number: int,
     return count, seen - count
 
 
-def _piece_rows(piece: Sequence[Entry], archive: Archive) -> Iterator[Row]:
-    def files(tree: Tree, path: str, size: int | None) -> Iterator[tuple[str, int]]:
-        if size is not None:
-            yield path, size
+def _piece_rows(piece: Sequence[Part], archive: Archive) -> Iterator[Row]:
+    def files(tree: Tree, entry: Entry) -> Iterator[Entry]:
+        if entry.size is not None:
+            yield entry
             return
-        inside = f"{path}/" if path else ""
-        for name, bytes_ in archive.storage.walk(join(tree.folder, path) if path else tree.folder):
-            yield inside + name, bytes_
+        inside = f"{entry.path}/" if entry.path else ""
+        for file in archive.storage.entries(join(tree.folder, entry.path) if entry.path else tree.folder):
+            yield file._replace(path=inside + file.path)
 
-    rows = (row for entry in piece for row in tree_rows(entry[0], files(*entry), archive.storage))
+    rows = (row for part in piece for row in tree_rows(part[0], files(*part), archive.storage))
     return with_categories(rows, archive.source, archive.category) if archive.several else rows
 
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.utils import glob_translate
 
-from cluster.storage import Storage, StorageError, absolute, clear_errors, is_s3, join
+from cluster.storage import Entry, Storage, StorageError, absolute, clear_errors, is_s3, join
 from glad_core.errors import GladError
 from pipelines.archive.decode import is_image
 from pipelines.archive.layouts import category_folders, choose_category, read_split_file, split_file
@@ -56,7 +56,7 @@ def list_source(source: str, category: str | None, storage: Storage, several: bo
     source = absolute(source)
     trees = trees_of(source, category, storage, several)
     if trees is not None:
-        rows: Iterator[Row] = (row for tree in trees for row in tree_rows(tree, storage.walk(tree.folder), storage))
+        rows: Iterator[Row] = (row for tree in trees for row in tree_rows(tree, storage.entries(tree.folder), storage))
     elif storage.kind(source) == "folder":
         rows = _list_split_file(source, category, storage, several)
     elif category is not None and not several:
@@ -99,10 +99,10 @@ def _one_category(source: str, folders: dict[str, str], category: str | None) ->
     return []
 
 
-def tree_rows(tree: Tree, files: Iterable[tuple[str, int]], storage: Storage) -> Iterator[Row]:
-    """Manifest rows of a tree's files, given as (path below its folder, size)."""
-    for path, size in files:
-        yield from _expand_one(f"{tree.folder}/{path}", tree.inside + path, size, tree.category, storage)
+def tree_rows(tree: Tree, files: Iterable[Entry], storage: Storage) -> Iterator[Row]:
+    """Manifest rows of a tree's files; their paths are relative to its folder."""
+    for file in files:
+        yield from _expand_one(f"{tree.folder}/{file.path}", tree.inside + file.path, file, tree.category, storage)
 
 
 def with_categories(rows: Iterable[Row], source: str, category: str | None) -> Iterator[Row]:
@@ -118,8 +118,8 @@ def _list_no_folder(source: str, storage: Storage) -> Iterator[Row]:
         suffix = PurePosixPath(source).suffix.lower()
         if suffix in LIST_SUFFIXES:
             return _list_uris(source, storage)
-        parent, _, name = source.rpartition("/")
-        return tree_rows(Tree(parent), [(name, storage.size(source))], storage)
+        with clear_errors(source, storage):
+            return tree_rows(Tree(source.rpartition("/")[0]), [storage.entry(source)], storage)
     if WILDCARDS.search(source):
         return _list_glob(source, storage)
     raise StorageError(f"{source}: no such file or folder")
@@ -143,7 +143,7 @@ def _list_glob(pattern: str, storage: Storage) -> Iterator[Row]:
     if is_s3(pattern) and len(fixed) <= len("s3://"):
         raise GladError(f"{pattern}: the bucket itself cannot be a pattern; name it")
     matches = re.compile(glob_translate(pattern[len(fixed) + 1 :])).match
-    files = ((path, size) for path, size in storage.walk(fixed or "/") if matches(path))
+    files = (file for file in storage.entries(fixed or "/") if matches(file.path))
     return tree_rows(Tree(fixed), files, storage)
 
 
@@ -152,9 +152,9 @@ def _list_uris(source: str, storage: Storage) -> Iterator[Row]:
     parent = source.rpartition("/")[0]
     for entry in _entries(source, storage):
         if "://" in entry or entry.startswith("/"):
-            yield from _expand_one(entry, entry, None, None, storage)
+            yield from _expand_one(entry, entry, Entry(entry, None, None), None, storage)
         else:
-            yield from _expand_one(join(parent, entry), entry, None, None, storage)
+            yield from _expand_one(join(parent, entry), entry, Entry(entry, None, None), None, storage)
 
 
 def _entries(source: str, storage: Storage) -> Iterator[str]:
@@ -181,15 +181,17 @@ def _entries(source: str, storage: Storage) -> Iterator[str]:
             yield from (uri for uri in batch["uri"].to_pylist() if uri)
 
 
-def _expand_one(uri: str, archive_path: str, size: int | None, category: str | None, storage: Storage) -> Iterator[Row]:
+def _expand_one(uri: str, archive_path: str, file: Entry, category: str | None, storage: Storage) -> Iterator[Row]:
     """One file: itself, or the images inside it if it is a tar shard."""
     if uri.lower().endswith((".tar", ".tar.gz", ".tgz")):
-        yield from _list_tar(uri, archive_path, category, storage)
+        yield from _list_tar(uri, archive_path, file.version, category, storage)
     else:
-        yield _row(uri, archive_path, size, category)
+        yield _row(uri, archive_path, file.size, category) | {"version": file.version}
 
 
-def _list_tar(uri: str, archive_path: str, category: str | None, storage: Storage) -> Iterator[Row]:
+def _list_tar(
+    uri: str, archive_path: str, version: str | None, category: str | None, storage: Storage
+) -> Iterator[Row]:
     """The images of a tar shard, in its order; WebDataset's other members (.json, .cls, .txt) are skipped.
 
     A damaged shard gives the images before the damage, and one error row for itself.
@@ -197,6 +199,7 @@ def _list_tar(uri: str, archive_path: str, category: str | None, storage: Storag
     problem: str | None = None
     try:
         filesystem, path = storage.resolve(uri)
+        version = version or storage.entry(uri).version  # of before its members are read
         with filesystem.open_input_file(path) as stream, tarfile.open(fileobj=stream, mode="r:") as shard:
             end = stream.size()
             for member in shard:
@@ -206,6 +209,7 @@ def _list_tar(uri: str, archive_path: str, category: str | None, storage: Storag
                     problem = f"cut off inside {member.name}"
                     break
                 yield _row(f"tar://{member.name}::{uri}", f"{archive_path}::{member.name}", member.size, category) | {
+                    "version": version,
                     "shard": uri,
                     "offset": member.offset_data,
                 }

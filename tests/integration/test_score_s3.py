@@ -128,7 +128,10 @@ def test_create_has_one_winner_on_s3(s3, s3_server):
 
 
 def test_pieces_of_a_bucket_are_one_walk(s3, archive, tmp_path, monkeypatch):
-    assert [name for name, _ in s3.level(archive)] == ["broken", "line 0", "line 1", "shard.tar"]
+    assert [entry.path for entry in s3.level(archive)] == ["broken", "line 0", "line 1", "shard.tar"]
+    rows = list(list_source("s3://archive", None, s3))
+    assert all(row["version"] == s3.entry(row.get("shard") or row["uri"]).version for row in rows)
+    assert all(row["version"].startswith('"') for row in rows)  # an ETag
     for folders in (1, 3, 64):
         monkeypatch.setattr(listing, "FOLDERS", folders)
         request = listing.Archive("s3://archive", None, s3, False)

@@ -3,6 +3,7 @@
 import io
 import tarfile
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -72,7 +73,7 @@ def test_a_wide_tree_becomes_many_pieces_and_a_flat_folder_stays_one(tmp_path, m
     for number in range(5):
         (tmp_path / "flat" / f"{number}.png").write_bytes(b"x")
     (piece,) = split(Archive(str(tmp_path / "flat"), None, STORAGE, False))
-    assert [(path, size) for _, path, size in piece] == [("", None)]
+    assert [(entry.path, entry.size) for _, entry in piece] == [("", None)]
 
 
 def test_a_list_is_in_parts_without_duplicates(tmp_path, monkeypatch):
@@ -92,6 +93,29 @@ def test_a_name_twice_in_one_tar_is_a_duplicate_and_in_two_tars_is_not(tmp_path)
                 member.size = 4
                 tar.addfile(member, io.BytesIO(b"data"))
     assert listed(Archive(str(tmp_path), None, STORAGE, False), tmp_path / "manifest") == ([4], 2)
+
+
+def test_the_manifest_holds_the_version_of_every_file_that_was_listed(tmp_path):
+    root = tmp_path / "archive"
+    root.mkdir()
+    (root / "1.png").write_bytes(b"x")
+    with tarfile.open(root / "0.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("0.png"), io.BytesIO())
+    versions = [str((root / name).stat().st_mtime_ns) for name in ("0.tar", "1.png")]
+    counts, _ = listed(Archive(str(root), None, STORAGE, False), tmp_path / "manifest")
+    assert manifest(tmp_path / "manifest", counts)["version"].to_pylist() == versions
+    (root / "list.txt").write_text("0.tar\n1.png\n")  # of an image in a list only its name is known
+    counts, _ = listed(Archive(str(root / "list.txt"), None, STORAGE, False), tmp_path / "list")
+    assert manifest(tmp_path / "list", counts)["version"].to_pylist() == [versions[0], None]
+    (single,) = list_source(str(root / "1.png"), None, STORAGE)
+    assert single["version"] == versions[1]
+
+
+def test_a_manifest_of_an_earlier_release_is_read(tmp_path):
+    table = pa.Table.from_pylist([{"image_id": "0" * 32, "position": 0}], schema=MANIFEST_SCHEMA)
+    pq.write_table(table.drop_columns("version"), tmp_path / "part-00000000.parquet")
+    assert manifest(tmp_path, [1]).schema.equals(MANIFEST_SCHEMA)
+    assert manifest(tmp_path, [1])["version"].to_pylist() == [None]
 
 
 @pytest.mark.slow
