@@ -5,6 +5,7 @@ Shapes: B batch, N tokens (without class and register tokens), D embedding width
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from glad_core.errors import GladError
 
+NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)?")  # timm's architecture, and a tag of its weights
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -24,14 +26,17 @@ def create_vit(architecture: str, *, pretrained: bool = False, **args: Any) -> V
     """A frozen timm ViT without its classifier, e.g. ``vit_base_patch8_224.dino`` (the paper's, Sec. 4.2).
 
     Raises:
-        GladError: timm does not know the name, or it is not a plain ``VisionTransformer``.
+        GladError: timm itself does not know the name, or it is not a plain ``VisionTransformer``.
     """
+    # Of names with a colon or a slash timm asks the hub or reads folders.
+    if not NAME.fullmatch(architecture) or not timm.is_model(architecture):
+        raise GladError(f"timm has no model {architecture!r}: choose one of timm.list_models('vit*')")
     try:
         vit = timm.create_model(architecture, pretrained=pretrained, **{"num_classes": 0, **args})
     except RuntimeError as error:
-        if "Unknown model" not in str(error):
+        if "Invalid pretrained tag" not in str(error):
             raise
-        raise GladError(f"timm has no model '{architecture}': choose one of timm.list_models('vit*')") from error
+        raise GladError(f"timm has no weights {architecture!r}: choose one of timm.list_pretrained('vit*')") from error
     if not isinstance(vit, VisionTransformer) or vit.pos_embed is None:
         raise GladError(f"'{architecture}' is a {type(vit).__name__}; GLAD needs a timm VisionTransformer (vit_*)")
     return vit.eval().requires_grad_(False)

@@ -4,32 +4,56 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from glad_core.bundle.settings import Settings
 from glad_core.errors import GladError
 
 SCHEMA_VERSION = 1
 GLAD_JSON = "glad.json"
-REQUIRED = (
-    "unet/config.json",
-    "vae/config.json",
-    "scheduler/scheduler_config.json",
-    "features/config.json",
-    "features/model.safetensors",
-    "prompt.safetensors",
+REQUIRED = frozenset(
+    {
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "scheduler/scheduler_config.json",
+        "features/config.json",
+        "features/model.safetensors",
+        "prompt.safetensors",
+    }
 )
+OPTIONAL = frozenset({"final_features/config.json", "final_features/model.safetensors"})  # both or neither
+MAX_JSON = 2**20  # bytes; ours have a few thousand
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=0)]
 
 
 class FileEntry(BaseModel):
     """Size in bytes and sha256 of one file."""
 
-    size: int
-    sha256: str
+    size: Count
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class Provenance(TypedDict, total=False):
+    """Where a bundle comes from: free-form, apart from what later commands read."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    recipe: dict[str, Any]
+    target_fpr: Share
+    calibration_images: Count
+    good_images: Count
+    held_out_images: Count
 
 
 class Description(BaseModel):
@@ -40,13 +64,13 @@ class Description(BaseModel):
     wrote the bundle, ``files`` every other file by its path in the bundle.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     schema_version: int
-    model_id: str
-    category: str
+    model_id: str = Field(pattern="^[0-9a-f]{16}$")  # also the name of a folder in a registry
+    category: str = Field(pattern=r"^[^\x00-\x1f\x7f]*$")
     settings: dict[str, Any]
-    provenance: dict[str, Any]
+    provenance: Provenance
     versions: dict[str, str]
     files: dict[str, FileEntry]
 
@@ -55,41 +79,106 @@ def read_description(path: str | Path) -> Description:
     """Read ``glad.json``, and check it and the presence and size of every file.
 
     Raises:
-        GladError: not a bundle, of another schema version, or incomplete.
+        GladError: not a bundle, of another schema version, incomplete, or with files that no bundle has.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise GladError(f"{path}: no such model bundle folder; make one with `glad bundle create` or `glad train`")
-    if not (path / GLAD_JSON).is_file():
-        hint = " (a diffusers folder: turn it into a bundle with `glad bundle create`)" if _is_diffusers(path) else ""
-        raise GladError(f"{path}: not a GLAD bundle, it has no {GLAD_JSON}{hint}")
     try:
-        description = Description.model_validate_json((path / GLAD_JSON).read_text())
-    except (ValidationError, UnicodeDecodeError) as error:
-        key = ".".join(map(str, error.errors()[0]["loc"])) if isinstance(error, ValidationError) else ""
-        wrong = f" ('{key}' is missing or wrong)" if key else ""
+        if not path.is_dir():
+            raise GladError(f"{path}: no such model bundle folder; make one with `glad bundle create` or `glad train`")
+        if not (path / GLAD_JSON).is_file():
+            hint = " (a diffusers folder: turn it into a bundle with `glad bundle create`)" * _is_diffusers(path)
+            raise GladError(f"{path}: not a GLAD bundle, it has no {GLAD_JSON}{hint}")
+        description = parse_description(_read_small(path / GLAD_JSON), str(path))
+        check_files(description, _sizes(path), str(path))
+    except OSError as error:
+        raise GladError(f"{path}: cannot be read ({error.strerror or error}); correct the rights or copy it") from error
+    return description
+
+
+def parse_description(text: bytes, where: str) -> Description:
+    """``glad.json`` of the bundle at ``where`` from its bytes, settings and names of files checked.
+
+    Raises:
+        GladError: damaged, of another schema version, or a name that no bundle has.
+    """
+    try:
+        description = Description.model_validate_json(text)
+    except ValidationError as error:
+        key = ".".join(map(str, error.errors()[0]["loc"]))
+        wrong = f" ({key!r} is missing or wrong)" if key else ""
         raise GladError(
-            f"{path / GLAD_JSON}: damaged or of another program{wrong}; restore the bundle from its source"
+            f"{where}/{GLAD_JSON}: damaged or of another program{wrong}; restore the bundle from its source"
         ) from error
     if description.schema_version != SCHEMA_VERSION:
         raise GladError(
-            f"{path}: bundle schema version {description.schema_version}, this program reads {SCHEMA_VERSION}: "
+            f"{where}: bundle schema version {description.schema_version}, this program reads {SCHEMA_VERSION}: "
             "use the matching glad version or make the bundle again"
         )
-    present = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {GLAD_JSON}
-    required = {name for name in REQUIRED if name not in description.files}
-    for name in sorted((set(description.files) | required) - present):
-        raise GladError(f"{path}: incomplete bundle, {name} is missing; copy the bundle again")
-    for name in sorted(required):
-        raise GladError(f"{path}: incomplete bundle, {GLAD_JSON} does not list {name}; make the bundle again")
-    for name in sorted(present - set(description.files)):
-        raise GladError(f"{path}: {name} is not listed in {GLAD_JSON}; remove it or make the bundle again")
-    for name, entry in sorted(description.files.items()):
-        size = (path / name).stat().st_size
-        if size != entry.size:
-            raise GladError(f"{path}: damaged bundle, {name} has {size} bytes instead of {entry.size}; copy it again")
-    Settings.parse(description.settings, str(path / GLAD_JSON))
+    names = set(description.files)
+    # Only these names, so that none can lead out of the folder.
+    for name in sorted(names - REQUIRED - OPTIONAL):
+        raise GladError(f"{where}: {GLAD_JSON} lists {name!r}, which is no file of a bundle; make the bundle again")
+    for name in sorted(REQUIRED - names) + sorted(OPTIONAL - names if OPTIONAL & names else ()):
+        raise GladError(f"{where}: incomplete bundle, {GLAD_JSON} does not list {name}; make the bundle again")
+    Settings.parse(description.settings, f"{where}/{GLAD_JSON}")
     return description
+
+
+def check_files(description: Description, sizes: Mapping[str, int], where: str) -> None:
+    """Compare the files of the bundle at ``where``, by their size in bytes, with its description.
+
+    Raises:
+        GladError: one is missing, unknown, or of another size.
+    """
+    present = sizes.keys() - {GLAD_JSON}
+    for name in sorted(present - description.files.keys()):
+        raise GladError(f"{where}: {name!r} is not listed in {GLAD_JSON}; remove it or make the bundle again")
+    for name in sorted(description.files.keys() - present):
+        raise GladError(f"{where}: incomplete bundle, {name} is missing; copy the bundle again")
+    for name, entry in sorted(description.files.items()):
+        if sizes[name] != entry.size:
+            raise GladError(
+                f"{where}: damaged bundle, {name} has {sizes[name]} bytes instead of {entry.size}; copy it again"
+            )
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    """Bytes of every file in a bundle's folder, by its path there.
+
+    Raises:
+        GladError: one is a link, which could lead anywhere.
+    """
+    sizes = {}
+    for file in path.rglob("*"):
+        name = str(file.relative_to(path))
+        if file.is_symlink():
+            raise GladError(f"{path}: {name!r} is a link, a bundle holds plain files; copy it with `cp -rL`")
+        if file.is_file():
+            sizes[name] = file.stat().st_size
+    return sizes
+
+
+def _read_small(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        text = stream.read(MAX_JSON + 1)
+    if len(text) > MAX_JSON:
+        raise GladError(f"{file}: larger than {MAX_JSON} bytes, so not of a bundle; copy the bundle again")
+    return text
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a small JSON file of a bundle.
+
+    Raises:
+        GladError: it cannot be read, or holds something else.
+    """
+    try:
+        values = from_json(_read_small(file), allow_inf_nan=False)
+    except (ValueError, OSError) as error:
+        raise GladError(f"{file}: damaged ({' '.join(str(error).split())}); copy the bundle again") from error
+    if not isinstance(values, dict):
+        raise GladError(f"{file}: damaged (not a JSON object); copy the bundle again")
+    return values
 
 
 def verify(path: str | Path) -> Description:
@@ -101,7 +190,13 @@ def verify(path: str | Path) -> Description:
     path = Path(path)
     description = read_description(path)
     for name, entry in sorted(description.files.items()):
-        if _sha256(path / name) != entry.sha256:
+        try:
+            digest = _sha256(path / name)
+        except OSError as error:
+            raise GladError(
+                f"{path / name}: cannot be read ({error.strerror}); correct the rights or copy it"
+            ) from error
+        if digest != entry.sha256:
             raise GladError(f"{path}: damaged bundle, {name} does not match its sha256; copy the bundle again")
     if _model_id(description.settings, description.category, description.files) != description.model_id:
         raise GladError(
@@ -113,8 +208,8 @@ def verify(path: str | Path) -> Description:
 def update_settings(path: str | Path, settings: Settings, provenance: dict[str, Any]) -> str:
     """Give a bundle new settings, and more provenance; the weights stay. Returns the new model id."""
     description = read_description(path)
-    provenance = description.provenance | provenance
-    return write_description(Path(path), settings.model_dump(), description.category, provenance).model_id
+    merged = {**description.provenance, **provenance}
+    return write_description(Path(path), settings.model_dump(), description.category, merged).model_id
 
 
 def write_description(path: Path, settings: dict[str, Any], category: str, provenance: dict[str, Any]) -> Description:
@@ -126,7 +221,7 @@ def write_description(path: Path, settings: dict[str, Any], category: str, prove
         model_id=_model_id(settings, category, files),
         category=category,
         settings=settings,
-        provenance=provenance,
+        provenance=Provenance(**provenance),  # type: ignore[typeddict-item]
         versions=versions("glad-ray", "torch", "diffusers", "timm"),
         files=files,
     )

@@ -14,18 +14,21 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from glad_core.bundle.glad_json import GLAD_JSON, verify, write_description
+from glad_core.bundle.configs import DiffusersConfig, SchedulerConfig, UNetConfig, VAEConfig, ViTConfig
+from glad_core.bundle.glad_json import GLAD_JSON, read_description, verify, write_description
 from glad_core.bundle.settings import Settings
+from glad_core.bundle.weights import load_network, not_finite, read_shapes, read_tensors
 from glad_core.errors import GladError
 from glad_core.features import create_vit
 
@@ -110,7 +113,7 @@ def save_bundle(
         overwrite: replace a bundle that is already there.
 
     Raises:
-        GladError: something is already at ``path``.
+        GladError: something is already at ``path``, or weights are not finite.
     """
     path = Path(path)
     if path.exists() and not (overwrite and (path / GLAD_JSON).exists()):
@@ -118,10 +121,8 @@ def save_bundle(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        for network in (unet, vae):
-            network.to(memory_format=torch.contiguous_format)  # safetensors accepts no other, and the engine changes it
-        unet.save_pretrained(partial / "unet", safe_serialization=True)
-        vae.save_pretrained(partial / "vae", safe_serialization=True)
+        _save_part(partial / "unet", unet)
+        _save_part(partial / "vae", vae)
         scheduler = DDIMScheduler.from_config(scheduler_config or stable_diffusion_schedule())
         scheduler.save_pretrained(partial / "scheduler")
         _save_vit(partial / "features", features, features_config)
@@ -129,8 +130,7 @@ def save_bundle(
             _save_vit(partial / "final_features", final_features, features_config)
         stored = {"cond": prompt_cond, "uncond": prompt_uncond}
         stored |= {f"cond/{name}": value for name, value in (prompts or {}).items()}
-        stored = {name: value.detach().clone().contiguous() for name, value in stored.items()}
-        save_file(stored, partial / "prompt.safetensors")
+        _save_tensors(partial / "prompt.safetensors", stored, "prompt")
         description = write_description(partial, settings.model_dump(), category, provenance)
         partial.chmod(0o755)  # mkdtemp makes it private
         if path.exists():
@@ -180,43 +180,44 @@ def load_bundle(
     *,
     settings: Settings | None = None,
     autocast: torch.dtype | None = None,
+    model_id: str | None = None,
 ) -> Model:
-    """Load a verified bundle for inference on ``device``.
+    """Load a verified bundle for inference on ``device``. Nothing in it can run code or reach the network.
 
     Args:
         path: local folder.
         dtype: of weights and schedule.
         settings: replace the bundle's own.
         autocast: lower precision of the network calls.
+        model_id: of the bundle that the job began with.
 
     Raises:
-        GladError: no bundle, a damaged or incomplete one, or settings that its networks cannot run.
+        GladError: no bundle, a damaged or incomplete one, tensors other than its networks have, settings that these
+            cannot run, or another model than ``model_id``.
     """
     path = Path(path)
     description = verify(path)
+    if model_id is not None and description.model_id != model_id:
+        raise GladError(
+            f"{path}: now holds model {description.model_id}, but this job began with {model_id}: "
+            "put that one back and give the same command again, or begin anew with another output"
+        )
     settings = settings or Settings.parse(description.settings, str(path / GLAD_JSON))
-    scheduler = DDIMScheduler.from_pretrained(path / "scheduler")
-    if scheduler.config.prediction_type != "epsilon":
-        raise GladError(f"{path}: prediction type '{scheduler.config.prediction_type}'; GLAD needs an epsilon model")
-    load = {"torch_dtype": dtype, "use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": False}
-    unet = UNet2DConditionModel.from_pretrained(path / "unet", **load)
-    vae = AutoencoderKL.from_pretrained(path / "vae", **load)
+    alphas = _read_alphas(path / "scheduler/scheduler_config.json")
+    unet = _load_part(UNetConfig, path / "unet", device, dtype)
+    vae = _load_part(VAEConfig, path / "vae", device, dtype)
     features = load_vit(path / "features", device, dtype)
     final = load_vit(path / "final_features", device, dtype) if (path / "final_features").is_dir() else features
-    prompts = load_file(path / "prompt.safetensors")
+    prompts = _read_prompts(path / "prompt.safetensors", description.category, device, dtype)
     model = Model(
-        unet=unet.to(device).eval().requires_grad_(False),
-        vae=vae.to(device).eval().requires_grad_(False),
+        unet=unet,
+        vae=vae,
         features=features,
         final_features=final,
-        prompt_cond=prompts["cond"].to(device, dtype),
-        prompt_uncond=prompts["uncond"].to(device, dtype),
-        prompts={
-            name.removeprefix("cond/"): value.to(device, dtype)
-            for name, value in sorted(prompts.items())
-            if name.startswith("cond/")
-        },
-        alphas=scheduler.alphas_cumprod.to(device),
+        prompt_cond=prompts["cond"],
+        prompt_uncond=prompts["uncond"],
+        prompts={name.removeprefix("cond/"): value for name, value in sorted(prompts.items()) if "/" in name},
+        alphas=alphas.to(device),
         settings=settings,
         category=description.category,
         model_id=description.model_id,
@@ -225,6 +226,8 @@ def load_bundle(
         autocast=autocast,
     )
     _check_fit(model, str(path))
+    if read_description(path) != description:
+        raise GladError(f"{path}: was replaced while it was being loaded; give the same command again")
     return model
 
 
@@ -250,6 +253,12 @@ def _check_fit(model: Model, where: str) -> None:
     """
     s = model.settings
     vae, unet = model.vae.config, model.unet.config
+    if unet.in_channels != unet.out_channels:
+        raise GladError(f"{where}: the UNet takes {unet.in_channels} channels and returns {unet.out_channels}")
+    if s.start_step > len(model.alphas):
+        raise GladError(f"{where}: start_step {s.start_step} is beyond the schedule's {len(model.alphas)} timesteps")
+    if int(4 * s.blur_sigma + 0.5) >= s.feature_resolution:
+        raise GladError(f"{where}: blur_sigma {s.blur_sigma:g} is too large for a map of {s.feature_resolution} pixels")
     if vae.latent_channels != unet.in_channels:
         raise GladError(
             f"{where}: the VAE makes {vae.latent_channels} latent channels, the UNet takes {unet.in_channels}"
@@ -273,12 +282,72 @@ def _check_fit(model: Model, where: str) -> None:
 def _save_vit(folder: Path, vit: VisionTransformer, config: dict[str, Any]) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-    save_file({name: value.contiguous() for name, value in vit.state_dict().items()}, folder / "model.safetensors")
+    _save_tensors(folder / "model.safetensors", vit.state_dict(), folder.name)
+
+
+def _save_part(folder: Path, network: Any) -> None:
+    """The UNet or the VAE in diffusers' format."""
+    network.to(memory_format=torch.contiguous_format)  # safetensors accepts no other, and the engine changes it
+    _check_finite(folder.name, network.state_dict())
+    network.save_pretrained(folder, safe_serialization=True)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("_name_or_path", None)  # where it was loaded from: the model id must not depend on that
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _save_tensors(file: Path, tensors: dict[str, Tensor], part: str) -> None:
+    _check_finite(part, tensors)
+    save_file({name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, file)
+
+
+def _check_finite(part: str, tensors: dict[str, Tensor]) -> None:
+    if name := not_finite(tensors.items()):
+        raise GladError(
+            f"no bundle was written: tensor {name} of {part} holds values that are not finite; "
+            "train with a lower --learning-rate or another --precision, or take other weights"
+        )
 
 
 def load_vit(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> VisionTransformer:
-    """A ViT from a bundle's ``features`` folder: config.json (timm name and arguments) and safetensors."""
-    config = json.loads((folder / "config.json").read_text())
-    vit = create_vit(config["architecture"], **config["args"])
-    vit.load_state_dict(load_file(folder / "model.safetensors"))
-    return vit.to(device, dtype)
+    """A ViT from a bundle's ``features`` folder: config.json (timm name and arguments) and safetensors.
+
+    Raises:
+        GladError: as `load_network`, or a configuration that no bundle has.
+    """
+    file = folder / "config.json"
+    config = ViTConfig.read(file)
+    make = partial(create_vit, config.architecture, **config.arguments())
+    return load_network(make, file, folder / "model.safetensors", device, dtype)
+
+
+def _load_part(config: type[DiffusersConfig], folder: Path, device: str | torch.device, dtype: torch.dtype) -> Any:
+    """The UNet or the VAE."""
+    file = folder / "config.json"
+    make = partial(config.network, **config.read(file).arguments())
+    return load_network(make, file, folder / "diffusion_pytorch_model.safetensors", device, dtype)
+
+
+def _read_alphas(file: Path) -> Tensor:
+    """ᾱ_t of a scheduler's configuration."""
+    config = SchedulerConfig.read(file)
+    if config.prediction_type != "epsilon":
+        raise GladError(f"{file}: prediction type '{config.prediction_type}'; GLAD needs an epsilon model")
+    alphas = DDIMScheduler(**config.arguments()).alphas_cumprod
+    if not bool(((alphas > 0) & (alphas <= 1)).all()):
+        raise GladError(f"{file}: its schedule leaves nothing of an image or is not finite; copy the bundle again")
+    return alphas
+
+
+def _read_prompts(file: Path, category: str, device: str | torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The embeddings [1, L, D] ``cond`` and ``uncond``; ``cond/NAME`` for each of several categories.
+
+    Raises:
+        GladError: a name is missing or unknown, or shapes differ.
+    """
+    shapes = read_shapes(file)
+    needed = {"cond", "uncond"} | ({f"cond/{name}" for name in category.split(",")} if "," in category else set())
+    shape = shapes.get("cond", (1, 1, 1))
+    if len(shape) != 3 or shape[0] != 1:
+        raise GladError(f"{file}: tensor cond is {list(shape)}, not [1, L, D]; copy the bundle again or make it again")
+    names = needed | {name for name in shapes if name.startswith("cond/")}
+    return read_tensors(file, dict.fromkeys(names, shape), device, dtype)

@@ -16,7 +16,7 @@ Precision = Literal["off", "bf16", "fp16"]  # of the networks' matrix products; 
 class FrozenSettings(BaseModel):
     """Settings that are checked once and cannot change; an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @classmethod
     def parse(cls, values: dict[str, Any], where: str) -> Self:
@@ -43,8 +43,8 @@ class Settings(FrozenSettings):
     variant: Literal["official", "paper"] = Field(
         "official", description="steps as in the released code, or as in the paper's equations"
     )
-    resolution: int = Field(512, ge=8, description="side of the square image that the VAE encodes, pixels")
-    feature_resolution: int = Field(512, ge=8, description="side at which the final map is compared, pixels")
+    resolution: int = Field(512, ge=8, le=4096, description="side of the square image that the VAE encodes, pixels")
+    feature_resolution: int = Field(512, ge=8, le=4096, description="side at which the final map is compared, pixels")
     start_step: int = Field(750, ge=1, le=1000, description="T, the timestep to which an image is noised")
     inference_steps: int = Field(25, ge=1, le=1000, description="S, number of denoising steps from T to 0")
     min_step: int = Field(350, ge=0, le=1000, description="an image that reaches a timestep below this stops there")

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
 from glad_core.bundle import presets
-from glad_core.bundle.glad_json import Description, read_description, verify
+from glad_core.bundle.glad_json import Description, read_description
 from glad_core.bundle.model import load_bundle, save_bundle, save_derived
 from glad_core.bundle.settings import Settings
 from glad_core.errors import GladError
@@ -134,11 +135,16 @@ def _check_weights(path: Path, weights: dict[str, Tensor], expected: dict[str, T
 
 
 def inspect(path: Path, console: Console) -> Description:
-    """Check every file of a bundle by its sha256 and print its contents; returns its description."""
-    description = verify(path)
-    table = Table("part", "value", title=f"{path} · verified")
+    """Check every file and tensor of a bundle and print its contents; returns its description.
+
+    Raises:
+        GladError: as `load_bundle`.
+    """
+    load_bundle(path)
+    description = read_description(path)
+    table = Table("part", "value", title=f"{escape(str(path))} · verified")
     table.add_row("model id", description.model_id)
-    table.add_row("category", description.category or "(none)")
+    table.add_row("category", escape(description.category) or "(none)")
     for name, value in Settings.parse(description.settings, str(path)).model_dump().items():
         table.add_row(name, str(value))
     sizes: dict[str, int] = {}
@@ -148,15 +154,21 @@ def inspect(path: Path, console: Console) -> Description:
     for part, size in sizes.items():
         table.add_row(part, f"{size / 1e6:.2f} MB")
     for name, value in {**description.provenance, **description.versions}.items():
-        table.add_row(name, str(value))
+        table.add_row(escape(name), escape(str(value)))
     console.print(table)
     return description
 
 
-def _part(cls: Any, diffusion: str, subfolder: str, **options: Any) -> Any:
-    """One network of a diffusers folder or hub repository, from safetensors only."""
+def _part(cls: Any, diffusion: str, subfolder: str) -> Any:
+    """One network of a diffusers folder or hub repository, from safetensors only.
+
+    Raises:
+        GladError: none there, or it lacks tensors, which would be random numbers.
+    """
     try:
-        return cls.from_pretrained(diffusion, subfolder=subfolder, use_safetensors=True, **options)
+        network, loading = cls.from_pretrained(
+            diffusion, subfolder=subfolder, use_safetensors=True, output_loading_info=True
+        )
     except (OSError, ValueError) as error:
         folder = Path(diffusion) / subfolder
         if folder.is_dir() and any(folder.glob("*.bin")):
@@ -169,6 +181,9 @@ def _part(cls: Any, diffusion: str, subfolder: str, **options: Any) -> Any:
             f"'{diffusion}': no such folder, and the hub has no such model or cannot be reached; "
             "download it first and give the folder"
         ) from error
+    for name in sorted(loading["missing_keys"]):
+        raise GladError(f"{diffusion}: the weights in {subfolder} lack {name}; download or copy it again")
+    return network
 
 
 def _prompt_embeddings(diffusion: str, categories: list[str]) -> tuple[Tensor, ...]:

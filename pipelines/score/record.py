@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from glad_core.bundle.glad_json import versions
+from glad_core.bundle.glad_json import Provenance, versions
 from glad_core.engine.search import Search
 from pipelines.models.find import Models
 from pipelines.runs.run import Run
@@ -75,7 +75,7 @@ def run_record(
     }
 
 
-def _calibration(provenance: dict[str, Any]) -> dict[str, Any] | None:
+def _calibration(provenance: Provenance) -> dict[str, Any] | None:
     """Number of good images and target false-positive rate behind the threshold; None if the bundle has no record."""
     images = provenance.get("calibration_images", provenance.get("held_out_images"))
     if images is None or "target_fpr" not in provenance:

@@ -1,0 +1,109 @@
+"""Weights from safetensors into a network, strictly: exactly its tensors, in its shapes, all finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from glad_core.errors import GladError
+
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names
+Shapes = Mapping[str, tuple[int, ...]]
+N = TypeVar("N", bound=nn.Module)
+
+
+def load_network(
+    make: Callable[[], N],
+    config: Path,
+    weights: Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> N:
+    """A frozen network in evaluation mode from a file of weights.
+
+    It is built without memory first, so sizes that do not fit the file cost nothing.
+
+    Args:
+        make: builds the network.
+        config: the file that ``make`` has its sizes from, for the message.
+
+    Raises:
+        GladError: no such network can be built, or as `read_tensors`.
+    """
+    try:
+        with torch.device("meta"):
+            network = make()
+    except GladError as error:
+        raise GladError(f"{config}: {error}") from error
+    except Exception as error:  # diffusers and timm raise whatever the sizes provoke
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise GladError(f"{config}: no network can be built from it ({reason}); copy the bundle again") from error
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    network.load_state_dict(read_tensors(weights, expected, device, dtype), assign=True)
+    if any(tensor.is_meta for tensor in chain(network.parameters(), network.buffers())):
+        raise GladError(f"{config}: a {type(network).__name__} of this kind cannot be stored in a bundle")
+    return network.eval().requires_grad_(False)
+
+
+def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in a file, by name.
+
+    Raises:
+        GladError: not a safetensors file, or one with tensors of whole numbers.
+    """
+    try:
+        with safe_open(file, framework="pt") as weights:
+            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118 (no mapping)
+            kinds = {name: tensor.get_dtype() for name, tensor in slices.items()}
+            shapes = {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise _damaged(file, error) from error
+    for name, kind in kinds.items():
+        if kind not in FLOATS:
+            raise GladError(f"{file}: tensor {name} is of type {kind}, not of {', '.join(FLOATS)}; make it again")
+    return shapes
+
+
+def read_tensors(
+    file: Path, expected: Shapes, device: str | torch.device, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """The tensors of a file by name, copied into memory.
+
+    Raises:
+        GladError: not a safetensors file, tensors or shapes other than ``expected``, or values that are not finite.
+    """
+    shapes = read_shapes(file)
+    for name in sorted(expected.keys() ^ shapes.keys()):
+        wrong = "is missing" if name in expected else "is not one of this network"
+        raise GladError(f"{file}: tensor {name} {wrong}; copy the bundle again or make it again")
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise GladError(
+                f"{file}: tensor {name} is {list(shapes[name])}, its configuration says {list(shape)}; "
+                "copy the bundle again or make it again"
+            )
+    try:
+        with safe_open(file, framework="pt") as weights:
+            # A copy: the file's own pages would change, or crash the process, if somebody wrote into it.
+            tensors = {name: weights.get_tensor(name).to(device, dtype, copy=True) for name in expected}
+    except (SafetensorError, OSError) as error:
+        raise _damaged(file, error) from error
+    if bad := not_finite(tensors.items()):
+        raise GladError(f"{file}: tensor {bad} holds values that are not finite; copy the bundle again or train again")
+    return tensors
+
+
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of the first tensor with a NaN or an infinite value; None if there is none."""
+    return next((name for name, tensor in tensors if not bool(tensor.isfinite().all())), None)
+
+
+def _damaged(file: Path, error: Exception) -> GladError:
+    reason = " ".join(str(error).split())[:200]
+    return GladError(f"{file}: not a readable safetensors file ({reason}); copy the bundle again")
