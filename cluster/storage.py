@@ -165,6 +165,8 @@ class Storage(s3.Connection):
         try:
             with clear_errors(str(target), self), local.whole_folder(target) as partial:
                 for name, _ in self.walk(uri):
+                    if not os.path.normpath(partial / name).startswith(f"{partial}/"):  # an S3 key may say anything
+                        raise StorageError(f"{uri}: the key {name!r} below it leads out of a folder; remove it")
                     (partial / name).parent.mkdir(parents=True, exist_ok=True)
                     self._fetch_file(join(uri, name), partial / name)
         except StorageError:

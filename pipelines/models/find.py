@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from cluster.storage import Storage, absolute, is_s3, join
@@ -14,6 +15,7 @@ from glad_core.errors import GladError
 from pipelines.models import registry
 
 SMALL = "small"
+MOST_FILES = 1000  # looked at in a place that should hold the dozen of a bundle
 SMALL_BUNDLE = Path(glad_json.__file__).parents[1] / "small_bundle"
 
 
@@ -65,10 +67,11 @@ def local_bundle(model: str, storage: Storage) -> Path:
     """The folder of a bundle: ``small`` is the embedded one; an s3:// bundle is copied once per machine.
 
     The copy is kept under ``GLAD_CACHE`` (``~/.cache/glad``), named after the bundle's glad.json, so that a changed
-    bundle is copied anew.
+    bundle is copied anew. Only what glad.json lists is there to be copied, so nothing lands outside of the copy.
 
     Raises:
-        GladError: no bundle there. StorageError: S3 or the cache's disk cannot be used.
+        GladError: no bundle there, or one with files that it does not list. StorageError: S3 or the cache's disk cannot
+            be used.
     """
     if model == SMALL and not Path(SMALL).exists():
         return SMALL_BUNDLE
@@ -78,8 +81,11 @@ def local_bundle(model: str, storage: Storage) -> Path:
     description = join(location, glad_json.GLAD_JSON)
     if storage.kind(description) != "file":
         raise GladError(f"{model}: no model bundle there (no {glad_json.GLAD_JSON}); copy one there whole")
-    name = hashlib.sha256(location.encode() + storage.read(description)).hexdigest()[:24]
+    text = storage.read(description)
+    name = hashlib.sha256(location.encode() + text).hexdigest()[:24]
     folder = Path(os.environ.get("GLAD_CACHE", "~/.cache/glad")).expanduser() / "bundles" / name
     if not folder.is_dir():
+        listed = dict(islice(storage.walk(location), MOST_FILES))
+        glad_json.check_files(glad_json.parse_description(text, location), listed, location)
         storage.fetch(location, folder)
     return folder

@@ -6,38 +6,44 @@ scores and the earlier ones, newest first; it is replaced as a whole.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+import os
+import re
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.storage import Storage, absolute, join
-from glad_core.bundle.glad_json import GLAD_JSON, Description, read_description
+from cluster.storage import Storage, absolute, is_s3, join
+from glad_core.bundle.glad_json import GLAD_JSON, Description, parse_description, read_description
 from glad_core.errors import GladError, did_you_mean
 
 CURRENT = "current.json"
+# A category's or a version's folder: one name, not hidden, that leads nowhere else. ("/" and control characters apart,
+# a category may have any name; "\\" separates folders for some programs.)
+NAME = r"^[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*$"
+Name = Annotated[str, Field(pattern=NAME)]
 
 
-@dataclass(frozen=True)
-class Current:
+class Current(BaseModel):
     """The version that scores a category, since when (ISO 8601, UTC) and why, and the earlier ones, newest first."""
 
-    version: str
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: Name
     since: str
     reason: str
-    earlier: list[str]
+    earlier: list[Name]
 
 
 def is_registry(location: str, storage: Storage) -> bool:
     """Whether a folder is no bundle and holds at least one category with a current version."""
     if storage.kind(join(location, GLAD_JSON)) == "file":
         return False
-    return any(storage.kind(join(location, name, CURRENT)) == "file" for name in storage.folders(location))
+    return any(storage.kind(join(location, name, CURRENT)) == "file" for name in _folders(location, storage))
 
 
 def categories(registry: str, storage: Storage) -> list[str]:
@@ -46,7 +52,7 @@ def categories(registry: str, storage: Storage) -> list[str]:
     Raises:
         GladError: no such registry.
     """
-    names = [name for name in storage.folders(registry) if versions(registry, name, storage)]
+    names = [name for name in _folders(registry, storage) if versions(registry, name, storage)]
     if not names:
         raise GladError(f"{registry}: no model registry there; `glad retrain` makes one")
     return names
@@ -54,9 +60,8 @@ def categories(registry: str, storage: Storage) -> list[str]:
 
 def versions(registry: str, category: str, storage: Storage) -> list[str]:
     """Complete versions of a category, sorted. (A bundle's description is its last file to arrive.)"""
-    folder = join(registry, category)
-    names = [name for name in storage.folders(folder) if not name.startswith(".")]
-    return [name for name in names if storage.kind(join(folder, name, GLAD_JSON)) == "file"]
+    folder = inside(registry, category)
+    return [name for name in _folders(folder, storage) if storage.kind(join(folder, name, GLAD_JSON)) == "file"]
 
 
 def description(registry: str, category: str, version: str, storage: Storage) -> Description:
@@ -68,11 +73,8 @@ def description(registry: str, category: str, version: str, storage: Storage) ->
     names = versions(registry, category, storage)
     if version not in names:
         raise GladError(f"{join(registry, category)} has no version '{version}'{did_you_mean(version, names)}")
-    path = join(registry, category, version, GLAD_JSON)
-    try:
-        return Description.model_validate_json(storage.read(path))
-    except ValueError as error:
-        raise GladError(f"{path}: damaged; remove this version and train it again") from error
+    folder = inside(registry, category, version)
+    return parse_description(storage.read(join(folder, GLAD_JSON)), folder)
 
 
 def current(registry: str, category: str, storage: Storage) -> Current | None:
@@ -81,19 +83,19 @@ def current(registry: str, category: str, storage: Storage) -> Current | None:
     Raises:
         GladError: a damaged current.json.
     """
-    path = join(registry, category, CURRENT)
+    path = join(inside(registry, category), CURRENT)
     if storage.kind(path) != "file":
         return None
     try:
-        return Current(**json.loads(storage.read(path)))
-    except (ValueError, TypeError) as error:
+        return Current.model_validate_json(storage.read(path))
+    except ValidationError as error:
         raise GladError(f"{path}: damaged; `glad registry promote {registry} {category} VERSION` writes it") from error
 
 
 def publish(bundle: Path, registry: str, category: str, storage: Storage) -> str:
     """Add a bundle as a version and return the version; an existing one stays as it is."""
     version = read_description(bundle).model_id
-    storage.publish(bundle, join(registry, category, version), GLAD_JSON)
+    storage.publish(bundle, inside(registry, category, version), GLAD_JSON)
     return version
 
 
@@ -106,8 +108,9 @@ def promote(registry: str, category: str, version: str, storage: Storage, reason
     description(registry, category, version, storage)
     before = current(registry, category, storage)
     earlier = [before.version, *before.earlier] if before is not None else []
-    chosen = Current(version, _now(), reason, [name for name in earlier if name != version])
-    storage.write(join(registry, category, CURRENT), json.dumps(asdict(chosen), indent=1).encode())
+    earlier = [name for name in earlier if name != version]
+    chosen = Current(version=version, since=_now(), reason=reason, earlier=earlier)
+    storage.write(join(inside(registry, category), CURRENT), chosen.model_dump_json(indent=1).encode())
     return chosen
 
 
@@ -122,8 +125,9 @@ def rollback(registry: str, category: str, storage: Storage) -> Current:
         raise GladError(f"{join(registry, category)}: no earlier version to go back to")
     version, *earlier = now.earlier
     description(registry, category, version, storage)
-    chosen = Current(version, _now(), f"rolled back from {now.version}", earlier)
-    storage.write(join(registry, category, CURRENT), json.dumps(asdict(chosen), indent=1).encode())
+    reason = f"rolled back from {now.version}"
+    chosen = Current(version=version, since=_now(), reason=reason, earlier=earlier)
+    storage.write(join(inside(registry, category), CURRENT), chosen.model_dump_json(indent=1).encode())
     return chosen
 
 
@@ -133,8 +137,8 @@ def current_bundles(registry: str, storage: Storage) -> dict[str, str]:
     Raises:
         GladError: no category has one.
     """
-    chosen = {name: current(registry, name, storage) for name in storage.folders(registry)}
-    bundles = {name: join(registry, name, now.version) for name, now in chosen.items() if now is not None}
+    chosen = {name: current(registry, name, storage) for name in _folders(registry, storage)}
+    bundles = {name: inside(registry, name, now.version) for name, now in chosen.items() if now is not None}
     if not bundles:
         raise GladError(f"{registry}: no category has a current version; promote one with `glad registry promote`")
     return bundles
@@ -198,11 +202,30 @@ def print_versions(rows: list[dict[str, Any]], console: Console) -> None:
     table = Table("version", "state", "good images", "threshold", "start_step", "delta")
     for row in rows:
         cells = [
-            "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+            "-" if value is None else f"{value:.4g}" if isinstance(value, float) else escape(str(value))
             for value in row.values()
         ]
         table.add_row(*cells)
     console.print(table)
+
+
+def inside(registry: str, *names: str) -> str:
+    """The location of a category's or a version's folder.
+
+    Raises:
+        GladError: a name, or a link there, leads out of the registry.
+    """
+    for name in names:
+        if not re.fullmatch(NAME, name):
+            raise GladError(f"{registry}: {name!r} cannot name a category or version; rename it, without / and \\")
+    location = join(registry, *names)
+    if not is_s3(registry) and not Path(os.path.realpath(location)).is_relative_to(os.path.realpath(registry)):
+        raise GladError(f"{location}: is a link that leads out of the registry; copy the bundle there instead")
+    return location
+
+
+def _folders(location: str, storage: Storage) -> list[str]:
+    return [name for name in storage.folders(location) if not name.startswith(".")]
 
 
 def _now() -> str:

@@ -70,6 +70,19 @@ def test_a_bundle_on_s3_is_copied_once_and_anew_when_it_changes(tiny_bundle, tmp
     assert len(list(folder.parent.iterdir())) == 2  # and nothing half-copied
 
 
+@pytest.mark.parametrize("key", ["/evil", "unet//config.json", "a/../../evil", "a\\b", "a\nb", "unet/evil.bin"])
+def test_a_key_that_is_not_the_bundles_is_told_before_anything_is_copied(key, tiny_bundle, tmp_path, monkeypatch):
+    monkeypatch.setenv("GLAD_CACHE", str(tmp_path / "cache"))
+    keys = [*STORAGE.walk(str(tiny_bundle)), (key, 1)]
+    monkeypatch.setattr(Storage, "walk", lambda self, uri: iter(keys))
+    monkeypatch.setattr(Storage, "kind", lambda self, uri: "file")
+    monkeypatch.setattr(Storage, "read", lambda self, uri: (tiny_bundle / "glad.json").read_bytes())
+    with pytest.raises(GladError, match=r"not listed in glad\.json") as caught:
+        local_bundle("s3://bucket/bundle", STORAGE)
+    assert str(caught.value).isprintable()
+    assert not (tmp_path / "cache").exists()
+
+
 def local_copy(folder: Path, target: Path) -> Path:
     STORAGE.fetch(str(folder), target)
     return target

@@ -74,6 +74,66 @@ def test_a_version_that_fails_its_checksum_is_refused_in_one_line(home, tmp_path
         load_bundle(find_models(location, STORAGE).bundles["bolt"])
 
 
+OUTSIDE = ("../washer/0123456789abcdef", "..", "/etc", "//evil/x", "a/b", "a\\b", "a\0b", "a\nb", "", ".hidden")
+
+
+@pytest.mark.parametrize("version", OUTSIDE)
+def test_a_current_version_leads_nowhere_else(home, version):
+    location, (first, *_) = home
+    registry.promote(location, "bolt", first, STORAGE, "test")
+    file = Path(location, "bolt/current.json")
+    written = json.loads(file.read_text())
+    for changed in ({"version": version}, {"earlier": [version]}):
+        file.write_text(json.dumps(written | changed))
+        for use in (find_models, registry.current_bundles):
+            with pytest.raises(GladError, match=r"current\.json: damaged"):
+                use(location, STORAGE)
+        with pytest.raises(GladError, match="damaged"):
+            registry.rollback(location, "bolt", STORAGE)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "7", "{}", '{"version": 7}', "\xff", '{"a":' * 100_000])
+def test_a_damaged_current_version_is_one_line(home, content):
+    location, (first, *_) = home
+    registry.promote(location, "bolt", first, STORAGE, "test")
+    Path(location, "bolt/current.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(GladError, match="damaged"):
+        find_models(location, STORAGE)
+
+
+@pytest.mark.parametrize("category", OUTSIDE)
+def test_a_category_leads_nowhere_else(home, category):
+    location, (first, *_) = home
+    for use in (registry.versions, registry.current):
+        with pytest.raises(GladError, match="cannot name a category"):
+            use(location, category, STORAGE)
+    with pytest.raises(GladError, match="cannot name a category"):
+        registry.promote(location, category, first, STORAGE, "test")
+
+
+def test_a_folder_of_an_odd_name_is_told(home):
+    location, (first, *_) = home
+    registry.promote(location, "bolt", first, STORAGE, "test")
+    Path(location, "a\nb").mkdir()
+    with pytest.raises(GladError, match=r"'a\\nb' cannot name a category"):
+        find_models(location, STORAGE)
+
+
+def test_links_may_point_within_a_registry_only(home, tmp_path):
+    location, (first, second, _) = home
+    Path(location, "bolt/latest").symlink_to(first)
+    registry.promote(location, "bolt", "latest", STORAGE, "test")
+    assert load_bundle(find_models(location, STORAGE).bundles["bolt"]).model_id == first
+    shutil.move(Path(location, "bolt", second), tmp_path / "outside")
+    Path(location, "bolt", second).symlink_to(tmp_path / "outside")
+    with pytest.raises(GladError, match="a link that leads out of the registry"):
+        registry.promote(location, "bolt", second, STORAGE, "test")
+    shutil.move(Path(location, "bolt"), tmp_path / "bolt")
+    Path(location, "bolt").symlink_to(tmp_path / "bolt")
+    with pytest.raises(GladError, match="a link that leads out of the registry"):
+        find_models(location, STORAGE)
+
+
 def run(*arguments):
     return CliRunner().invoke(app, ["registry", *map(str, arguments)])
 
