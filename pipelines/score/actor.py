@@ -113,7 +113,8 @@ class GladActor:
         settings = self.settings
         path = local_bundle(settings.models.bundles[key], settings.storage)
         device = "cuda" if settings.gpu else "cpu"
-        model = load_bundle(path, device=device, autocast=AUTOCAST[settings.precision])
+        begun_with = settings.models.descriptions[key].model_id
+        model = load_bundle(path, device=device, autocast=AUTOCAST[settings.precision], model_id=begun_with)
         if self.memory is not None:
             return NearestEngine(model, self.memory.patches, settings.slots)
         return Engine(model, settings.slots, settings.seed, settings.search, settings.compiled)

@@ -136,7 +136,9 @@ def _remember(job: Job, actors: ActorPlan) -> str:
     task: Any = ray.remote(num_cpus=actors.num_cpus, num_gpus=actors.num_gpus)(build_memory)
     device = "cuda" if actors.num_gpus else "cpu"
     try:
-        ray.get(task.remote(absolute(request.good), job.models.bundles[""], run.storage, file, device, request.seed))
+        bundle, model_id = job.models.bundles[""], job.models.descriptions[""].model_id
+        good = absolute(request.good)
+        ray.get(task.remote(good, bundle, model_id, run.storage, file, device, request.seed))
     except ray.exceptions.RayError as error:
         raise session.root_cause(error, GladError, StorageError) from None
     return file

@@ -34,17 +34,18 @@ class Memory:
     threshold: float | None
 
 
-def build_memory(good: str, bundle: str, storage: Storage, out: str, device: str, seed: int) -> int:
+def build_memory(good: str, bundle: str, model_id: str, storage: Storage, out: str, device: str, seed: int) -> int:
     """Build the memory from up to `MAX_IMAGES` good images and write it to ``out``; returns how many images it holds.
 
     Args:
         good: source of the good images.
         bundle: location of the bundle whose features are compared.
+        model_id: of that bundle when the job began.
 
     Raises:
-        GladError: fewer than two readable images in ``good``.
+        GladError: fewer than two readable images in ``good``, or another bundle.
     """
-    model = load_bundle(local_bundle(bundle, storage), device)
+    model = load_bundle(local_bundle(bundle, storage), device, model_id=model_id)
     images = _read(good, model.settings.resolution, storage)
     if len(images) < 2:
         raise GladError(f"{good}: {len(images)} readable good images; at least two are needed, better 50")

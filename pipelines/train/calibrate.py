@@ -18,7 +18,7 @@ from rich.markup import escape
 
 from cluster import session
 from cluster.storage import Storage, StorageError, absolute, is_s3
-from glad_core.bundle.glad_json import read_description, update_settings
+from glad_core.bundle.glad_json import Description, read_description, update_settings
 from glad_core.bundle.model import load_bundle
 from glad_core.bundle.settings import Profile, Settings
 from glad_core.calibration import Calibrator, conformal_quantile, images_needed, judged_images
@@ -72,14 +72,15 @@ def calibrate(request: CalibrateRequest, console: Console) -> str:
     _check(request)
     storage = Storage.from_environment()
     base = local_bundle(request.model, storage)
-    description = read_description(base)
-    settings = Settings.parse(description.settings, str(base))
+    read_description(base)
     with tempfile.TemporaryDirectory(dir=_parent(request.out)) as folder:
         bundle = Path(folder) / "bundle"
         shutil.copytree(base, bundle)
+        description = read_description(bundle)
+        settings = Settings.parse(description.settings, str(base))
         if request.run is None:
             if not request.threshold_only:
-                settings = _choose_steps(request, base, settings, storage, console)
+                settings = _choose_steps(request, base, description, storage, console)
                 update_settings(bundle, settings, {})
             run = _score(request, bundle, Path(folder) / "run", console)
         else:
@@ -116,7 +117,7 @@ def _parent(out: Path) -> Path:
 
 
 def _choose_steps(
-    request: CalibrateRequest, base: Path, settings: Settings, storage: Storage, console: Console
+    request: CalibrateRequest, base: Path, description: Description, storage: Storage, console: Console
 ) -> Settings:
     """T, δ and min_step from up to `STEP_IMAGES` good images, evenly spread over the source.
 
@@ -131,11 +132,11 @@ def _choose_steps(
         raise GladError(f"{source}: no images in it; name a folder, glob, list or tar of good images")
     few = [rows[index] for index in np.linspace(0, len(rows) - 1, min(len(rows), STEP_IMAGES)).round().astype(int)]
     session.connect(request.address)
-    weights = sum(entry.size for entry in read_description(base).files.values())
+    weights = sum(entry.size for entry in description.files.values())
     actors = plan_actors(session.resources(), ActorWishes(address=request.address), weights)
     gpu = actors.num_gpus > 0
     cpus = max(session.node_cpus()) if request.address is None and not gpu else actors.num_cpus
-    profile = request.profile or settings.profile
+    profile = request.profile or Settings.parse(description.settings, str(base)).profile
     console.print(
         f"choosing the denoising steps on {len(few)} of {len(rows)} images, "
         f"{judged_images(len(few), profile) - len(few)} reconstructions on {'a GPU' if gpu else f'{cpus:g} CPUs'}",
@@ -147,7 +148,9 @@ def _choose_steps(
     try:
         with console.status(""):
             chosen, skipped = ray.get(
-                task.remote(few, bundle, storage, gpu, profile, request.foreground_mode, request.seed)
+                task.remote(
+                    few, bundle, description.model_id, storage, gpu, profile, request.foreground_mode, request.seed
+                )
             )
     except ray.exceptions.RayError as error:
         raise session.root_cause(error, GladError, StorageError) from None
@@ -159,6 +162,7 @@ def _choose_steps(
 def steps_from(
     rows: list[dict[str, Any]],
     bundle: str,
+    model_id: str,
     storage: Storage,
     gpu: bool,
     profile: Profile,
@@ -168,10 +172,10 @@ def steps_from(
     """The settings with T, δ and min_step chosen on listed good images, and one line for each unreadable one.
 
     Raises:
-        GladError: none can be read.
+        GladError: none can be read, or another bundle than ``model_id`` is there.
     """
     set_up(gpu, torch.get_num_threads())  # as many as Ray gives the task, or OMP_NUM_THREADS
-    model = load_bundle(local_bundle(bundle, storage), device="cuda" if gpu else "cpu")
+    model = load_bundle(local_bundle(bundle, storage), device="cuda" if gpu else "cpu", model_id=model_id)
     good: list[np.ndarray] = []
     skipped: list[str] = []
     for row in rows:

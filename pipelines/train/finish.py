@@ -25,7 +25,7 @@ def finish(job: TrainJob, surveyed: Survey, checkpoint: Any, deliver: Deliver, e
     """Make the bundle from a run's last checkpoint, calibrate and deliver it. Runs as a Ray task."""
     torch.set_num_threads(job.threads)
     base = local_bundle(job.base, job.storage)
-    model = load_bundle(base, job.device)
+    model = load_bundle(base, job.device, model_id=job.base_id)
     with checkpoint.as_directory() as folder:
         model = with_weights(model, job, load_file(Path(folder) / FINAL))
     if is_half(base):

@@ -65,6 +65,7 @@ def plan_job(request: TrainRequest, categories: list[str], storage: Storage, *, 
     return TrainJob(
         name=name,
         base=base_uri,
+        base_id=description.model_id,
         part=request.part,
         recipe=recipe,
         categories=categories,

@@ -12,9 +12,7 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 
 from cluster.storage import Storage, join, local_path
-from glad_core.bundle.glad_json import read_description
 from glad_core.training.recipe import Part, Recipe
-from pipelines.models.find import local_bundle
 from pipelines.train.good_images import GoodImage
 from pipelines.train.survey import Survey
 
@@ -27,12 +25,14 @@ CHECKPOINT, FINAL = "checkpoint.pt", "final.safetensors"  # in each of its check
 class TrainJob:
     """One training run, as every task and worker of it receives it.
 
-    ``categories`` are those of ``images``; several share one model. ``work`` is the run's folder, local or S3. ``cpus``
+    ``base_id`` is the model id of the bundle ``base`` when the job began. ``categories`` are those of ``images``;
+    several share one model. ``work`` is the run's folder, local or S3. ``cpus``
     and ``gpus`` are per worker.
     """
 
     name: str
     base: str
+    base_id: str
     part: Part
     recipe: Recipe
     categories: list[str]
@@ -53,7 +53,7 @@ class TrainJob:
     def identity(self, surveyed: Survey) -> dict[str, Any]:
         """Everything that decides the resulting bundle; runs of equal identity are the same run."""
         return {
-            "base": read_description(local_bundle(self.base, self.storage)).model_id,
+            "base": self.base_id,
             "part": self.part,
             "categories": self.categories,
             "dataset": surveyed.fingerprint,

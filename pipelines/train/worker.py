@@ -81,7 +81,7 @@ def _train(job: TrainJob, events: Any) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(job.threads)
     device = ray.train.torch.get_device() if job.gpus else torch.device(job.device)
-    model = load_bundle(local_bundle(job.base, job.storage), device)
+    model = load_bundle(local_bundle(job.base, job.storage), device, model_id=job.base_id)
     send_event(events, job.name, "prepare")
     state = _resumed(TrainState.start(make_loss(job, model, rank, world), job.recipe), device)
     stream = batches(

@@ -1,6 +1,7 @@
 import asyncio
 import io
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,9 +12,12 @@ from PIL import Image
 
 from cluster.storage import Storage
 from glad_core import adaptive
+from glad_core.bundle.glad_json import update_settings
+from glad_core.bundle.model import load_bundle
 from glad_core.errors import GladError
 from pipelines.archive.decode import DECODED_SCHEMA
-from pipelines.models.find import Models
+from pipelines.models import registry
+from pipelines.models.find import find_models
 from pipelines.runs.schema import RESULTS_SCHEMA, SCORED_SCHEMA
 from pipelines.score.actor import ActorSettings, GladActor
 
@@ -27,7 +31,7 @@ def actor(tiny_bundle):
 
 def settings(bundle, **changed):
     values = {"seed": 0, "maps": "token", "reconstructions": False, "gpu": False, "threads": 1}
-    models = Models({"": str(bundle)}, {}, ())
+    models = find_models(str(bundle), Storage())
     return ActorSettings(models=models, storage=Storage(), **(values | changed))
 
 
@@ -119,19 +123,36 @@ def test_an_image_that_breaks_its_batch_is_the_only_one_lost(actor, monkeypatch)
     assert (out["b"]["error_type"], out["b"]["message"]) == ("RuntimeError", "no luck")
 
 
-def test_a_bundle_that_cannot_be_loaded_is_told_at_the_first_call(tmp_path):
-    actor = GladActor(settings(tmp_path / "none"))
+def test_a_bundle_that_cannot_be_loaded_is_told_at_the_first_call(tiny_bundle, tmp_path):
+    wishes = settings(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    shutil.rmtree(tmp_path / "bundle")
+    actor = GladActor(wishes)
     with pytest.raises(GladError, match="no such model bundle"):
         call(actor, rows("a"))
+
+
+@pytest.mark.parametrize("registered", [False, True])
+def test_a_bundle_that_was_replaced_stops_the_job(registered, tiny_bundle, tmp_path):
+    """An actor that starts, or loads a category's bundle, when another model lies in its place."""
+    home = tmp_path / "registry"
+    version = registry.publish(tiny_bundle, str(home), "bolt", Storage())
+    registry.promote(str(home), "bolt", version, Storage(), "test")
+    bundle = home / "bolt" / version
+    wishes = settings(home if registered else bundle)
+    old = load_bundle(bundle).settings
+    replaced_by = update_settings(bundle, old.model_copy(update={"threshold": 1.0}), {})
+    table = rows("a").set_column(rows("a").schema.get_field_index("category"), "category", [["bolt"]])
+    with pytest.raises(GladError, match=f"now holds model {replaced_by}, but this job began with {version}"):
+        call(GladActor(wishes), table)
 
 
 STARTED = """
 import sys
 from cluster.storage import Storage
 from pipelines.score.actor import ActorSettings, GladActor
-from pipelines.models.find import Models
+from pipelines.models.find import find_models
 
-models = Models({"": sys.argv[1]}, {}, ())
+models = find_models(sys.argv[1], Storage())
 actor = GladActor(
     ActorSettings(models, Storage(), seed=0, maps="token", reconstructions=False, gpu=False, threads=1)
 )
