@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from glad_core.image_metrics import image_metrics
 from glad_core.images import to_tensor
 from glad_core.judge import map_at_full_size
 from glad_core.pixel_metrics import PixelCounts
-from glad_core.verdict import Detection, Request
+from glad_core.verdict import Detection, NotFinite, Request
 
 # The published settings walk 30 timesteps at a time (T = 750, S = 25) and stop searching at 350 / 750 of T.
 STRIDE = 30
@@ -35,6 +35,13 @@ START_STEPS = (250, 350, 450, 550, 650, 750)  # the candidates for T
 FAST_STEPS = (50, 100, 150, 200, 250, 300)  # and for the only step of profile `fast`
 SELECTION_IMAGES = 16  # T is chosen on this many good images; δ and the threshold then use all
 UNREACHABLE_DELTA = 1e4
+
+
+class Label(NamedTuple):
+    """Category and name of an image to calibrate on."""
+
+    category: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,9 @@ class Calibrator:
     seed: int = 0
     on_image: Callable[[int], None] = lambda count: None
 
-    def choose_steps(self, good: Sequence[np.ndarray], categories: Sequence[str] | None = None) -> Settings:
+    def choose_steps(
+        self, good: Sequence[np.ndarray], categories: Sequence[str] | None = None, names: Sequence[str] | None = None
+    ) -> Settings:
         """The model's settings with T, S, min_step and δ chosen for these good images; the threshold stays.
 
         δ is the 95 % quantile, over good images, of the largest step score that they reach before min_step, so few good
@@ -70,33 +79,45 @@ class Calibrator:
         Args:
             good: uint8 [R, R, 3] each.
             categories: of the images, if the bundle is for several.
+            names: of the images, for messages.
+
+        Raises:
+            NotFinite: the model gives an image no finite score.
         """
-        kinds = self._kinds(good, categories)
+        labels = self._labels(good, categories, names)
         # Evenly spread, so that every category takes part.
         picked = [round(index) for index in np.linspace(0, len(good) - 1, min(len(good), SELECTION_IMAGES))]
-        settings = self._with_best_start([good[index] for index in picked], [kinds[index] for index in picked])
+        settings = self._with_best_start([good[index] for index in picked], [labels[index] for index in picked])
         if self.profile == "fast":
             return settings
-        scores, departures = self._walk(settings, good, kinds)
+        scores, departures = self._walk(settings, good, labels)
         anomalous, _ = with_anomalies(good, self.foreground_mode, self.seed)
-        anomalous_scores, anomalous_departures = self._walk(settings, anomalous, kinds)
+        anomalous_scores, anomalous_departures = self._walk(settings, anomalous, labels)
         guess = fit_guess(
             np.concatenate([scores, anomalous_scores]), np.concatenate([departures, anomalous_departures])
         )
         return _with_delta(settings, scores).model_copy(update={"score_guess": guess})
 
     def calibrate(
-        self, good: Sequence[np.ndarray], categories: Sequence[str] | None = None, target_fpr: float = 0.05
+        self,
+        good: Sequence[np.ndarray],
+        categories: Sequence[str] | None = None,
+        target_fpr: float = 0.05,
+        names: Sequence[str] | None = None,
     ) -> Settings:
         """`choose_steps`, and the threshold from the same images.
 
         The threshold is the conformal quantile of the good images' scores: a new good image exceeds it with probability
         at most ``target_fpr``, if there are at least `images_needed` good images (with fewer, the largest good score is
         the threshold). In a bundle for several categories each has its own.
+
+        Raises:
+            NotFinite: as `choose_steps`.
         """
-        settings = self.choose_steps(good, categories)
-        kinds = self._kinds(good, categories)
-        scores = np.array([detection.score for detection in self._judge(settings, good, kinds)])
+        settings = self.choose_steps(good, categories, names)
+        labels = self._labels(good, categories, names)
+        kinds = [label.category for label in labels]
+        scores = np.array([detection.score for detection in self._judge(settings, good, labels)])
         thresholds: dict[str, Any] = {"threshold": conformal_quantile(scores, target_fpr)}
         if self.model.prompts:
             thresholds["thresholds"] = {
@@ -104,16 +125,16 @@ class Calibrator:
             }
         return settings.model_copy(update=thresholds)
 
-    def _with_best_start(self, good: Sequence[np.ndarray], kinds: Sequence[str]) -> Settings:
+    def _with_best_start(self, good: Sequence[np.ndarray], labels: Sequence[Label]) -> Settings:
         """Settings with the candidate T that best separates good images from the same images with anomalies."""
         anomalous, masks = with_anomalies(good, self.foreground_mode, self.seed)
         quality: dict[int, float] = {}
         for start_step in self.start_steps or (FAST_STEPS if self.profile == "fast" else START_STEPS):
             settings = self._with_start(start_step)
             if self.profile == "exact":
-                settings = _with_delta(settings, self._walk(settings, good, kinds)[0])
-            judged_good = self._judge(settings, good, kinds)
-            judged_anomalous = self._judge(settings, anomalous, kinds)
+                settings = _with_delta(settings, self._walk(settings, good, labels)[0])
+            judged_good = self._judge(settings, good, labels)
+            judged_anomalous = self._judge(settings, anomalous, labels)
             quality[start_step] = _separation(settings, judged_good, judged_anomalous, masks)
         return self._with_start(max(quality, key=quality.__getitem__))
 
@@ -130,21 +151,24 @@ class Calibrator:
         return Settings(**values)
 
     def _walk(
-        self, settings: Settings, images: Sequence[np.ndarray], kinds: Sequence[str]
+        self, settings: Settings, images: Sequence[np.ndarray], labels: Sequence[Label]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Step scores and departures [N, S] of images that are compared at every step down to min_step."""
         unstopped = settings.model_copy(update={"delta": UNREACHABLE_DELTA, "saff": False})
-        detections = self._judge(unstopped, images, kinds)
+        detections = self._judge(unstopped, images, labels)
         scores = np.array([[score for _, score in detection.steps] for detection in detections])
         return scores, np.array([detection.departures for detection in detections])
 
-    def _judge(self, settings: Settings, images: Sequence[np.ndarray], kinds: Sequence[str]) -> list[Detection]:
+    def _judge(self, settings: Settings, images: Sequence[np.ndarray], labels: Sequence[Label]) -> list[Detection]:
         model = replace(self.model, settings=settings)
-        return judge_all(model, images, kinds, self.batch_size, self.seed, self.on_image)
+        return judge_all(model, images, labels, self.batch_size, self.seed, self.on_image)
 
-    def _kinds(self, images: Sequence[np.ndarray], categories: Sequence[str] | None) -> list[str]:
-        """The category of every image."""
-        return list(categories) if categories is not None else [self.model.category] * len(images)
+    def _labels(
+        self, images: Sequence[np.ndarray], categories: Sequence[str] | None, names: Sequence[str] | None
+    ) -> list[Label]:
+        """The label of every image; the model's category and a number where none is given."""
+        categories = categories or [self.model.category] * len(images)
+        return list(map(Label, categories, names or map("image {}".format, range(len(images)))))
 
 
 def judged_images(good: int, profile: Profile = "exact") -> int:
@@ -179,19 +203,33 @@ def with_anomalies(
 def judge_all(
     model: Model,
     images: Sequence[np.ndarray],
-    categories: Sequence[str],
+    labels: Sequence[Label],
     batch_size: int,
     seed: int,
     on_image: Callable[[int], None] = lambda count: None,
 ) -> list[Detection]:
-    """The verdicts on images, in their order; the first failure is raised."""
+    """The verdicts on images, in their order; the first failure is raised.
+
+    Raises:
+        NotFinite: images have no finite score; the message names the model, their number and one of them.
+    """
     detections: dict[str, Detection] = {}
-    requests = [Request(str(index), image, categories[index]) for index, image in enumerate(images)]
+    undecided: dict[int, NotFinite] = {}
+    requests = [Request(str(index), image, labels[index].category) for index, image in enumerate(images)]
     for request, verdict in run(Engine(model, batch_size, seed), requests):
-        if isinstance(verdict, Exception):
+        if isinstance(verdict, NotFinite):
+            undecided[int(request.image_id)] = verdict
+        elif isinstance(verdict, Exception):
             raise verdict
-        detections[request.image_id] = verdict
+        else:
+            detections[request.image_id] = verdict
         on_image(1)
+    if undecided:
+        first = min(undecided)
+        raise NotFinite(
+            f"model {model.model_id} has no verdict on {len(undecided)} of {len(images)} good images and copies with "
+            f"synthetic anomalies, such as {labels[first].name}: {undecided[first]}"
+        )
     return [detections[request.image_id] for request in requests]
 
 

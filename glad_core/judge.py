@@ -21,7 +21,7 @@ from glad_core import adaptive, features, scoring
 from glad_core.bundle.model import Model
 from glad_core.bundle.settings import Settings
 from glad_core.foreground import object_mask
-from glad_core.verdict import Detection, Request, check_request
+from glad_core.verdict import Detection, NotFinite, Request, check_request, finite
 
 
 def image_noise(image_id: str, seed: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ def detect(model: Model, requests: Sequence[Request], seed: int = 0) -> Iterator
     """Judge images as one batch with the reference loop; `glad_core.engine.engine` gives the same verdicts faster.
 
     Raises:
-        GladError: as `prepare`.
+        GladError: as `prepare`. NotFinite: there is no verdict on the next image.
     """
     if not requests:
         return
@@ -143,13 +143,18 @@ def detect(model: Model, requests: Sequence[Request], seed: int = 0) -> Iterator
     seconds = (time.perf_counter() - started) / len(requests)
     for row, request in enumerate(requests):
         score, anomaly_map, rebuilt = verdicts[row]
-        yield Detection(
-            image_id=request.image_id,
-            score=score,
-            stop_step=result.stop_step[row],
-            stop_reason=result.stop_reason[row],
-            steps=result.steps[row],
-            anomaly_map=anomaly_map,
-            reconstruction=rebuilt,
-            seconds=seconds,
+        verdict = finite(
+            Detection(
+                image_id=request.image_id,
+                score=score,
+                stop_step=result.stop_step[row],
+                stop_reason=result.stop_reason[row],
+                steps=result.steps[row],
+                anomaly_map=anomaly_map,
+                reconstruction=rebuilt,
+                seconds=seconds,
+            )
         )
+        if isinstance(verdict, NotFinite):
+            raise verdict
+        yield verdict

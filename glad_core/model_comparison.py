@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from glad_core.bundle.model import Model
-from glad_core.calibration import judge_all, with_anomalies
+from glad_core.calibration import Label, judge_all, with_anomalies
 from glad_core.foreground import ForegroundMode
 from glad_core.image_metrics import RESAMPLES, auroc_of_resamples
 
@@ -46,6 +46,7 @@ def compare_models(
     foreground_mode: ForegroundMode,
     margin: float,
     seed: int = 1,
+    names: Sequence[str] | None = None,
 ) -> ModelComparison:
     """Compare two models on held-out good images and the same images with synthetic anomalies.
 
@@ -55,11 +56,17 @@ def compare_models(
         foreground_mode: where on an image anomalies may lie.
         margin: AUROC that the new model may lose.
         seed: of the anomalies; not the seed with which `Calibrator` chose T.
+        names: of the good images, for messages.
+
+    Raises:
+        NotFinite: a model gives an image no finite score.
     """
+    names = names or [f"image {index}" for index in range(len(good_new))]
     scores = []
     for model, good in ((new, good_new), (old, good_old)):
         anomalous, _ = with_anomalies(good, foreground_mode, seed)
-        detections = judge_all(model, [*good, *anomalous], [model.category] * (2 * len(good)), BATCH_SIZE, seed)
+        labels = [Label(model.category, name) for name in names]
+        detections = judge_all(model, [*good, *anomalous], labels * 2, BATCH_SIZE, seed)
         scores.append(np.array([detection.score for detection in detections]))
     size = len(good_new)
     rng = np.random.default_rng(seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,6 +40,23 @@ class Detection:
     reconstruction: np.ndarray
     seconds: float
     departures: list[float] = field(default_factory=list)
+
+
+class NotFinite(GladError):
+    """A score, map or step score of an image is NaN or infinite, so there is no verdict on it."""
+
+
+def finite(detection: Detection) -> Detection | NotFinite:
+    """The verdict, or the reason why there is none."""
+    wrong = {
+        "its score": math.isfinite(detection.score),
+        "its anomaly map": bool(np.isfinite(detection.anomaly_map).all()),
+        "a step score": all(math.isfinite(score) for _, score in detection.steps),
+    }
+    for name, good in wrong.items():
+        if not good:
+            return NotFinite(f"{name} is not a finite number; try --precision off, else another bundle")
+    return detection
 
 
 def check_request(model: Model, request: Request) -> None:

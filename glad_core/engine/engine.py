@@ -31,7 +31,7 @@ from glad_core.engine.networks import prepare_networks
 from glad_core.engine.search import Search, expected_crossing, first_crossing, guess_scores, next_comparison, search_of
 from glad_core.engine.slot import Comparison, Slot
 from glad_core.judge import conclude, prepare
-from glad_core.verdict import Request
+from glad_core.verdict import Request, finite
 
 CPU_PIXELS = 8 * 128**2  # of the images compared or judged in one call on a CPU: fewer are slower, more need memory
 T = TypeVar("T")
@@ -217,7 +217,8 @@ class Engine(Queue):
             conclusions = conclude(self.model, *(torch.stack(column) for column in columns))
             self._share_time(started, part)
             # The padding of `_fill` has no slot.
-            verdicts += [(slot.request, slot.detection(*row)) for slot, row in zip(part, conclusions, strict=False)]
+            for slot, row in zip(part, conclusions, strict=False):
+                verdicts.append((slot.request, finite(slot.detection(*row))))
         self.live = [slot for slot in self.live if slot not in ready]
         return verdicts
 

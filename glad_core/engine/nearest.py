@@ -19,7 +19,7 @@ from glad_core import features, scoring
 from glad_core.bundle.model import Model
 from glad_core.engine.base import Queue, Verdict
 from glad_core.images import to_tensor
-from glad_core.verdict import Detection, Request
+from glad_core.verdict import Detection, Request, finite
 
 CANDIDATES = 50_000  # patches from which the memory is chosen
 REMEMBERED = 5_000
@@ -76,9 +76,8 @@ class NearestEngine(Queue):
     def work(self) -> list[Verdict]:
         """Judge one batch."""
         self.admit()
-        verdicts: list[Verdict] = list(
-            zip(self.entering, detect_nearest(self.model, self.memory, self.entering), strict=True)
-        )
+        detections = detect_nearest(self.model, self.memory, self.entering)
+        verdicts: list[Verdict] = list(zip(self.entering, map(finite, detections), strict=True))
         self.entering = []
         return verdicts
 

@@ -104,15 +104,18 @@ def guess_scores(departures: Sequence[float], guess: Guess) -> list[float]:
 def fit_guess(scores_NS: np.ndarray, departures_NS: np.ndarray) -> Guess | None:
     """Fit the (a, b, c, d) of `guess_scores` by least squares to N images, good and anomalous, after 2 to S steps.
 
-    None if the chain has a single step: there is nothing to guess.
+    None if the chain has a single step: there is nothing to guess. Latents of zeros have no departure relative to them;
+    such images are left out.
     """
+    known = np.isfinite(departures_NS).all(axis=1)
+    scores_NS, departures_NS = scores_NS[known], departures_NS[known]
     rows, targets = [], []
     for walked in range(2, scores_NS.shape[1] + 1):
         growth = _growth(departures_NS[:, :walked])
         for k in range(walked):
             rows.append(np.stack([np.ones_like(growth), growth, np.full_like(growth, k), k * growth], axis=1))
             targets.append(np.log(np.maximum(scores_NS[:, k], TINY)))
-    if not rows:
+    if not rows or not known.any():
         return None
     a, b, c, d = np.linalg.lstsq(np.concatenate(rows), np.concatenate(targets), rcond=None)[0].tolist()
     return a, b, c, d

@@ -77,7 +77,11 @@ def average(metrics: list[dict[str, float]]) -> dict[str, float]:
 def _warn(run: Run, tallies: dict[str, Tally], examples: list[Example], console: Console) -> None:
     """Print how many test images the metrics leave out, and why."""
     test = sum(example.split == "test" and example.category in tallies for example in examples)
-    judged = sum(len(tally.images) for tally in tallies.values())
+    judged = sum(len(tally.images) + tally.undecided for tally in tallies.values())
+    undecided = sum(tally.undecided for tally in tallies.values())
+    if undecided:
+        lost = f"{undecided} results have no finite score or map: left out of the metrics; score again"
+        console.print(f"[yellow]{lost}[/yellow]", highlight=False, soft_wrap=True)
     if judged < test:
         missing = f"{test - judged} of {test} test images have no result: see {run.path(ERRORS)}, or score the rest"
         console.print(f"[yellow]{escape(missing)}[/yellow]", highlight=False, soft_wrap=True)

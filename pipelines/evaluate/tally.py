@@ -29,11 +29,15 @@ PATH_PARTS = 8  # of a result's URI, from its end, that may name an image of the
 
 @dataclass
 class Tally:
-    """The counts of one category: pixels, image scores and labels, and anomalous images without a mask."""
+    """The counts of one category: pixels, image scores and labels; anomalous images without a mask, and undecided ones.
+
+    ``undecided`` results have a score or map that is not finite; runs of older versions may hold some.
+    """
 
     pixels: PixelCounts = field(default_factory=PixelCounts)
     images: list[tuple[str, float, bool]] = field(default_factory=list)  # URI, score, anomalous
     without_mask: int = 0
+    undecided: int = 0
 
     def merge(self, other: Tally) -> Tally:
         """Both tallies' counts together."""
@@ -41,6 +45,7 @@ class Tally:
             self.pixels.merge(other.pixels),
             [*self.images, *other.images],
             self.without_mask + other.without_mask,
+            self.undecided + other.undecided,
         )
 
     def metrics(self, pro_limit: float = 0.3, pro_thresholds: int | None = None) -> dict[str, float]:
@@ -117,8 +122,12 @@ def count_batch(batch: dict[str, np.ndarray], run: Run, examples: list[Example])
         row = {name: column[index] for name, column in batch.items()}
         example = find_example(str(row["uri"]), by_path)
         tally = tallies.setdefault(example.category, Tally())
+        anomaly_map = run.full_map(row).astype(np.float16)
+        if not (np.isfinite(row["score"]) and np.isfinite(anomaly_map).all()):
+            tally.undecided += 1
+            continue
         tally.images.append((str(row["uri"]), float(row["score"]), example.anomalous))
-        _count_pixels(tally, example, run.full_map(row).astype(np.float16), run)
+        _count_pixels(tally, example, anomaly_map, run)
     return {"tallies": [zlib.compress(pickle.dumps(tallies), 1)]}
 
 

@@ -13,6 +13,7 @@ from matplotlib import colormaps
 from PIL import Image
 
 from pipelines.archive.decode import ImageError, decode, decode_image, fetch
+from pipelines.runs.query import is_decided
 from pipelines.runs.run import Run
 
 SIDE, MAP_SIDE = 256, 96  # pixels, of pictures and heat maps
@@ -61,16 +62,20 @@ def make_card(
     """
     source, problem = _source_picture(run, manifest_row)
     repaired = row["reconstruction"]
-    anomaly_map = _shrink(run.full_map(row))
+    # Of an undecided result nothing is drawn: no heat, no contour.
+    anomaly_map = _shrink(np.nan_to_num(run.full_map(row), nan=0, posinf=0, neginf=0))
+    decided = is_decided(row["score"], row["threshold"])
+    threshold = row["threshold"] if decided else None
     most = most_bytes * 3 // 4  # base64 writes 3 bytes as 4
     return {
         "id": row["image_id"],
         "uri": row["uri"],
         "category": row["category"] or "",
         "score": _rounded(row["score"]),
-        "threshold": _rounded(row["threshold"]),
-        "anomalous": row["is_anomalous"],
-        "margin": _rounded(row["score"] / row["threshold"] if row["threshold"] else row["score"]),
+        "threshold": _rounded(threshold),
+        "decided": decided,
+        "anomalous": row["is_anomalous"] if decided else None,
+        "margin": _rounded(row["score"] / threshold if threshold else row["score"]),
         "step": row["stop_step"],
         "reason": row["stop_reason"] or "none",
         "steps": [[step["timestep"], _rounded(step["score"])] for step in row["steps"] or ()],
@@ -85,7 +90,7 @@ def make_card(
         if repaired is None
         else webp(Image.fromarray(decode_image(repaired)), int(most * RECONSTRUCTION_SHARE)),
         "heat": webp(Image.fromarray(scale.colours(anomaly_map)), int(most * HEAT_SHARE)),
-        "contour": contour(anomaly_map, row["threshold"], int(most * CONTOUR_SHARE)),
+        "contour": contour(anomaly_map, threshold, int(most * CONTOUR_SHARE)),
     }
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as pads
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -34,8 +36,10 @@ def show(run_folder: str, top: int, out: Path, console: Console) -> None:
     run = Run.at(run_folder)
     results = run.results()
     with clear_errors(run.location, run.storage):
-        rows = highest(results, top)
+        rows, undecided = highest(results, top)
         manifest = run.manifest_rows([row["image_id"] for row in rows])
+    if undecided:
+        console.print(f"[yellow]{undecided} results have no finite score: undecided, not shown[/yellow]")
     if not rows:
         raise GladError(f"{run.location}: the run judged no image; see {run.path(ERRORS)}")
     if rows[0]["reconstruction"] is None:
@@ -43,20 +47,27 @@ def show(run_folder: str, top: int, out: Path, console: Console) -> None:
     pictures = [
         _input(manifest.get(row["image_id"]), run.storage, run.settings_of(row["category"]).resolution) for row in rows
     ]
-    save_figure(_sheet(rows, pictures, [run.full_map(row) for row in rows]), out)
+    maps = [np.nan_to_num(run.full_map(row), nan=0, posinf=0, neginf=0) for row in rows]
+    save_figure(_sheet(rows, pictures, maps), out)
     console.print(f"{len(rows)} images in {escape(str(out))}", highlight=False)
 
 
-def highest(results: pads.Dataset, top: int) -> list[dict[str, Any]]:
-    """The rows of the ``top`` highest scores, highest first; ties by image id. Holds no other rows."""
+def highest(results: pads.Dataset, top: int) -> tuple[list[dict[str, Any]], int]:
+    """The rows of the ``top`` highest scores, highest first; ties by image id. Holds no other rows.
+
+    Returns:
+        The rows, and the number of results without a finite score, which are not among them.
+    """
+    decided = pc.is_finite(pads.field("score"))
 
     def ranked() -> Iterator[tuple[float, str]]:
-        for batch in results.to_batches(columns=["image_id", "score"]):
+        for batch in results.to_batches(columns=["image_id", "score"], filter=decided):
             yield from zip(batch["score"].to_pylist(), batch["image_id"].to_pylist(), strict=True)
 
     best = {image_id for _, image_id in heapq.nlargest(top, ranked())}
-    table = results.to_table(filter=pads.field("image_id").isin(list(best)))
-    return sorted(table.to_pylist(), key=lambda row: (row["score"], row["image_id"]), reverse=True)
+    table = results.to_table(filter=pads.field("image_id").isin(pa.array(best, pa.string())))
+    rows = sorted(table.to_pylist(), key=lambda row: (row["score"], row["image_id"]), reverse=True)
+    return rows, results.count_rows() - results.count_rows(filter=decided)
 
 
 def _input(manifest_row: dict[str, Any] | None, storage: Storage, resolution: int) -> np.ndarray | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -37,7 +38,14 @@ def drift(
     Raises:
         GladError: no finished run, no category in both, or ``out`` cannot be written.
     """
-    columns = [read_columns(Run.at(folder)) for folder in (first, second)]
+    columns = []
+    for folder in (first, second):
+        read, undecided = read_columns(Run.at(folder))
+        columns.append(read)
+        if undecided:
+            console.print(
+                f"[yellow]{folder}: {undecided} results have no finite score: left out[/yellow]", highlight=False
+            )
     shared = sorted(set(columns[0]) & set(columns[1]))
     if not shared:
         raise GladError(f"{first} and {second} have no category in common: nothing to compare")
@@ -66,15 +74,17 @@ def compare(one: Columns, other: Columns, tests: int, alpha: float) -> dict[str,
     }
 
 
-def read_columns(run: Run) -> dict[str, Columns]:
-    """Scores and stop steps of a finished run, by category."""
+def read_columns(run: Run) -> tuple[dict[str, Columns], int]:
+    """Scores and stop steps of a finished run by category, and the number of results without a finite score."""
     results = run.results()
     with clear_errors(run.location, run.storage):
-        table = results.to_table(columns=["category", "score", "stop_step"])
+        whole = results.to_table(columns=["category", "score", "stop_step"])
+    table = whole.filter(pc.is_finite(whole["score"]))
     names = np.array([name or "(none)" for name in table["category"].to_pylist()])
     score = table["score"].to_numpy()
     step = table["stop_step"].fill_null(NO_STEP).to_numpy()
-    return {str(name): {"score": score[names == name], "step": step[names == name]} for name in np.unique(names)}
+    kept = {str(name): {"score": score[names == name], "step": step[names == name]} for name in np.unique(names)}
+    return kept, len(whole) - len(table)
 
 
 def _table(comparison: dict[str, dict[str, Any]], alpha: float) -> Table:

@@ -58,12 +58,15 @@ def report(run_folder: str, out: Path, console: Console, *, dataset: str | None 
     if truth is not None:
         page["curves"] = curves(run, truth.examples) if page["total"] else []
         for card in cards:
-            card["truth"] = truth.verdict(card["uri"], card["anomalous"])
+            called = truth.verdict(card["uri"], card["anomalous"])
+            card["truth"] = called if card["decided"] else "undecided"
     text = render(page | {"cards": cards})
     _write(text, out)
     unreadable = sum(card["problem"] is not None for card in cards)
     if unreadable:
         console.print(f"[yellow]{unreadable} source images can no longer be read; their cards say why[/yellow]")
+    if page["undecided"]:
+        console.print(f"[yellow]{page['undecided']} results have no finite score: undecided[/yellow]")
     contents = f"{len(cards)} of {page['total']} images in {escape(str(out))}, {len(text) / 1e6:.1f} MB"
     console.print(f"{contents}; open it in a browser", highlight=False, soft_wrap=True)
 
@@ -74,6 +77,7 @@ def summary(run: Run, totals: Totals) -> dict[str, Any]:
     return _about(run) | {
         "total": sum(totals.kind_counts.values()),
         "anomalies": totals.called_anomalous,
+        "undecided": totals.kind_counts["undecided"],
         "kinds": dict(totals.kind_counts),
         "categories": dict(sorted(totals.categories.items())),
         "reasons": sorted({reason for _, reason in totals.steps}),

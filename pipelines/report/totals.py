@@ -12,9 +12,11 @@ import pyarrow.dataset as pads
 
 from pipelines.report.cards import HeatScale
 from pipelines.report.truth import Truth
+from pipelines.runs.query import is_decided
 
-# What a result can be: the first two without ground truth, the others with it.
-KINDS = ("good", "anomalous", "correct", "false alarm", "miss", "hit")
+# What a result can be: the first two without ground truth, the next four with it, the last in runs of older versions
+# whose model gave no finite score.
+KINDS = ("good", "anomalous", "correct", "false alarm", "miss", "hit", "undecided")
 CALLED_ANOMALOUS = ("anomalous", "hit", "false alarm")
 COLUMNS = ("score", "threshold", "is_anomalous", "stop_step", "stop_reason", "category")
 BINS = 60
@@ -34,11 +36,13 @@ class Totals:
 
     def add(self, batch: pa.RecordBatch, kinds: list[str]) -> None:
         """Count a batch of `COLUMNS`, given the kind of each result."""
-        thresholds, reasons = batch["threshold"].to_pylist(), batch["stop_reason"].to_pylist()
+        thresholds = [value if is_decided(value) else None for value in batch["threshold"].to_pylist()]
+        reasons = batch["stop_reason"].to_pylist()
         scores = batch["score"].to_numpy(zero_copy_only=False)
         limits = np.array([threshold or np.nan for threshold in thresholds], np.float32)
-        self.scores.append(np.stack([scores, scores / limits]))
-        self.kinds.append(np.array([KINDS.index(kind) for kind in kinds], np.int8))
+        decided = np.array([kind != "undecided" for kind in kinds])
+        self.scores.append(np.stack([scores, scores / limits])[:, decided])
+        self.kinds.append(np.array([KINDS.index(kind) for kind in kinds], np.int8)[decided])
         self.kind_counts.update(kinds)
         self.steps.update(
             (step, reason or "none") for step, reason in zip(batch["stop_step"].to_pylist(), reasons, strict=True)
@@ -97,11 +101,15 @@ def count(results: pads.Dataset, truth: Truth | None = None) -> Totals:
         if not len(batch):
             continue
         called_anomalous = batch["is_anomalous"].to_pylist()
+        scores = batch["score"].to_pylist()
+        decided = list(map(is_decided, scores, batch["threshold"].to_pylist()))
         if truth is None:
             kinds = ["anomalous" if anomalous else "good" for anomalous in called_anomalous]
         else:
             kinds = list(map(truth.verdict, batch["uri"].to_pylist(), called_anomalous))
-            scored = zip(kinds, batch["score"].to_pylist(), batch["image_id"].to_pylist(), strict=True)
+        kinds = [kind if known else "undecided" for kind, known in zip(kinds, decided, strict=True)]
+        if truth is not None:
+            scored = zip(kinds, scores, batch["image_id"].to_pylist(), strict=True)
             totals.misses += [(score, image_id) for kind, score, image_id in scored if kind == "miss"]
         totals.add(batch, kinds)
     return totals

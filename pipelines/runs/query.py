@@ -5,6 +5,7 @@ Only the columns that decide are scanned. Whole rows are read for one page alone
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
@@ -19,9 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field
 HELD = 65_536  # candidates kept before the worst are dropped
 READERS = 8  # files read at a time
 
+# Runs of older versions may hold scores that are no finite numbers: such results are undecided, last in every order.
+DECIDED = pc.is_finite(pads.field("score")) & pc.is_finite(pc.coalesce(pads.field("threshold"), pa.scalar(0.0)))
 # Score over threshold, so that categories with thresholds of their own compare; the score in a run without threshold.
 _ratio = pc.divide(pads.field("score"), pads.field("threshold"))
-MARGIN = pc.coalesce(_ratio, pads.field("score"))
+MARGIN = pc.if_else(DECIDED, pc.coalesce(_ratio, pads.field("score")), pa.scalar(None, pa.float32()))
 SORTS = {
     "margin": (MARGIN, "descending"),
     "margin_up": (MARGIN, "ascending"),
@@ -29,6 +32,11 @@ SORTS = {
     "name": (pads.field("uri"), "ascending"),
     "seconds": (pads.field("seconds"), "descending"),
 }
+
+
+def is_decided(score: float | None, threshold: float | None = None) -> bool:
+    """Whether a result's score, and threshold if it has one, are finite: else nothing is known of the image."""
+    return score is not None and math.isfinite(score) and (threshold is None or math.isfinite(threshold))
 
 
 class Query(BaseModel):
@@ -117,7 +125,7 @@ def _filter(query: Query, marks: dict[str, str]) -> pc.Expression | None:
         conditions.append(pads.field("category") == query.category)
     if query.verdict:
         anomalous = pc.coalesce(pads.field("is_anomalous"), pa.scalar(False))
-        conditions.append(anomalous if query.verdict == "anomalous" else ~anomalous)
+        conditions += [DECIDED, anomalous if query.verdict == "anomalous" else ~anomalous]
     if query.reason:
         conditions.append(pads.field("stop_reason") == query.reason)
     if query.low is not None:

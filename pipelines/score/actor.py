@@ -121,7 +121,7 @@ class GladActor:
 
     async def _judge(self, row: dict[str, Any]) -> dict[str, Any]:
         """One output row for one decoded row."""
-        from glad_core.verdict import Request
+        from glad_core.verdict import NotFinite, Request
 
         key = self.settings.models.key(row["category"])
         if key is None:
@@ -133,6 +133,8 @@ class GladActor:
         pixels = np.frombuffer(row["image"], np.uint8).reshape(side, side, 3)
         try:
             detection = await self.thread.judge(engine, Request(row["image_id"], pixels, row["category"]))
+        except NotFinite as error:
+            return _error(row | {"stage": "score", "error_type": "not_finite", "message": str(error)})
         except Exception as error:
             reason = " ".join(str(error).split())[:500]
             return _error(row | {"stage": "score", "error_type": type(error).__name__, "message": reason})

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.dataset as pads
 import torch
 from rich.console import Console
 from rich.markup import escape
@@ -29,6 +30,7 @@ from pipelines.archive.decode import ImageError, decode, fetch
 from pipelines.archive.sources import list_source
 from pipelines.models.find import SMALL, local_bundle
 from pipelines.runs.feedback import require_marks
+from pipelines.runs.query import DECIDED
 from pipelines.runs.run import Run
 from pipelines.score.actor_plan import ActorWishes, plan_actors
 from pipelines.score.job import score
@@ -177,15 +179,17 @@ def steps_from(
     set_up(gpu, torch.get_num_threads())  # as many as Ray gives the task, or OMP_NUM_THREADS
     model = load_bundle(local_bundle(bundle, storage), device="cuda" if gpu else "cpu", model_id=model_id)
     good: list[np.ndarray] = []
+    names: list[str] = []
     skipped: list[str] = []
     for row in rows:
         try:
             good.append(decode(fetch(storage, row), model.settings.resolution).pixels)
+            names.append(row["uri"])
         except ImageError as error:
             skipped.append(f"{row['uri']}: {error}")
     if not good:
         raise GladError(f"none of the good images can be read; the first: {skipped[0]}")
-    return Calibrator(model, profile, foreground_mode, seed=seed).choose_steps(good), skipped
+    return Calibrator(model, profile, foreground_mode, seed=seed).choose_steps(good, names=names), skipped
 
 
 def _score(request: CalibrateRequest, bundle: Path, folder: Path, console: Console) -> Run:
@@ -203,7 +207,11 @@ def _read_scores(run: Run, with_feedback: bool) -> Scores:
 
     With feedback, every image that nobody confirmed as anomalous is good, so all alarms must be marked: taking the
     marked ones alone would leave out the good images that score highest, or count defects as good.
+
+    Raises:
+        GladError: images have no finite score, or alarms are not marked.
     """
+    _check_finite(run)
     table = run.results().to_table(columns=["score", "model_id", "image_id", "is_anomalous"])
     model_ids = set(table["model_id"].to_pylist())
     if not with_feedback:
@@ -222,6 +230,19 @@ def _read_scores(run: Run, with_feedback: bool) -> Scores:
     for row in rows:
         (anomalous if verdicts.get(row["image_id"]) == "confirmed" else good).append(row["score"])
     return Scores(good, anomalous, model_ids)
+
+
+def _check_finite(run: Run) -> None:
+    """Refuse a run in which images have no finite score: left out, they would make the threshold too low."""
+    undecided = run.results().to_table(columns=["uri"], filter=~DECIDED)["uri"].to_pylist()
+    undecided += (
+        run.errors().to_table(columns=["uri"], filter=pads.field("error_type") == "not_finite")["uri"].to_pylist()
+    )
+    if undecided:
+        raise GladError(
+            f"{len(undecided)} images have no finite score, such as {undecided[0]}: "
+            "leave them out, or train the bundle again"
+        )
 
 
 def _threshold(scores: list[float], target_fpr: float) -> float:

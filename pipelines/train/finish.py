@@ -40,7 +40,8 @@ def finish(job: TrainJob, surveyed: Survey, checkpoint: Any, deliver: Deliver, e
         send_event(events, job.name, "calibrate", done=done, total=total)
 
     calibrator = Calibrator(model, foreground_mode=job.recipe.foreground_mode, seed=job.recipe.seed, on_image=judged)
-    settings = calibrator.calibrate(held_out, [image.category for image in surveyed.held_out], job.target_fpr)
+    categories, names = zip(*((image.category, image.uri) for image in surveyed.held_out), strict=True)
+    settings = calibrator.calibrate(held_out, categories, job.target_fpr, names)
     provenance = _provenance(job, surveyed, read_description(base))
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "bundle"

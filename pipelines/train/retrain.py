@@ -128,4 +128,5 @@ def _compare(bundle: Path, before: str, job: TrainJob, surveyed: Survey, margin:
     good_new, good_old = (
         read_pixels(surveyed.held_out, model.settings.resolution, job.storage) for model in (new, old)
     )
-    return compare_models(new, old, good_new, good_old, job.recipe.foreground_mode, margin)
+    names = [image.uri for image in surveyed.held_out]
+    return compare_models(new, old, good_new, good_old, job.recipe.foreground_mode, margin, names=names)

@@ -26,7 +26,7 @@ from glad_core.errors import GladError
 from glad_core.judge import detect
 from glad_core.training import losses
 from glad_core.training.loop import StepResult, TrainState, add_reports, category_prompts, fine_tune
-from glad_core.verdict import Request
+from glad_core.verdict import NotFinite, Request
 from pipelines.models.find import local_bundle
 from pipelines.train.batches import batches
 from pipelines.train.good_images import GoodImage
@@ -181,8 +181,13 @@ def _posterior(model: Model, images: list[GoodImage], pixels: np.ndarray) -> tup
 def _reconstructed(model: Model, images: list[GoodImage], pixels: np.ndarray) -> tuple[Tensor]:
     """The bundle's reconstructions of good images, uint8 [B, R, R, 3]."""
     requests = [Request(image.digest, array, image.category) for image, array in zip(images, pixels, strict=True)]
-    rebuilt = {detection.image_id: detection.reconstruction for detection in detect(model, requests)}
-    return (torch.from_numpy(np.stack([rebuilt[image.digest] for image in images])),)
+    rebuilt: list[np.ndarray] = []
+    try:
+        for detection in detect(model, requests):
+            rebuilt.append(detection.reconstruction)
+    except NotFinite as error:
+        raise GladError(f"model {model.model_id}, {images[len(rebuilt)].uri}: {error}") from error
+    return (torch.from_numpy(np.stack(rebuilt)),)
 
 
 def _note(done: list[StepResult], world: int) -> str:

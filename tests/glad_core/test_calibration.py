@@ -3,10 +3,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from glad_core import calibration
+from glad_core import adaptive, calibration
 from glad_core.bundle.model import load_bundle
 from glad_core.judge import detect
-from glad_core.verdict import Request
+from glad_core.model_comparison import compare_models
+from glad_core.verdict import NotFinite, Request
 
 
 def test_conformal_quantile_keeps_its_promise() -> None:
@@ -55,3 +56,28 @@ def test_the_fast_profile_has_no_steps_and_a_threshold_of_its_own(tiny_bundle, m
     assert settings.threshold is not None
     assert result.score <= settings.threshold + 1e-4
     assert calibration.Calibrator(replace(model, settings=settings)).calibrate(good).profile == "exact"
+
+
+@pytest.mark.parametrize("profile", ["exact", "fast"])
+def test_images_without_a_finite_score_are_named(profile, tiny_bundle, monkeypatch) -> None:
+    """One of six images overflows: no settings come of the others alone."""
+    monkeypatch.setattr(calibration, "START_STEPS", (120,))
+    model = load_bundle(tiny_bundle)
+    rng = np.random.default_rng(0)
+    good = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(6)]
+    good[4][:] = 255
+    real = adaptive.encode
+
+    def overflows(model, images, noise):
+        latents = real(model, images, noise)
+        latents[images.flatten(1).mean(dim=1) > 0.5] = float("nan")
+        return latents
+
+    monkeypatch.setattr(adaptive, "encode", overflows)
+    names = [f"/good/{index}.png" for index in range(6)]
+    with pytest.raises(NotFinite, match=rf"^model {model.model_id} has no verdict on 1 of 6 .*such as /good/4.png"):
+        calibration.Calibrator(model, profile).calibrate(good, names=names)
+    with pytest.raises(NotFinite, match=r"no verdict on 2 of 12 .*such as image 4"):
+        compare_models(model, model, good, good, 3, margin=0.02)
+    with pytest.raises(NotFinite):
+        list(detect(model, [Request("4", good[4])]))

@@ -6,7 +6,7 @@ import torch
 
 from glad_core.bundle.model import load_bundle
 from glad_core.errors import GladError
-from glad_core.verdict import Request, check_request
+from glad_core.verdict import Detection, NotFinite, Request, check_request, finite
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,20 @@ def test_a_category_that_the_bundle_does_not_have_is_refused(tiny_bundle) -> Non
     for category in ("bolt", None):
         with pytest.raises(GladError, match=r"categor.*nut"):
             check_request(model, Request("a", image, category))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_verdict_is_finite_or_none(value: float) -> None:
+    fine = np.zeros((2, 2), np.float16)
+    whole = Detection("a", 1.0, 350, "difference", [(350, 0.5)], fine, np.zeros((2, 2, 3), np.uint8), 0.1, [value])
+    assert finite(whole) is whole  # departures only guide the search
+    holed = fine.copy()
+    holed[1, 1] = value
+    for change, words in (
+        ({"score": value}, "its score"),
+        ({"anomaly_map": holed}, "its anomaly map"),
+        ({"steps": [(450, 0.1), (350, value)]}, "a step score"),
+    ):
+        verdict = finite(replace(whole, **change))
+        assert isinstance(verdict, NotFinite)
+        assert words in str(verdict)

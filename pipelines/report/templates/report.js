@@ -101,7 +101,7 @@ function picture(card, source, heat) {
 }
 
 function badge(label, card) {
-  const kind = card.truth || (card.anomalous === null ? "" : card.anomalous ? "anomalous" : "good");
+  const kind = card.truth || (!card.decided ? "undecided" : card.anomalous === null ? "" : card.anomalous ? "anomalous" : "good");
   label.textContent = card.mark ? card.mark.replace("_", " ") : kind;
   label.className = `badge ${(card.mark === "confirmed" ? "anomalous" : card.mark || kind).replace(/[_ ]/, "-")}`;
   label.hidden = !label.textContent;
@@ -151,7 +151,7 @@ async function query(filters, first) {
   const text = (filters.text || "").toLowerCase();
   const matches = data.cards.filter((card) =>
     (!text || card.uri.toLowerCase().includes(text)) && (!filters.category || card.category === filters.category) &&
-    (!filters.verdict || (card.anomalous === true) === (filters.verdict === "anomalous")) && (!filters.reason || card.reason === filters.reason) &&
+    (!filters.verdict || card.decided && (card.anomalous === true) === (filters.verdict === "anomalous")) && (!filters.reason || card.reason === filters.reason) &&
     (!filters.truth || card.truth === filters.truth) && !(card.score < +filters.low) && (!filters.high || card.score <= +filters.high));
   matches.sort(SORT[filters.sort]);
   return { total: matches.length, cards: matches.slice(first, first + PAGE) };

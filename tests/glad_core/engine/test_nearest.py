@@ -4,8 +4,9 @@ import torch
 
 from glad_core.bundle.model import load_bundle
 from glad_core.engine import nearest
+from glad_core.engine.base import run
 from glad_core.images import to_tensor
-from glad_core.verdict import Request
+from glad_core.verdict import NotFinite, Request
 
 RNG = np.random.default_rng(0)
 IMAGES = [RNG.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(6)]
@@ -52,3 +53,24 @@ def test_the_memory_covers_good_patches_better_than_a_random_choice(monkeypatch:
     blind = torch.cdist(patches, patches[torch.randperm(2010, generator=generator)[:20]]).amin(dim=1).max()
     assert reach < 0.5 * blind
     assert torch.equal(nearest.remember(patches), memory)
+
+
+def test_an_image_without_finite_features_costs_only_itself(model, monkeypatch) -> None:
+    real = nearest.patch_features
+    memory = nearest.remember(real(model, to_tensor(IMAGES[:4])).flatten(0, 1))
+
+    def broken(model, images):
+        patches = real(model, images)
+        patches[(images == to_tensor(IMAGES[5:])).flatten(1).all(dim=1)] = float("nan")
+        return patches
+
+    monkeypatch.setattr(nearest, "patch_features", broken)
+    engine = nearest.NearestEngine(model, memory, slots=4)
+    verdicts = {request.image_id: verdict for request, verdict in run(engine, requests_of(IMAGES))}
+    assert isinstance(verdicts.pop("5"), NotFinite)
+    assert sorted(verdicts) == list("01234")
+    assert all(np.isfinite(verdict.score) for verdict in verdicts.values())
+
+
+def requests_of(images):
+    return [Request(str(number), image) for number, image in enumerate(images)]

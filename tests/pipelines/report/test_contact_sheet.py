@@ -16,8 +16,8 @@ def test_highest_scores_first_and_ties_by_image_id() -> None:
     scores = {"a": 1.0, "b": 3.0, "c": 2.0, "d": 2.0, "e": 0.5}
     rows = [{"image_id": name, "score": score} for name, score in scores.items()]
     results = pads.dataset(pa.Table.from_pylist(rows, schema=RESULTS_SCHEMA))
-    assert [row["image_id"] for row in highest(results, 3)] == ["b", "d", "c"]
-    assert [row["image_id"] for row in highest(results, 9)] == ["b", "d", "c", "a", "e"]
+    assert [row["image_id"] for row in highest(results, 3)[0]] == ["b", "d", "c"]
+    assert [row["image_id"] for row in highest(results, 9)[0]] == ["b", "d", "c", "a", "e"]
 
 
 def test_stop_labels() -> None:

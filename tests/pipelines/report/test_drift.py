@@ -62,7 +62,7 @@ def test_p_values_are_multiplied_by_the_number_of_tests() -> None:
 
 
 def test_results_without_category_or_stop_step_are_compared_too(tmp_path: Path) -> None:
-    columns = read_columns(Run.at(str(finished(tmp_path / "a", 0, category=None, late=None))))
+    columns, _ = read_columns(Run.at(str(finished(tmp_path / "a", 0, category=None, late=None))))
     assert list(columns) == ["(none)"]
     assert set(columns["(none)"]["step"]) == {NO_STEP}
     assert len(columns["(none)"]["score"]) == 300

@@ -1,5 +1,6 @@
 import asyncio
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -9,10 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from cluster.storage import Storage
 from glad_core import adaptive
-from glad_core.bundle.glad_json import update_settings
+from glad_core.bundle.glad_json import update_settings, write_description
 from glad_core.bundle.model import load_bundle
 from glad_core.errors import GladError
 from pipelines.archive.decode import DECODED_SCHEMA
@@ -129,6 +131,42 @@ def test_a_bundle_that_cannot_be_loaded_is_told_at_the_first_call(tiny_bundle, t
     actor = GladActor(wishes)
     with pytest.raises(GladError, match="no such model bundle"):
         call(actor, rows("a"))
+
+
+def test_an_image_without_a_finite_score_is_an_error(actor, monkeypatch):
+    real = adaptive.encode
+    broken = np.frombuffer(rows("b")["image"][0].as_py(), np.uint8).reshape(SIDE, SIDE, 3) / 127.5 - 1
+
+    def overflows_on_b(model, images, noise):
+        latents = real(model, images, noise)
+        latents[[np.allclose(image.permute(1, 2, 0).numpy(), broken, atol=1e-5) for image in images]] = float("inf")
+        return latents
+
+    before = by_id(call(actor, rows("a", "c")))
+    monkeypatch.setattr(adaptive, "encode", overflows_on_b)
+    out = by_id(call(actor, rows("a", "b", "c")))
+    assert (out["b"]["stage"], out["b"]["error_type"]) == ("score", "not_finite")
+    assert out["b"]["is_anomalous"] is out["b"]["score"] is None
+    for neighbour in "ac":
+        assert out[neighbour]["score"] == pytest.approx(before[neighbour]["score"], abs=1e-4)
+
+
+def test_weights_that_overflow_give_errors_and_no_verdicts(tiny_bundle, tmp_path):
+    """Finite on disk, but too large to compute with."""
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    file = bundle / "vae/diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["decoder.conv_out.weight"] *= 1e38
+    save_file(weights, file)
+    seal(bundle)
+    out = by_id(call(GladActor(settings(bundle)), rows("a", "b")))
+    assert {row["error_type"] for row in out.values()} == {"not_finite"}
+
+
+def seal(bundle):
+    """The checksums of changed files."""
+    description = json.loads((bundle / "glad.json").read_text())
+    write_description(bundle, description["settings"], description["category"], description["provenance"])
 
 
 @pytest.mark.parametrize("registered", [False, True])

@@ -1,0 +1,72 @@
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save
+
+from cluster.storage import Storage
+from glad_core.bundle.glad_json import read_description
+from glad_core.engine import nearest
+from glad_core.errors import GladError
+from pipelines.score.patch_memory import build_memory, read_memory
+
+STORAGE = Storage()
+
+
+@pytest.fixture
+def build(tiny_bundle, photos, tmp_path):
+    """Build a memory of the twelve photos; returns its location."""
+    model_id, out = read_description(tiny_bundle).model_id, str(tmp_path / "memory.safetensors")
+
+    def build(model_id=model_id):
+        build_memory(str(photos), str(tiny_bundle), model_id, STORAGE, out, "cpu", seed=0)
+        return out
+
+    return build
+
+
+def test_what_is_built_is_read(build) -> None:
+    memory = read_memory(build(), STORAGE)
+    assert memory.patches.shape == (10 * 16, 4 * 32)  # of twelve photos two are held out
+    assert memory.threshold is None  # too few for one
+
+
+def test_another_bundle_than_the_jobs_is_refused(build) -> None:
+    with pytest.raises(GladError, match="this job began with 0123456789abcdef"):
+        build(model_id="0123456789abcdef")
+
+
+@pytest.mark.parametrize("call", [0, 1, 2])  # two batches to remember, one held out
+def test_good_images_without_finite_features_are_named(call, build, photos, monkeypatch, tmp_path) -> None:
+    real, calls = nearest.patch_features, []
+
+    def overflows(model, images):
+        patches = real(model, images).clone()
+        if len(calls) == call:
+            patches[-1, 0, 0] = float("nan")
+        calls.append(len(images))
+        return patches
+
+    monkeypatch.setattr(nearest, "patch_features", overflows)
+    with pytest.raises(GladError, match=rf"not finite for 1 good images, such as \S*{photos}"):
+        build()
+    assert calls == [8, 2, 2][: max(2, call + 1)]
+    assert not (tmp_path / "memory.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"x" * 100,
+        save({"other": torch.zeros(2, 3)}),
+        save({"patches": torch.zeros(3)}),
+        save({"patches": torch.full((2, 3), np.nan)}),
+        save({"patches": torch.zeros(2, 3), "threshold": torch.full((1,), np.inf)}),
+        save({"patches": torch.zeros(2, 3), "threshold": torch.zeros(2)}),
+    ],
+)
+def test_a_damaged_memory_is_one_line(content, tmp_path) -> None:
+    file = tmp_path / "memory.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(GladError, match=f"^{file}: damaged; give --overwrite"):
+        read_memory(str(file), STORAGE)
