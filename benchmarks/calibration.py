@@ -27,8 +27,8 @@ from glad_core.engine.base import run
 from glad_core.engine.engine import Engine
 from glad_core.image_metrics import image_metrics
 from glad_core.verdict import Request
-from pipelines.archive.decode import decode
 from pipelines.archive.layouts import read_dataset
+from pipelines.archive.picture import decode
 from pipelines.models.find import SMALL_BUNDLE
 
 FACTORS = (0.0, 1.0, 1e4)  # of the automatic δ; every step score exceeds 0, and none exceeds 1e4 times δ

@@ -35,7 +35,7 @@ from glad_core.engine.base import run
 from glad_core.engine.engine import Engine
 from glad_core.engine.process import keep_buffers
 from glad_core.verdict import Request
-from pipelines.archive.decode import decode
+from pipelines.archive.picture import decode
 from pipelines.demo.boards import board_rng, make_board
 from pipelines.models.find import SMALL_BUNDLE
 from pipelines.runs.schema import SCORED_SCHEMA

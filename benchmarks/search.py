@@ -31,8 +31,8 @@ from glad_core.engine.base import run
 from glad_core.engine.engine import Engine
 from glad_core.engine.search import expected_crossing, first_crossing, guess_scores, largest_fall, next_comparison
 from glad_core.verdict import Request
-from pipelines.archive.decode import decode
 from pipelines.archive.layouts import read_dataset
+from pipelines.archive.picture import decode
 from pipelines.demo.boards import DEFECTS
 from pipelines.models.find import SMALL_BUNDLE
 

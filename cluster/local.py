@@ -16,12 +16,25 @@ from typing import NamedTuple
 
 import pyarrow.fs as pafs
 
-from cluster.storage_errors import StorageError, explain
+from cluster.storage_errors import ChangedError, StorageError, explain
 
 
 @lru_cache(maxsize=1)
 def filesystem() -> pafs.LocalFileSystem:
     return pafs.LocalFileSystem()
+
+
+class Listed(NamedTuple):
+    """What is known of a file from its listing, None where it is not: bytes, and `Entry.version`."""
+
+    size: int | None = None
+    version: str | None = None
+
+    def check(self, path: str, size: int | None, version: str | None) -> None:
+        """Raise `ChangedError` unless a file that is read now is the one that was listed."""
+        for then, now in zip(self, (size, version), strict=True):
+            if then is not None and now is not None and then != now:
+                raise ChangedError(f"{path}: changed since it was listed")
 
 
 class Entry(NamedTuple):
@@ -73,6 +86,29 @@ def level(folder: str) -> Iterator[Entry]:
             continue
         if stat.S_ISREG(status.st_mode):
             yield Entry(entry.name, status.st_size, str(status.st_mtime_ns))
+
+
+def read(path: str, offset: int, size: int | None, listed: Listed, most: int | None) -> bytes:
+    """See `Storage.read`; one attempt."""
+    with open(path, "rb", opener=_at_once) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise FileNotFoundError(f"{path}: no file, but a folder or a device")
+        listed.check(path, status.st_size, str(status.st_mtime_ns))
+        if size is None:
+            size = status.st_size - offset
+        if most is not None and size > most:
+            raise OSError(errno.EFBIG, f"{size} bytes")
+        file.seek(offset)
+        data = file.read(size)
+        after = os.fstat(file.fileno())
+    if (after.st_size, after.st_mtime_ns) != (status.st_size, status.st_mtime_ns) or len(data) < size:
+        raise ChangedError(f"{path}: changed while it was read")
+    return data
+
+
+def _at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # opening a pipe would wait for its writer
 
 
 def write(path: str, data: bytes) -> None:

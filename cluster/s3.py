@@ -1,9 +1,10 @@
-"""The S3 back end of `cluster.storage`. Three clients share the work, since none does it all: pyarrow reads and writes,
-botocore lists page by page (pyarrow returns a listing as a whole), and s3fs writes only if there is no such object yet
-(pyarrow cannot send If-None-Match)."""
+"""The S3 back end of `cluster.storage`. Three clients share the work, since none does it all: pyarrow writes and
+streams, botocore reads (pyarrow hides why a read failed) and lists page by page (pyarrow returns a listing as a whole),
+and s3fs writes only if there is no such object yet (pyarrow cannot send If-None-Match)."""
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,7 +16,12 @@ from urllib.parse import urlparse
 
 import pyarrow.fs as pafs
 
+from cluster.local import Listed
+from cluster.storage_errors import ChangedError
+
 ATTEMPTS, PATIENT_ATTEMPTS = 3, 12  # per request to S3; with doubling waits, twelve outlast 50 seconds
+READ_TIMEOUT = 30  # seconds without a byte
+POOL = 16  # connections of a process that are kept open
 COPY_CHUNK = 8 * 2**20  # bytes per request and in memory while a file is copied
 
 
@@ -92,11 +98,9 @@ def keys(connection: Connection, bucket: str, prefix: str, delimiter: str = "") 
     Raises:
         OSError: as the server answers.
     """
-    from botocore.exceptions import BotoCoreError, ClientError
-
     below = f"{prefix}/" if prefix else ""
     try:
-        pages = _listing(connection).get_paginator("list_objects_v2")
+        pages = _client(connection).get_paginator("list_objects_v2")
         for page in pages.paginate(Bucket=bucket, Prefix=below, Delimiter=delimiter):
             objects = page.get("Contents", [])
             entries = [(item["Key"], item["Size"], item.get("ETag")) for item in objects if item["Key"][-1] != "/"]
@@ -105,7 +109,7 @@ def keys(connection: Connection, bucket: str, prefix: str, delimiter: str = "") 
                 entries = sorted(entries + folders, key=lambda entry: entry[0].encode())
             for key, size, version in entries:
                 yield key[len(below) :].removesuffix(delimiter or "/"), size, version
-    except (BotoCoreError, ClientError) as error:
+    except _failures() as error:
         raise OSError(str(error)) from error
 
 
@@ -115,11 +119,9 @@ def find(connection: Connection, bucket: str, key: str) -> tuple[int, str | None
     Raises:
         OSError: as the server answers; FileNotFoundError if there is none.
     """
-    from botocore.exceptions import BotoCoreError, ClientError
-
     try:
-        page = _listing(connection).list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
-    except (BotoCoreError, ClientError) as error:
+        page = _client(connection).list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
+    except _failures() as error:
         raise OSError(str(error)) from error
     for item in page.get("Contents", []):  # the key itself is the first that begins with it
         if item["Key"] == key:
@@ -127,8 +129,88 @@ def find(connection: Connection, bucket: str, key: str) -> tuple[int, str | None
     raise FileNotFoundError(f"s3://{bucket}/{key}: no such file")
 
 
+# Answers about one object alone, whatever the state of the connection: archived, named impossibly, not that long.
+ABOUT_THE_OBJECT = {"InvalidObjectState", "KeyTooLongError", "MethodNotAllowed", "InvalidRange"}
+# Answers that refuse the credentials or the moment with a status that otherwise refuses a request.
+ABOUT_THE_CONNECTION = {
+    *("ExpiredToken", "InvalidToken", "TokenRefreshRequired", "InvalidAccessKeyId", "SignatureDoesNotMatch"),
+    *("RequestTimeTooSkewed", "RequestTimeout", "AuthorizationHeaderMalformed", "NoSuchBucket", "SlowDown"),
+    *("RequestExpired", "Throttling", "ThrottlingException", "TooManyRequests", "RequestLimitExceeded"),
+}
+
+
+def read(connection: Connection, path: str, offset: int, size: int | None, listed: Listed, most: int | None) -> bytes:
+    """See `cluster.storage.Storage.read`; one attempt. An answer is of one version, which its ETag names."""
+    listed = listed._replace(version=_etag(listed.version))
+    bucket, _, key = path.partition("/")
+    wanted = {} if size is None else {"Range": f"bytes={offset}-{offset + size - 1}"}
+    if size == 0:
+        return b""
+    try:
+        answer = _client(replace(connection, attempts=1)).get_object(Bucket=bucket, Key=key, **wanted)
+        with answer["Body"] as body:
+            length, total = answer["ContentLength"], answer.get("ContentRange", "").rpartition("/")[2]
+            listed.check(f"s3://{path}", int(total) if total.isdigit() else length, _etag(answer.get("ETag")))
+            if most is not None and length > most:
+                raise OSError(errno.EFBIG, f"{length} bytes")
+            if size is not None and length > size:
+                raise ConnectionError(f"the server answers a range of {size} bytes with {length}")
+            data: bytes = body.read()
+    except _failures() as error:
+        raise _of_read(connection, error) from error
+    if size is not None and len(data) < size:
+        raise ChangedError(f"s3://{path}: {len(data)} bytes at {offset}, {size} were listed")
+    return data
+
+
+def _etag(value: str | None) -> str | None:
+    """An ETag without its quotes; a proxy that compresses marks it as weak."""
+    return value and value.removeprefix("W/").strip('"')
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """All exceptions that botocore lets through."""
+    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
+    from urllib3.exceptions import HTTPError
+
+    return BotoCoreError, ClientError, ResponseParserError, HTTPError
+
+
+def _of_read(connection: Connection, error: Exception) -> OSError:
+    """The error of a read by its kind: FileNotFoundError, PermissionError, ConnectionError, or OSError of the object.
+
+    What S3 refuses with a status of 4xx may be about the object or about the credentials: a PermissionError.
+    """
+    from botocore.exceptions import ClientError, ParamValidationError
+
+    text = " ".join(str(error).split())
+    if isinstance(error, ParamValidationError):
+        return OSError(text)
+    if not isinstance(error, ClientError):
+        _forget(connection)  # the machine may have other credentials by now
+        return ConnectionError(text)
+    code = error.response.get("Error", {}).get("Code", "")
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    if code in ABOUT_THE_OBJECT or status == 416:
+        return OSError(text)
+    if status == 404 and code != "NoSuchBucket":
+        return FileNotFoundError(text)
+    if code in ABOUT_THE_CONNECTION or status not in range(400, 500) or status in (408, 429):
+        if status < 500:
+            _forget(connection)
+        return ConnectionError(text)
+    return PermissionError(text)
+
+
+def _forget(connection: Connection) -> None:
+    """Have the next request look for the machine's credentials again: a file of them may have been written anew."""
+    if connection.access_key is None:
+        _client.cache_clear()
+
+
 @lru_cache(maxsize=8)
-def _listing(connection: Connection) -> Any:
+def _client(connection: Connection) -> Any:
     import botocore.session
     from botocore.config import Config
 
@@ -142,6 +224,8 @@ def _listing(connection: Connection) -> Any:
         config=Config(
             retries={"mode": "standard", "total_max_attempts": connection.attempts},
             connect_timeout=5,
+            read_timeout=READ_TIMEOUT,
+            max_pool_connections=POOL,
             s3={"addressing_style": "path"} if connection.endpoint else {},
         ),
     )

@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ray.autoscaler.v2.schema import ClusterStatus
@@ -145,17 +145,6 @@ def node_cpus() -> list[float]:
     import ray
 
     return [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-
-
-def is_retry() -> bool:
-    """Whether this code runs in a task that Ray started again because its process or node died."""
-    import ray
-
-    if not ray.is_initialized():
-        return False
-    # Ray counts the attempts of a task but gives the number no public name.
-    worker: Any = ray._private.worker.global_worker
-    return bool(worker.core_worker.get_current_task_attempt_number())
 
 
 def root_cause(error: BaseException, *kinds: type[Exception]) -> BaseException:

@@ -11,27 +11,36 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import pyarrow.fs as pafs
+import tenacity
 
 from cluster import local, s3
-from cluster.local import Entry
-from cluster.storage_errors import StorageError, explain, is_disk_full, is_outage
+from cluster.local import Entry, Listed
+from cluster.storage_errors import ChangedError, StorageError, explain, is_disk_full, is_trouble
 
 __all__ = [
+    "ChangedError",
     "Entry",
+    "Listed",
     "Storage",
     "StorageError",
     "absolute",
     "clear_errors",
     "explain",
-    "is_outage",
     "is_s3",
+    "is_trouble",
     "join",
     "local_path",
 ]
+
+# Between two attempts of a read, seconds: drawn from 0 to 1, 2, 4 ... `LONGEST_WAIT`, so that tasks that failed
+# together do not come back together. None begins after `PATIENCE`.
+LONGEST_WAIT, PATIENCE = 12, 90
+UNKNOWN = Listed()
 
 
 @dataclass(frozen=True)
@@ -111,12 +120,31 @@ class Storage(s3.Connection):
             infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
         return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
 
-    def read(self, uri: str, offset: int = 0, size: int | None = None) -> bytes:
-        """The bytes of a file, or ``size`` of them from ``offset``. Raises OSError as the file system does."""
-        filesystem, path = self.resolve(uri)
-        with filesystem.open_input_file(path) as stream:
-            stream.seek(offset)
-            return stream.read(size) if size is not None else stream.read()
+    def read(
+        self, uri: str, offset: int = 0, size: int | None = None, *, listed: Listed = UNKNOWN, most: int | None = None
+    ) -> bytes:
+        """The bytes of a file, or ``size`` of them from ``offset``, all from one version of it.
+
+        After trouble of the connection or the disk it tries again, `attempts` times in all.
+
+        Args:
+            listed: what the whole file must still be.
+            most: bytes that may be read.
+
+        Raises:
+            FileNotFoundError: no such file. ChangedError: not as ``listed``, too short, or written to meanwhile.
+            OSError: any other reason; errno EFBIG if it is more than ``most``. See `is_trouble`.
+            StorageError: a kind of location that is not read.
+        """
+        _, path = self.resolve(uri)
+        back_end = partial(s3.read, self) if is_s3(uri) else local.read
+        persistent = tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(self.attempts) | tenacity.stop_after_delay(PATIENCE),
+            wait=tenacity.wait_random_exponential(max=LONGEST_WAIT),
+            retry=tenacity.retry_if_exception(is_trouble),
+            reraise=True,
+        )
+        return persistent(back_end, path, offset, size, listed, most)
 
     def size(self, uri: str) -> int:
         """Bytes of a file. Raises FileNotFoundError if there is none."""

@@ -1,4 +1,4 @@
-"""Errors of storage in one line each, whether from a disk or from S3."""
+"""Errors of storage in one line each, whether from a disk or from S3, and what they are about: file or connection."""
 
 from __future__ import annotations
 
@@ -9,23 +9,72 @@ class StorageError(Exception):
     """Storage cannot do what was requested. The message is one line: what failed, where, and the way out."""
 
 
+class ChangedError(OSError):
+    """The file is there, but no longer with the bytes that were listed."""
+
+
+# Of a disk, a network share or this process, not of the one file that was asked for.
+TROUBLE = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("EIO", "ENXIO", "ENODEV", "EBUSY", "EAGAIN", "EINTR", "ESTALE", "ETIMEDOUT", "ENOTCONN", "EHOSTDOWN"),
+        *(
+            "EHOSTUNREACH",
+            "ENETDOWN",
+            "ENETUNREACH",
+            "ECONNRESET",
+            "ECONNREFUSED",
+            "ECONNABORTED",
+            "EPIPE",
+            "ESHUTDOWN",
+        ),
+        *("EREMOTEIO", "ECOMM", "ENOLINK", "EPROTO", "ENOKEY", "EKEYEXPIRED", "EKEYREJECTED"),
+        *("EMFILE", "ENFILE", "ENOMEM", "ENOBUFS"),
+    )
+    if hasattr(errno, name)
+)
+
 CREDENTIAL_WORDS = (
     "ACCESS_DENIED",
     "INVALID_ACCESS_KEY_ID",
     "InvalidAccessKeyId",
+    "InvalidToken",
+    "EXPIRED_TOKEN",
+    "ExpiredToken",
+    "TokenRefreshRequired",
+    "AuthorizationHeaderMalformed",
     "SignatureDoesNotMatch",
     "SIGNATURE_DOES_NOT_MATCH",
     "Forbidden",
     "AccessDenied",
     "HTTP response code 403",
+    "occurred (403)",
+    "occurred (401)",
     "Unable to locate credentials",
     "No credentials",
+    "retrieving credentials",
+    "Partial credentials",
 )
+CLOCK_WORDS = ("RequestTimeTooSkewed", "REQUEST_TIME_TOO_SKEWED")
 BUCKET_WORDS = ("NO_SUCH_BUCKET", "NoSuchBucket", "bucket does not exist")
-BUSY_WORDS = ("SLOW_DOWN", "SlowDown", "SERVICE_UNAVAILABLE", "ServiceUnavailable", "HTTP status 503")
-# libcurl's codes for: host not found, no connection, no answer in time. Other codes may concern a single object.
-UNREACHABLE_WORDS = ("curlCode: 6,", "curlCode: 7,", "curlCode: 28,")
-NETWORK_WORDS = ("NETWORK_CONNECTION", "Couldn't connect", "Could not connect", "curlCode", "Connection refused")
+BUSY_WORDS = (
+    *(
+        "SLOW_DOWN",
+        "SlowDown",
+        "Throttl",
+        "TooManyRequests",
+        "occurred (429)",
+        "RequestTimeout",
+        "RequestLimitExceeded",
+    ),
+    *("SERVICE_UNAVAILABLE", "ServiceUnavailable", "HTTP status 503", "InternalError", "INTERNAL_FAILURE"),
+    *("occurred (429)", "occurred (500)", "occurred (502)", "occurred (503)", "occurred (504)"),
+)
+NETWORK_WORDS = (
+    *("NETWORK_CONNECTION", "Couldn't connect", "Could not connect", "curlCode", "Connection refused"),
+    *("Connect timeout", "Read timeout", "Connection was closed", "response stream", "total bytes expected"),
+    *("SSL validation failed", "Failed to connect to proxy"),
+)
 
 
 def explain(uri: str, endpoint: str | None, error: OSError) -> str:
@@ -35,7 +84,7 @@ def explain(uri: str, endpoint: str | None, error: OSError) -> str:
         endpoint: URL of the S3 server; None for AWS itself.
     """
     text = " ".join(str(error).split())
-    if uri.startswith("s3://") and (reason := _s3_reason(uri, endpoint or "AWS", text)):
+    if uri.startswith("s3://") and (reason := _s3_reason(uri, endpoint or "AWS", text, error)):
         return f"{uri}: {reason}"
     if is_disk_full(error):
         return f"{uri}: no space left on that disk; make room and give the same command again"
@@ -45,14 +94,18 @@ def explain(uri: str, endpoint: str | None, error: OSError) -> str:
         return f"{uri}: permission denied; choose a location you may read and write"
     if isinstance(error, NotADirectoryError | FileExistsError):
         return f"{uri}: a file is in the way; choose another folder"
+    if error.errno in TROUBLE:
+        return f"{uri}: {error.strerror}; give the same command again when that disk or this machine works"
     return f"{uri}: {text}"
 
 
-def _s3_reason(uri: str, endpoint: str, text: str) -> str | None:
+def _s3_reason(uri: str, endpoint: str, text: str, error: OSError) -> str | None:
     bucket = uri.removeprefix("s3://").split("/")[0]
     if _mentions(text, BUCKET_WORDS):
         return f"no bucket '{bucket}' at {endpoint}; create it or correct the name"
-    if _mentions(text, CREDENTIAL_WORDS):
+    if _mentions(text, CLOCK_WORDS):
+        return f"{endpoint} refused the time of the request; set the clock of this machine, or the server's"
+    if _mentions(text, CREDENTIAL_WORDS) or isinstance(error, PermissionError):
         return (
             f"{endpoint} refused the credentials; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY "
             f"and the rights on bucket '{bucket}'"
@@ -60,13 +113,20 @@ def _s3_reason(uri: str, endpoint: str, text: str) -> str | None:
     if _mentions(text, NETWORK_WORDS):
         return f"cannot reach {endpoint}; check AWS_ENDPOINT_URL and the network"
     if _mentions(text, BUSY_WORDS):
-        return f"{endpoint} is overloaded or down; give the same command again when it answers"
+        return f"{endpoint} is overloaded or down; give the same command again when it answers ({text[:200]})"
     return None
 
 
-def is_outage(error: OSError) -> bool:
-    """Whether the server did not answer at all, so that the requested file is not to blame."""
-    return _mentions(str(error), UNREACHABLE_WORDS + BUSY_WORDS)
+def is_trouble(error: BaseException) -> bool:
+    """Whether the connection, the disk or this process may be at fault and not the file, so that it is tried again.
+
+    A `PermissionError` may be either: rights on one file, or the credentials.
+    """
+    if isinstance(error, ChangedError | FileNotFoundError | NotADirectoryError):
+        return False
+    return isinstance(error, OSError) and (
+        isinstance(error, ConnectionError | PermissionError | TimeoutError) or error.errno in TROUBLE
+    )
 
 
 def is_disk_full(error: OSError) -> bool:

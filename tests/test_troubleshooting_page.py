@@ -48,7 +48,8 @@ def test_every_kind_of_error_has_its_row():
         node.args[0].value
         for tree in TREES
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "ImageError" and len(node.args) == 2
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "ImageError"
+        if len(node.args) == 2 and isinstance(node.args[0], ast.Constant)
     }
     kinds |= {
         value.value

@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 
 from cluster.storage import Storage, absolute, clear_errors, join
 from glad_core.errors import GladError, did_you_mean
-from pipelines.archive.decode import is_image
+from pipelines.archive.picture import is_image
 
 SPLIT_FILES = ("split_csv/1cls.csv", "1cls.csv")
 SPLIT_COLUMNS = {"object", "split", "label", "image", "mask"}

@@ -23,8 +23,8 @@ from fsspec.utils import glob_translate
 
 from cluster.storage import Entry, Storage, StorageError, absolute, clear_errors, is_s3, join
 from glad_core.errors import GladError
-from pipelines.archive.decode import is_image
 from pipelines.archive.layouts import category_folders, choose_category, read_split_file, split_file
+from pipelines.archive.picture import is_image
 
 LIST_SUFFIXES = {".txt", ".lst", ".parquet"}
 WILDCARDS = re.compile(r"[*?\[]")

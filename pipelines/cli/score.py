@@ -47,6 +47,9 @@ def score(
     max_errors: Annotated[
         int | None, typer.Option(min=0, help="Stop with exit code 1 if more images than this fail")
     ] = None,
+    decode_seconds: Annotated[
+        int, typer.Option(min=1, help="CPU seconds that decoding one image may take; past them it counts as an error")
+    ] = 20,
     maps: Annotated[
         Maps, typer.Option(help="Stored anomaly maps: token has one value per patch of the image, full one per pixel")
     ] = "token",
@@ -89,6 +92,7 @@ def score(
         num_gpus=num_gpus,
         seed=seed,
         max_errors=max_errors,
+        decode_seconds=decode_seconds,
         maps=maps,
         reconstructions=reconstructions,
         address=address,

@@ -14,8 +14,9 @@ from rich.table import Table
 
 from cluster.storage import Storage
 from glad_core.bundle import presets
-from pipelines.archive.decode import FETCH_THREADS, ImageError, decode_image, fetch
+from pipelines.archive.fetch import FETCH_THREADS, fetch
 from pipelines.archive.layouts import Example, read_dataset
+from pipelines.archive.picture import ImageError, decode_image
 
 COLUMNS = ("train good", "test good", "test anomalous", "with mask")
 

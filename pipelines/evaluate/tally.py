@@ -16,8 +16,8 @@ from cluster import session
 from glad_core.errors import GladError
 from glad_core.image_metrics import auroc_interval, image_metrics
 from glad_core.pixel_metrics import PixelCounts
-from pipelines.archive.decode import ImageError
 from pipelines.archive.layouts import Example
+from pipelines.archive.picture import ImageError
 from pipelines.evaluate.datasets import read_mask, resize_mask
 from pipelines.runs.run import Run
 from pipelines.runs.schema import ERRORS, RESULTS

@@ -12,7 +12,8 @@ from contourpy import contour_generator
 from matplotlib import colormaps
 from PIL import Image
 
-from pipelines.archive.decode import ImageError, decode, decode_image, fetch
+from pipelines.archive.fetch import fetch
+from pipelines.archive.picture import ImageError, decode, decode_image
 from pipelines.runs.query import is_decided
 from pipelines.runs.run import Run
 

@@ -20,7 +20,7 @@ from rich.markup import escape
 
 from cluster.storage import clear_errors
 from glad_core.errors import GladError
-from pipelines.archive.decode import FETCH_THREADS
+from pipelines.archive.fetch import FETCH_THREADS
 from pipelines.archive.layouts import read_dataset
 from pipelines.report.cards import STOP_REASONS, HeatScale, make_card
 from pipelines.report.totals import Totals, count

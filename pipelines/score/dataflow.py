@@ -13,7 +13,7 @@ import pyarrow as pa
 from cluster import session
 from cluster.storage import StorageError
 from glad_core.errors import GladError
-from pipelines.archive.decode import fetch_and_decode
+from pipelines.archive.decode import Reading, fetch_and_decode
 from pipelines.archive.listing import TASK_CPUS, read_manifest
 from pipelines.models.find import Models
 from pipelines.runs.commits import Plan, Written
@@ -27,9 +27,11 @@ from pipelines.score.batch_sizes import BatchSizes, Images, batch_sizes
 if TYPE_CHECKING:
     from ray.data import Dataset
 
+ELSEWHERE = 4  # images from all over the archive that are read to see whether storage works
+
 
 def run_dataflow(
-    run: Run, plan: Plan, done: Collection[int], actor: ActorSettings, actors: ActorPlan, alone: bool
+    run: Run, plan: Plan, done: Collection[int], reading: Reading, actor: ActorSettings, actors: ActorPlan, alone: bool
 ) -> Generator[Written]:
     """Score the shards that are not ``done``; yields what was written, piece by piece.
 
@@ -45,7 +47,7 @@ def run_dataflow(
     failure: BaseException | None = None
     try:
         # The dataset is bound to no name in this function: a reference to it would keep its actors alive.
-        rows: Any = iter(dataflow(run, plan, actor, actors, sizes, alone).iter_rows())
+        rows: Any = iter(dataflow(run, plan, reading, actor, actors, sizes, alone).iter_rows())
         with closing(rows):
             for row in rows:
                 yield Written(**row | {"files": tuple(row["files"])})
@@ -57,7 +59,9 @@ def run_dataflow(
         raise failure
 
 
-def dataflow(run: Run, plan: Plan, actor: ActorSettings, actors: ActorPlan, sizes: BatchSizes, alone: bool) -> Dataset:
+def dataflow(
+    run: Run, plan: Plan, reading: Reading, actor: ActorSettings, actors: ActorPlan, sizes: BatchSizes, alone: bool
+) -> Dataset:
     """The chain. Only a row per piece of a shard reaches the driver, so its memory hardly grows with the archive."""
     import ray.data
 
@@ -79,7 +83,7 @@ def dataflow(run: Run, plan: Plan, actor: ActorSettings, actors: ActorPlan, size
     # leave, and would decode one at a time on two cores. In a cluster they ask, or they would be placed on a head
     # without CPUs.
     decoded = stretches.map_batches(
-        list_and_decode(run, plan, resolution_of(actor.models), sizes.images_per_call),
+        list_and_decode(run, plan, reading, resolution_of(actor.models), sizes.images_per_call),
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=0 if alone else TASK_CPUS,
@@ -117,10 +121,16 @@ def dataflow(run: Run, plan: Plan, actor: ActorSettings, actors: ActorPlan, size
 
 
 def list_and_decode(
-    run: Run, plan: Plan, resolution: Callable[[str | None], int], rows_per_table: int
+    run: Run, plan: Plan, reading: Reading, resolution: Callable[[str | None], int], rows_per_table: int
 ) -> Callable[[pa.Table], Iterator[pa.Table]]:
     """A stage: stretches of the manifest in, decoded rows out, at most ``rows_per_table`` at a time."""
-    decode = fetch_and_decode(run.storage, resolution)
+
+    def elsewhere() -> Iterator[dict[str, Any]]:
+        for part in range(ELSEWHERE):
+            first = (plan.images - 1) * part // (ELSEWHERE - 1)
+            yield from read_manifest(run.path(MANIFEST), plan.listed, first, first + 1, run.storage).to_pylist()
+
+    decode = fetch_and_decode(run.storage, resolution, reading, elsewhere)
 
     def stage(stretches: pa.Table) -> Iterator[pa.Table]:
         for stretch in stretches.to_pylist():

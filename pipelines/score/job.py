@@ -16,6 +16,7 @@ from rich.markup import escape
 
 from cluster import session
 from glad_core.errors import GladError
+from pipelines.archive.decode import Reading
 from pipelines.runs.commits import Written, claim, commit_shards, read_commits, sweep
 from pipelines.runs.run import Run
 from pipelines.runs.schema import ERRORS
@@ -81,11 +82,12 @@ def _score_missing(job: Job, opened: Opened, commits: dict[int, Written], consol
     """
     request, run, plan, actors = job.request, job.run, opened.plan, opened.actors
     log, totals = _log(opened), _totals(commits.values())
+    reading = Reading(job.source, request.decode_seconds)
     waiting_for = partial(session.waiting_for, actors.num_cpus, actors.num_gpus)
     alone = request.address is None
     with (
         Progress(console, plan.images, totals["scored"] + totals["errors"], waiting_for) as progress,
-        closing(run_dataflow(run, plan, set(commits), actor_settings(job, opened), actors, alone)) as pieces,
+        closing(run_dataflow(run, plan, set(commits), reading, actor_settings(job, opened), actors, alone)) as pieces,
     ):
         for piece, commit in commit_shards(run, plan, pieces):
             totals = {name: count + getattr(piece, name) for name, count in totals.items()}

@@ -18,7 +18,8 @@ from glad_core.engine import nearest
 from glad_core.errors import GladError
 from glad_core.images import to_tensor
 from glad_core.verdict import Detection, Request, finite
-from pipelines.archive.decode import ImageError, decode, fetch
+from pipelines.archive.fetch import fetch
+from pipelines.archive.picture import ImageError, decode
 from pipelines.archive.sources import list_source
 from pipelines.models.find import local_bundle
 

@@ -33,6 +33,7 @@ class ScoreRequest:
     num_gpus: float | None = None
     seed: int = 0
     max_errors: int | None = None
+    decode_seconds: int = 20  # `pipelines.archive.decoder.SECONDS`, as above
     maps: Maps = "token"
     reconstructions: bool = False
     address: str | None = None

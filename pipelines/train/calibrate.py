@@ -26,7 +26,8 @@ from glad_core.calibration import Calibrator, conformal_quantile, images_needed,
 from glad_core.engine.process import set_up
 from glad_core.errors import GladError
 from glad_core.foreground import ForegroundMode
-from pipelines.archive.decode import ImageError, decode, fetch
+from pipelines.archive.fetch import fetch
+from pipelines.archive.picture import ImageError, decode
 from pipelines.archive.sources import list_source
 from pipelines.models.find import SMALL, local_bundle
 from pipelines.runs.feedback import require_marks

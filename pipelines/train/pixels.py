@@ -11,7 +11,8 @@ import numpy as np
 
 from cluster.storage import Storage, join
 from glad_core.errors import GladError
-from pipelines.archive.decode import FETCH_THREADS, ImageError, Picture, decode, fetch
+from pipelines.archive.fetch import FETCH_THREADS, fetch
+from pipelines.archive.picture import ImageError, Picture, decode
 from pipelines.train.good_images import GoodImage
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.storage import Storage
 from glad_core.errors import GladError
-from pipelines.archive.decode import ImageError
+from pipelines.archive.picture import ImageError
 from pipelines.train.good_images import GoodImage
 from pipelines.train.pixels import read_picture
 

@@ -15,7 +15,7 @@ from conftest import find_weed, free_ports, make_bucket, photo, s3_environment, 
 from typer.testing import CliRunner
 
 from cluster.storage import Storage, StorageError
-from pipelines.archive.decode import fetch
+from pipelines.archive.fetch import fetch
 from pipelines.cli.main import app
 from pipelines.runs.commits import read_commits
 from pipelines.runs.run import Run
@@ -44,7 +44,7 @@ def fill(environment, pictures):
     return storage
 
 
-def score(environment, bundle, monkeypatch):
+def score(environment, bundle, monkeypatch, out="s3://verdicts/run"):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     words = [
@@ -53,7 +53,7 @@ def score(environment, bundle, monkeypatch):
         "--model",
         bundle,
         "--out",
-        "s3://verdicts/run",
+        out,
         "--actors",
         1,
         "--batch-size",
@@ -70,8 +70,8 @@ def check(storage, images):
     assert sorted(results["uri"].to_pylist()) == [f"s3://photos/a/{index:03d}.png" for index in range(images)]
 
 
-def commits(storage):
-    return len(read_commits(Run("s3://verdicts/run", storage)))
+def commits(storage, out="s3://verdicts/run"):
+    return len(read_commits(Run(out, storage)))
 
 
 def test_a_server_that_is_gone_for_twenty_seconds(tmp_path, photos_of_a_job, tiny_bundle, monkeypatch):
@@ -109,8 +109,8 @@ def test_a_server_that_is_gone_for_twenty_seconds(tmp_path, photos_of_a_job, tin
 
 @contextmanager
 def unreliable(endpoint):  # noqa: C901  (a server and its troubles, read in one piece)
-    """A proxy before an S3 server: every fifth request gets a 503, every seventh waits a second."""
-    target, numbers, faults = urlsplit(endpoint).netloc, itertools.count(1), {"busy": 0, "slow": 0}
+    """A proxy before an S3 server, for whose requests ``faults["answer"]`` may have an answer of its own."""
+    target, numbers, faults = urlsplit(endpoint).netloc, itertools.count(1), {"answer": lambda number, path: None}
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -118,12 +118,9 @@ def unreliable(endpoint):  # noqa: C901  (a server and its troubles, read in one
         def answer(self):
             body = self.body()
             number = next(numbers)
-            if number % 5 == 0:
-                faults["busy"] += 1
-                return self.send(503, {}, b"<Error><Code>SlowDown</Code><Message>later</Message></Error>")
-            if number % 7 == 0:
-                faults["slow"] += 1
-                time.sleep(1)
+            answer = faults["answer"](number, self.path)
+            if answer is not None:
+                return self.send(answer[0], {}, answer[1])
             connection = http.client.HTTPConnection(target)
             connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
@@ -175,12 +172,65 @@ def unreliable(endpoint):  # noqa: C901  (a server and its troubles, read in one
 
 def test_a_server_that_is_overloaded_and_slow(s3_server, photos_of_a_job, tiny_bundle, monkeypatch):
     storage = fill(s3_server, photos_of_a_job[:40])
+    seen = {"busy": 0, "slow": 0}
+
+    def answer(number, path):
+        """Every fifth request gets a 503, every seventh waits a second."""
+        if number % 5 == 0:
+            seen["busy"] += 1
+            return 503, b"<Error><Code>SlowDown</Code><Message>later</Message></Error>"
+        if number % 7 == 0:
+            seen["slow"] += 1
+            time.sleep(1)
+        return None
+
     with unreliable(s3_server["AWS_ENDPOINT_URL"]) as (environment, faults):
+        faults["answer"] = answer
         outcome = score(environment, tiny_bundle, monkeypatch)
     assert outcome.exit_code == 0, outcome.output
-    assert faults["busy"] > 20, faults
-    assert faults["slow"] > 10, faults
+    assert seen["busy"] > 20, seen
+    assert seen["slow"] > 10, seen
     check(storage, 40)
+
+
+def test_credentials_that_expire_in_mid_run_and_an_object_that_is_denied(
+    s3_server, photos_of_a_job, tiny_bundle, monkeypatch
+):
+    """The job stops with one line and no verdict about it; with good credentials the same command ends it."""
+    storage, out = fill(s3_server, photos_of_a_job), "s3://verdicts/expired"
+    monkeypatch.setattr("cluster.s3.PATIENT_ATTEMPTS", 3)
+    refusal = "<Error><Code>{}</Code><Message>no</Message></Error>".format
+    committed, expired, pictures = threading.Event(), threading.Event(), itertools.count()
+
+    def answer(number, path):
+        if "/expired/commits/" in path and path.endswith("1.json"):
+            committed.set()
+        if "/photos/a/" in path and next(pictures) == 60:
+            assert committed.wait(60)
+            expired.set()
+        if expired.is_set():
+            return 400, refusal("ExpiredToken").encode()
+        return (403, refusal("AccessDenied").encode()) if "/photos/a/007" in path else None
+
+    with unreliable(s3_server["AWS_ENDPOINT_URL"]) as (environment, faults):
+        faults["answer"] = answer
+        outcome = score(environment, tiny_bundle, monkeypatch, out)
+        assert outcome.exit_code == 2, outcome.output
+        assert outcome.stderr.count("\n") == 1, outcome.stderr
+        assert "refused the credentials" in outcome.stderr
+        assert commits(storage, out) > 0
+        faults["answer"] = lambda number, path: answer(number, "/photos/a/007") if "/photos/a/007" in path else None
+        expired.clear()
+        outcome = score(environment, tiny_bundle, monkeypatch, out)
+    assert outcome.exit_code == 0, outcome.output
+    assert "resuming after" in outcome.stdout
+    filesystem, path = storage.resolve(out)
+    results, errors = (pq.read_table(f"{path}/{name}", filesystem=filesystem) for name in ("results", "errors"))
+    assert {row["uri"]: row["error_type"] for row in errors.to_pylist()} == {
+        "s3://photos/a/007.png": "unreadable",
+        "s3://photos/a/torn.png": "damaged",
+    }
+    assert len(set(results["uri"].to_pylist())) == results.num_rows == len(photos_of_a_job) - 1
 
 
 def test_a_server_that_stays_away_is_no_fault_of_an_image():

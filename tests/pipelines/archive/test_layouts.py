@@ -8,9 +8,10 @@ from drawn_datasets import draw_image, draw_mvtec, draw_visa
 
 from cluster.storage import Storage
 from glad_core.errors import GladError
-from pipelines.archive.decode import decode_image, fetch, is_image
+from pipelines.archive.fetch import fetch
 from pipelines.archive.layouts import category_folders, choose_category, good_images, read_dataset
 from pipelines.archive.listing import Archive, read_manifest, split, write_manifest
+from pipelines.archive.picture import decode_image, is_image
 from pipelines.archive.sources import list_source
 
 STORAGE = Storage()

@@ -8,7 +8,7 @@ import pytest
 
 from cluster.storage import Storage, StorageError
 from glad_core.errors import GladError
-from pipelines.archive.decode import fetch
+from pipelines.archive.fetch import fetch
 from pipelines.archive.listing import MANIFEST_SCHEMA
 from pipelines.archive.sources import list_source
 

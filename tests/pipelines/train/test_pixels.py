@@ -6,7 +6,7 @@ from PIL import Image
 
 from cluster.storage import Storage
 from glad_core.errors import GladError
-from pipelines.archive.decode import ImageError
+from pipelines.archive.picture import ImageError
 from pipelines.train.good_images import GoodImage
 from pipelines.train.pixels import load_textures, read_picture, read_pixels
 

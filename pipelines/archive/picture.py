@@ -1,0 +1,122 @@
+"""Encoded bytes to pixels, within limits. A process of its own runs this: it imports no more than that takes."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from glad_core.images import resize
+from pipelines.archive import damage
+
+# EPS would start Ghostscript and the exotic decoders are where the security holes are: only what cameras write.
+FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "PPM", "GIF")
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif"})
+MAX_PIXELS = 89_478_485  # Pillow's own limit for a decompression bomb: about 9459 x 9459
+MAX_MEMORY = 3 * 2**30  # bytes that decoding one image may take
+TOO_MUCH = f"its decoder asked for more memory than the {MAX_MEMORY // 2**20} MiB that one image may take"
+
+# Bombs are refused below with an error of our own; Pillow's warning would only repeat it in worker logs.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def is_image(path: str) -> bool:
+    """Whether a file's suffix says that it is an image. The one rule for what a dataset or a tar shard holds."""
+    return PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES
+
+
+class ImageError(Exception):
+    """A file that cannot be decoded. ``kind``: missing, unreadable, empty, not_an_image, damaged, too_large."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded image: uint8 [R, R, 3] RGB, and the size it had upright, in pixels."""
+
+    pixels: np.ndarray
+    width: int
+    height: int
+
+
+def decode(data: bytes, resolution: int) -> Picture:
+    """Encoded bytes to a `Picture`; the first frame of an animation or a multi-page TIFF.
+
+    Raises:
+        ImageError: not_an_image, damaged or too_large.
+    """
+    image = decode_image(data)
+    height, width = image.shape[:2]
+    return Picture(resize(image, resolution), width, height)
+
+
+def decode_image(data: bytes) -> np.ndarray:
+    """Encoded bytes to uint8 [H, W, 3] RGB, upright by its EXIF orientation. See `to_rgb` for the colour modes.
+
+    Raises:
+        ImageError: not_an_image, damaged or too_large.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ImageError("too_large", f"decompression bomb: {error}") from error
+    except Image.UnidentifiedImageError as error:
+        if damage.looks_like_an_image(data):
+            raise ImageError("damaged", "begins like an image, but is cut off or of a kind that is not read") from error
+        raise ImageError("not_an_image", "not PNG, JPEG, BMP, TIFF, WebP, GIF or PPM") from error
+    except Exception as error:  # decoders raise whatever their parsing meets
+        raise _refused(error) from error
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(
+            "too_large", f"decompression bomb: {image.width} x {image.height} pixels, the limit is {MAX_PIXELS} in all"
+        )
+    try:
+        _check(damage.of_structure(data, image))
+        image.load()
+        _check(damage.of_pixels(data, image))
+        return np.asarray(to_rgb(ImageOps.exif_transpose(image)))
+    except ImageError:
+        raise
+    except Exception as error:
+        raise _refused(error) from error
+
+
+def _check(problem: str | None) -> None:
+    if problem is not None:
+        raise ImageError("damaged", problem)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode to RGB, 8 bits.
+
+    Transparency is composited on black. 16-bit values are divided by 257, so that the full range stays the full range
+    and nothing is clipped. Floating point is taken as 0..1; CMYK is converted without a colour profile.
+
+    Raises:
+        ImageError: damaged, if integers exceed 16 bits or floats leave 0..1.
+    """
+    mode = image.mode
+    if mode.startswith("I") or mode == "F":
+        values = np.asarray(image).astype(np.float64)
+        top = 1.0 if mode == "F" else 65535.0
+        if not np.isfinite(values).all() or values.min() < 0 or values.max() > top:
+            raise ImageError("damaged", f"grey values outside 0..{top:g} cannot be brought to 8 bits")
+        image = Image.fromarray(np.round(values * (255 / top)).astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _refused(error: Exception) -> ImageError:
+    """The error for a decoder's exception. (WebP's decoder reports too little memory as damage.)"""
+    if isinstance(error, MemoryError) or "out of memory" in str(error):
+        return ImageError("too_large", TOO_MUCH)
+    return ImageError("damaged", " ".join(f"{type(error).__name__}: {error}".split())[:300])
