@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
-from operator import itemgetter
 from typing import Any
 
 import pyarrow as pa
 
 from cluster.storage import Storage
 from pipelines.archive.decoder import SECONDS, decoder
-from pipelines.archive.fetch import FETCH_THREADS, Row, fetch
+from pipelines.archive.fetch import FETCH_THREADS, Row, fetch, neighbours
 from pipelines.archive.picture import ImageError
-
-AT_HAND = 3  # images of the same table that are read to see whether the connection works
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ def fetch_and_decode(
         manifest = rows.to_pylist()
 
         def fetch_row(row: Row) -> bytes | ImageError | None:
-            return _fetch_row(storage, row, lambda: chain(_others(row, manifest), elsewhere()), reading.source)
+            return _fetch_row(storage, row, lambda: chain(neighbours(row, manifest), elsewhere()), reading.source)
 
         with ThreadPoolExecutor(FETCH_THREADS) as pool:
             fetched = list(pool.map(fetch_row, manifest))
@@ -89,13 +86,6 @@ def _fetch_row(
         return fetch(storage, row, others, source)
     except ImageError as error:
         return error
-
-
-def _others(row: Row, rows: Sequence[Row]) -> Sequence[Row]:
-    """Some other images among ``rows``, spread over them."""
-    place = itemgetter("uri", "shard", "offset")
-    others = [other for other in rows if not other["error_type"] and place(other) != place(row)]
-    return others[:: max(1, len(others) // AT_HAND)][:AT_HAND]
 
 
 def _decode_row(row: Row, data: bytes | ImageError | None, resolution: int, seconds: int) -> dict[str, Any]:

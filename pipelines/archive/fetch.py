@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from pipelines.archive.sources import WILDCARDS
 
 FETCH_THREADS = 8
 MAX_BYTES = 512 * 2**20  # of one image
+AT_HAND = 3  # images of a list that are read to see whether the connection works
 QUICK = 3  # attempts before the question arises who is at fault
 
 Row = dict[str, Any]  # of the manifest: its columns as in `listing.MANIFEST_SCHEMA`; from elsewhere "uri" at least
@@ -51,6 +52,16 @@ def fetch(storage: Storage, row: Row, others: Callable[[], Iterable[Row]] = tupl
     if not data:
         raise ImageError("empty", "the file has no bytes")
     return data
+
+
+def neighbours(row: Row, rows: Sequence[Row]) -> Sequence[Row]:
+    """Some other images among ``rows``, spread over them: for ``others`` of `fetch`."""
+    others = [other for other in rows if not other.get("error_type") and _place(other) != _place(row)]
+    return others[:: max(1, len(others) // AT_HAND)][:AT_HAND]
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    return row["uri"], row.get("shard"), row.get("offset")
 
 
 def _read_or_blame(storage: Storage, file: str, row: Row, others: Callable[[], Iterable[Row]]) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.table import Table
 
 from cluster.storage import Storage
 from glad_core.bundle import presets
-from pipelines.archive.fetch import FETCH_THREADS, fetch
+from pipelines.archive.fetch import FETCH_THREADS, fetch, neighbours
 from pipelines.archive.layouts import Example, read_dataset
 from pipelines.archive.picture import ImageError, decode_image
 
@@ -27,14 +28,22 @@ def published_name(categories: set[str]) -> str | None:
     return next((name for name, facts in datasets.items() if categories <= set(facts["categories"])), None)
 
 
-def read_mask(example: Example, storage: Storage) -> np.ndarray:
+def read_mask(example: Example, storage: Storage, examples: Sequence[Example]) -> np.ndarray:
     """Where an anomalous image is anomalous, bool [H, W]: pixels that are not 0 in any channel.
 
+    Args:
+        examples: of the dataset. If one of their images can be read and the mask cannot, the mask is at fault.
+
     Raises:
-        ImageError: not readable.
+        ImageError: not readable. StorageError: nor are other images.
     """
     assert example.mask is not None
-    return np.any(decode_image(fetch(storage, {"uri": example.mask, "size": None})), axis=2)
+    return np.any(_read(example.mask, storage, examples), axis=2)
+
+
+def _read(uri: str, storage: Storage, examples: Sequence[Example]) -> np.ndarray:
+    row = {"uri": uri}
+    return decode_image(fetch(storage, row, lambda: neighbours(row, [{"uri": other.uri} for other in examples])))
 
 
 def resize_mask(mask_HW: np.ndarray, side: int) -> np.ndarray:
@@ -51,7 +60,9 @@ def check(location: str, console: Console) -> dict[str, Any]:
     storage = Storage.from_environment()
     examples = read_dataset(location, storage)
     with ThreadPoolExecutor(FETCH_THREADS) as pool:
-        problems = [problem for problem in pool.map(lambda example: _problem(example, storage), examples) if problem]
+        problems = [
+            problem for problem in pool.map(lambda example: _problem(example, storage, examples), examples) if problem
+        ]
     names = sorted({example.category for example in examples})
     counts = {name: _counts([example for example in examples if example.category == name]) for name in names}
     dataset = published_name(set(names))
@@ -71,9 +82,9 @@ def _counts(examples: list[Example]) -> dict[str, int]:
     return dict(zip(COLUMNS, (kinds["train", False], kinds["test", False], kinds["test", True], masks), strict=True))
 
 
-def _problem(example: Example, storage: Storage) -> str | None:
+def _problem(example: Example, storage: Storage, examples: Sequence[Example]) -> str | None:
     try:
-        image = decode_image(fetch(storage, {"uri": example.uri, "size": None}))
+        image = _read(example.uri, storage, examples)
     except ImageError as error:
         return f"{example.uri}: {error}"
     if not example.anomalous:
@@ -83,7 +94,7 @@ def _problem(example: Example, storage: Storage) -> str | None:
     if example.mask is None:
         return f"{example.uri}: anomalous, but without a mask"
     try:
-        mask = read_mask(example, storage)
+        mask = read_mask(example, storage, examples)
     except ImageError as error:
         return f"{example.mask}: {error}"
     if mask.shape != image.shape[:2]:

@@ -13,6 +13,7 @@ from functools import cache
 import numpy as np
 
 from cluster import session
+from cluster.storage import StorageError
 from glad_core.errors import GladError
 from glad_core.image_metrics import auroc_interval, image_metrics
 from glad_core.pixel_metrics import PixelCounts
@@ -85,6 +86,7 @@ def tally_results(run: Run, examples: list[Example]) -> dict[str, Tally]:
 
     Raises:
         GladError: no finished run, no results, or results of images that are not in the dataset.
+        StorageError: storage does not answer.
     """
     import ray.data
 
@@ -105,7 +107,7 @@ def tally_results(run: Run, examples: list[Example]) -> dict[str, Tally]:
             for name, tally in unpack(row["tallies"]).items():
                 tallies[name] = tallies[name].merge(tally) if name in tallies else tally
     except Exception as error:
-        raise session.root_cause(error, GladError) from None
+        raise session.root_cause(error, GladError, StorageError) from None
     if not tallies:
         raise GladError(f"{run.location}: the run judged no image; see {run.path(ERRORS)}")
     return tallies
@@ -127,7 +129,7 @@ def count_batch(batch: dict[str, np.ndarray], run: Run, examples: list[Example])
             tally.undecided += 1
             continue
         tally.images.append((str(row["uri"]), float(row["score"]), example.anomalous))
-        _count_pixels(tally, example, anomaly_map, run)
+        _count_pixels(tally, example, anomaly_map, run, examples)
     return {"tallies": [zlib.compress(pickle.dumps(tallies), 1)]}
 
 
@@ -136,12 +138,12 @@ def unpack(tallies: bytes) -> dict[str, Tally]:
     return pickle.loads(zlib.decompress(tallies))
 
 
-def _count_pixels(tally: Tally, example: Example, anomaly_map: np.ndarray, run: Run) -> None:
+def _count_pixels(tally: Tally, example: Example, anomaly_map: np.ndarray, run: Run, examples: list[Example]) -> None:
     if not example.anomalous:
         tally.pixels.add(anomaly_map, None)
         return
     try:
-        mask = read_mask(example, run.storage) if example.mask is not None else None
+        mask = read_mask(example, run.storage, examples) if example.mask is not None else None
     except ImageError:
         mask = None
     if mask is None:

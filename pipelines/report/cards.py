@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from contourpy import contour_generator
 from matplotlib import colormaps
 from PIL import Image
 
+from cluster.storage import StorageError
 from pipelines.archive.fetch import fetch
 from pipelines.archive.picture import ImageError, decode, decode_image
 from pipelines.runs.query import is_decided
@@ -100,9 +101,12 @@ def _source_picture(run: Run, manifest_row: dict[str, Any] | None) -> tuple[Imag
     if manifest_row is None:
         return None, "missing: not in the manifest"
     try:
-        return Image.fromarray(decode(fetch(run.storage, manifest_row), SIDE).pixels), None
+        # Once: a page is made of results, and hundreds of its images may be out of reach.
+        return Image.fromarray(decode(fetch(replace(run.storage, attempts=1), manifest_row), SIDE).pixels), None
     except ImageError as error:
         return None, f"{error.kind}: {error}"
+    except StorageError as error:
+        return None, str(error)
 
 
 def webp(image: Image.Image, most_bytes: int) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from glad_core.engine import nearest
 from glad_core.errors import GladError
 from glad_core.images import to_tensor
 from glad_core.verdict import Detection, Request, finite
-from pipelines.archive.fetch import fetch
+from pipelines.archive.fetch import AT_HAND, fetch, neighbours
 from pipelines.archive.picture import ImageError, decode
 from pipelines.archive.sources import list_source
 from pipelines.models.find import local_bundle
@@ -102,11 +104,16 @@ def _refuse(model_id: str, uris: list[str]) -> None:
 def _read(good: str, resolution: int, storage: Storage) -> list[tuple[str, np.ndarray]]:
     """URI and pixels of the good images."""
     images: list[tuple[str, np.ndarray]] = []
-    for row in list_source(good, None, storage):
+    rows = list_source(good, None, storage)
+    others = list(islice(rows, AT_HAND))
+    for row in chain(list(others), rows):
         if len(images) == MAX_IMAGES:
             break
         try:
-            images.append((row["uri"], decode(fetch(storage, row), resolution).pixels))
+            images.append(
+                (row["uri"], decode(fetch(storage, row, partial(neighbours, row, others)), resolution).pixels)
+            )
+            others[0] = row
         except ImageError:
             continue  # a bad file among the good images; scoring would not judge it either
     return images

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from glad_core.calibration import Calibrator, conformal_quantile, images_needed,
 from glad_core.engine.process import set_up
 from glad_core.errors import GladError
 from glad_core.foreground import ForegroundMode
-from pipelines.archive.fetch import fetch
+from pipelines.archive.fetch import fetch, neighbours
 from pipelines.archive.picture import ImageError, decode
 from pipelines.archive.sources import list_source
 from pipelines.models.find import SMALL, local_bundle
@@ -135,6 +136,7 @@ def _choose_steps(
         raise GladError(f"{source}: no images in it; name a folder, glob, list or tar of good images")
     few = [rows[index] for index in np.linspace(0, len(rows) - 1, min(len(rows), STEP_IMAGES)).round().astype(int)]
     session.connect(request.address)
+    storage = storage.patient()
     weights = sum(entry.size for entry in description.files.values())
     actors = plan_actors(session.resources(), ActorWishes(address=request.address), weights)
     gpu = actors.num_gpus > 0
@@ -184,7 +186,7 @@ def steps_from(
     skipped: list[str] = []
     for row in rows:
         try:
-            good.append(decode(fetch(storage, row), model.settings.resolution).pixels)
+            good.append(decode(fetch(storage, row, partial(neighbours, row, rows)), model.settings.resolution).pixels)
             names.append(row["uri"])
         except ImageError as error:
             skipped.append(f"{row['uri']}: {error}")

@@ -87,6 +87,7 @@ def run_training(
     import ray
 
     session.configure_ray_data()
+    job = replace(job, storage=job.storage.patient())
     surveyed = _survey(job, images, events)
     job = replace(job, images=surveyed.fit)
     if prepare is not None:

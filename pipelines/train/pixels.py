@@ -11,7 +11,7 @@ import numpy as np
 
 from cluster.storage import Storage, join
 from glad_core.errors import GladError
-from pipelines.archive.fetch import FETCH_THREADS, fetch
+from pipelines.archive.fetch import FETCH_THREADS, Row, fetch
 from pipelines.archive.picture import ImageError, Picture, decode
 from pipelines.train.good_images import GoodImage
 
@@ -49,13 +49,16 @@ def load_textures(folder: str, resolution: int, storage: Storage, limit: int = M
     import torch
 
     pixels: list[np.ndarray] = []
+    rows: list[Row] = []
     for path, size in storage.walk(folder):
         if len(pixels) == limit:
             break
         try:
-            pixels.append(decode(fetch(storage, {"uri": join(folder, path), "size": size}), resolution).pixels)
+            row = {"uri": join(folder, path), "size": size}
+            pixels.append(decode(fetch(storage, row, lambda: rows[-1:]), resolution).pixels)
         except ImageError:
             continue
+        rows.append(row)
     if not pixels:
         raise GladError(f"{folder}: no texture images in it; name a folder of pictures such as DTD's")
     return torch.from_numpy(np.stack(pixels))

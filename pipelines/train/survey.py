@@ -6,9 +6,10 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.storage import Storage
+from cluster.storage import Storage, StorageError
 from glad_core.errors import GladError
-from pipelines.archive.picture import ImageError
+from pipelines.archive.fetch import Row, fetch, neighbours
+from pipelines.archive.picture import ImageError, decode
 from pipelines.train.good_images import GoodImage
 from pipelines.train.pixels import read_picture
 
@@ -69,7 +70,8 @@ def _examine(uris: list[str], resolution: int, storage: Storage) -> dict[str, di
     import ray.data
 
     def stage(batch: dict[str, Any]) -> dict[str, Any]:
-        rows = [_examine_one(storage, str(uri), resolution) for uri in batch["uri"]]
+        near = [{"uri": str(uri)} for uri in batch["uri"]]
+        rows = [_examine_one(storage, row, near, resolution) for row in near]
         return {"uri": batch["uri"]} | {name: [row[name] for row in rows] for name in rows[0]}
 
     items = ray.data.from_items([{"uri": uri} for uri in uris], override_num_blocks=max(1, len(uris) // BATCH))
@@ -77,9 +79,12 @@ def _examine(uris: list[str], resolution: int, storage: Storage) -> dict[str, di
     return {row["uri"]: row for row in rows.iter_rows()}
 
 
-def _examine_one(storage: Storage, uri: str, resolution: int) -> dict[str, str]:
+def _examine_one(storage: Storage, row: Row, near: list[Row], resolution: int) -> dict[str, str]:
     try:
-        picture = read_picture(storage, uri, resolution)
+        try:
+            picture = read_picture(storage, row["uri"], resolution)
+        except StorageError:  # unless it is this image's own fault
+            picture = decode(fetch(storage, row, lambda: neighbours(row, near)), resolution)
     except ImageError as error:
         return {"digest": "", "reason": str(error), "size": ""}
     size = f"{picture.width} x {picture.height}"

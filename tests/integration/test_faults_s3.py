@@ -197,7 +197,8 @@ def test_credentials_that_expire_in_mid_run_and_an_object_that_is_denied(
     s3_server, photos_of_a_job, tiny_bundle, monkeypatch
 ):
     """The job stops with one line and no verdict about it; with good credentials the same command ends it."""
-    storage, out = fill(s3_server, photos_of_a_job), "s3://verdicts/expired"
+    pictures_of_the_job = photos_of_a_job[:70]
+    storage, out = fill(s3_server, pictures_of_the_job), "s3://verdicts/expired"
     monkeypatch.setattr("cluster.s3.PATIENT_ATTEMPTS", 3)
     refusal = "<Error><Code>{}</Code><Message>no</Message></Error>".format
     committed, expired, pictures = threading.Event(), threading.Event(), itertools.count()
@@ -205,7 +206,7 @@ def test_credentials_that_expire_in_mid_run_and_an_object_that_is_denied(
     def answer(number, path):
         if "/expired/commits/" in path and path.endswith("1.json"):
             committed.set()
-        if "/photos/a/" in path and next(pictures) == 60:
+        if "/photos/a/" in path and next(pictures) == 45:
             assert committed.wait(60)
             expired.set()
         if expired.is_set():
@@ -230,7 +231,7 @@ def test_credentials_that_expire_in_mid_run_and_an_object_that_is_denied(
         "s3://photos/a/007.png": "unreadable",
         "s3://photos/a/torn.png": "damaged",
     }
-    assert len(set(results["uri"].to_pylist())) == results.num_rows == len(photos_of_a_job) - 1
+    assert len(set(results["uri"].to_pylist())) == results.num_rows == len(pictures_of_the_job) - 1
 
 
 def test_a_server_that_stays_away_is_no_fault_of_an_image():

@@ -1,12 +1,15 @@
+import os
+
 import numpy as np
 import pyarrow as pa
+import pytest
 from PIL import Image
 from test_picture import encode, picture
 
-from cluster.storage import Storage
+from cluster.storage import Storage, StorageError
 from glad_core.images import resize
 from pipelines.archive import fetch as fetch_module
-from pipelines.archive.decode import DECODED_SCHEMA, fetch_and_decode
+from pipelines.archive.decode import DECODED_SCHEMA, Reading, fetch_and_decode
 from pipelines.archive.listing import MANIFEST_SCHEMA
 
 
@@ -31,3 +34,38 @@ def test_the_stage_returns_every_row_and_never_raises(tmp_path, monkeypatch):
     assert out["position"].to_pylist() == list(range(6))
     expected = resize(picture(), 16)
     assert (np.frombuffer(first["image"], np.uint8).reshape(16, 16, 3) == expected).all()
+
+
+def test_an_image_is_blamed_only_if_another_can_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
+    files = [tmp_path / f"{number}.png" for number in range(6)]
+    for file in files:
+        file.write_bytes(encode(Image.fromarray(picture())))
+    rows = [
+        {"image_id": str(n), "uri": str(file), "category": "c", "size": file.stat().st_size, "position": n}
+        for n, file in enumerate(files)
+    ]
+    table, far = pa.Table.from_pylist(rows[:5], schema=MANIFEST_SCHEMA), rows[5]
+    forbidden, asked = set(), []
+
+    def opens(path, flags):
+        asked.append(path)
+        if path in forbidden:
+            raise PermissionError(13, "Permission denied", path)
+        return os.open(path, flags)
+
+    monkeypatch.setattr("cluster.local._at_once", opens)
+    stage = fetch_and_decode(Storage(), lambda category: 16, Reading(str(tmp_path)), lambda: [far])
+    forbidden.add(str(files[2]))
+    assert stage(table)["error_type"].to_pylist() == [None, None, "unreadable", None, None]
+    assert str(files[5]) not in asked  # one at hand was enough
+    forbidden |= {str(file) for file in files[:5]}
+    assert stage(table)["error_type"].to_pylist() == ["unreadable"] * 5  # a folder of another owner
+    forbidden.add(str(files[5]))
+    with pytest.raises(StorageError, match="permission denied"):
+        stage(table)
+    forbidden.clear()
+    for file in files:
+        file.unlink()
+    with pytest.raises(StorageError, match="gone or empty"):
+        stage(table)

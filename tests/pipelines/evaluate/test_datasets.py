@@ -1,3 +1,5 @@
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +34,8 @@ def test_categories_identify_a_published_dataset() -> None:
 
 def test_every_value_but_0_of_a_mask_is_anomalous(mvtec: Path, visa: Path) -> None:
     for root in (mvtec, visa):
-        masks = [read_mask(example, STORAGE) for example in read_dataset(str(root), STORAGE) if example.mask]
+        examples = read_dataset(str(root), STORAGE)
+        masks = [read_mask(example, STORAGE, examples) for example in examples if example.mask]
         assert [(mask.shape, mask.sum()) for mask in masks] == [((10, 12), MARKED)] * 2
 
 
@@ -72,3 +75,25 @@ def test_check_names_what_is_wrong(mvtec: Path) -> None:
         "4 problems",
     ):
         assert words in outcome.stdout
+
+
+def test_a_disk_that_fails_is_no_problem_of_the_dataset(mvtec: Path, monkeypatch) -> None:
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
+    names = [example.uri for example in read_dataset(str(mvtec), STORAGE)]
+    broken: list[str] = []
+
+    def fails(path: str, flags: int) -> int:
+        if path in broken:
+            raise OSError(errno.EIO, "Input/output error", path)
+        return os.open(path, flags)
+
+    monkeypatch.setattr("cluster.local._at_once", fails)
+    broken.append(names[0])
+    outcome = CliRunner().invoke(app, ["datasets", "check", str(mvtec)])
+    assert outcome.exit_code == 1
+    assert f"{names[0]}: {names[0]}: [Errno 5]" in outcome.stdout
+    broken += names
+    outcome = CliRunner().invoke(app, ["datasets", "check", str(mvtec)])
+    assert outcome.exit_code == 2
+    assert "Input/output error; give the same command again when" in outcome.stderr
+    assert outcome.stderr.count("\n") == 1

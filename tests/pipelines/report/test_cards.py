@@ -9,6 +9,7 @@ import pytest
 from judged_run import make_judged_run
 from PIL import Image
 
+from cluster.storage import StorageError
 from pipelines.report.cards import MAP_SIDE, HeatScale, contour, make_card, webp
 
 
@@ -47,7 +48,7 @@ def test_a_picture_is_made_to_fit() -> None:
     assert len(webp(noise, 1_000_000)) > 30_000
 
 
-def test_a_card_shows_the_result_or_why_its_source_is_lost(tmp_path, tiny_bundle) -> None:
+def test_a_card_shows_the_result_or_why_its_source_is_lost(tmp_path, tiny_bundle, monkeypatch) -> None:
     run, _, rows = make_judged_run(tmp_path, tiny_bundle)
     manifest = run.manifest_rows([row["image_id"] for row in rows])
     row, overwritten = rows[0], rows[-1]
@@ -63,3 +64,9 @@ def test_a_card_shows_the_result_or_why_its_source_is_lost(tmp_path, tiny_bundle
     assert lost["input"] is None
     assert lost["problem"].startswith("not_an_image: ")
     assert make_card(run, row, None, scale, 100_000)["problem"] == "missing: not in the manifest"
+
+    def away(storage, row):
+        raise StorageError("s3://a/b.png: cannot reach http://s3")
+
+    monkeypatch.setattr("pipelines.report.cards.fetch", away)
+    assert make_card(run, row, manifest[row["image_id"]], scale, 100_000)["problem"].startswith("s3://a/b.png: cannot")

@@ -1,11 +1,13 @@
+import errno
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from cluster.storage import Storage
+from cluster.storage import Storage, StorageError
 from glad_core.errors import GladError
 from pipelines.train import survey as survey_file
 from pipelines.train.good_images import GoodImage
@@ -92,3 +94,24 @@ def test_ray_tasks_examine_the_images(tmp_path: Path, ray_session) -> None:
     ((uri, reason),) = surveyed.skipped
     assert uri.endswith("3.png")
     assert "not PNG" in reason
+
+
+def test_one_forbidden_image_is_skipped_and_a_disk_that_forbids_all_stops(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
+    rows = [{"uri": str(tmp_path / f"{number}.png")} for number in range(4)]
+    for row in rows:
+        Image.new("RGB", (9, 9)).save(row["uri"])
+    forbidden = {rows[1]["uri"]}
+
+    def opens(path: str, flags: int) -> int:
+        if path in forbidden:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return os.open(path, flags)
+
+    monkeypatch.setattr("cluster.local._at_once", opens)
+    examined = [survey_file._examine_one(STORAGE, row, rows, 8) for row in rows]
+    assert [bool(row["digest"]) for row in examined] == [True, False, True, True]
+    assert "Permission denied" in examined[1]["reason"]
+    forbidden |= {row["uri"] for row in rows}
+    with pytest.raises(StorageError, match="permission denied"):
+        survey_file._examine_one(STORAGE, rows[1], rows, 8)
