@@ -177,3 +177,6 @@ def configure_ray_data() -> None:
         warnings.filterwarnings("ignore", message=limit)  # of archives smaller than that
     for name in ("ray.data", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # They print the traceback of an exception, 400 lines, that also reaches the caller.
+    for name in ("ray.data.exceptions", "ray.data._internal.execution.streaming_executor_state"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -228,7 +228,7 @@ def judge_all(
         first = min(undecided)
         raise NotFinite(
             f"model {model.model_id} has no verdict on {len(undecided)} of {len(images)} good images and copies with "
-            f"synthetic anomalies, such as {labels[first].name}: {undecided[first]}"
+            f"synthetic anomalies, such as {labels[first].name}: {undecided[first]}; train it again, or leave them out"
         )
     return [detections[request.image_id] for request in requests]
 

@@ -55,7 +55,7 @@ def finite(detection: Detection) -> Detection | NotFinite:
     }
     for name, good in wrong.items():
         if not good:
-            return NotFinite(f"{name} is not a finite number; try --precision off, else another bundle")
+            return NotFinite(f"{name} is not a finite number")
     return detection
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from pydantic import ConfigDict, Field
@@ -48,7 +48,7 @@ class DiffusersConfig(FrozenSettings):
                 chosen[key] = value
             elif value != (default := _as_json(known[key].default)):
                 raise GladError(f"{file}: '{key}' must be {default!r} in a GLAD bundle; make the bundle again")
-        return cls.parse({key: value for key, value in chosen.items() if key not in PROVENANCE}, str(file))
+        return _parse(cls, {key: value for key, value in chosen.items() if key not in PROVENANCE}, file)
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for ``network``."""
@@ -162,11 +162,21 @@ class ViTConfig(FrozenSettings):
     @classmethod
     def read(cls, file: Path) -> Self:
         """Read a config.json. Raises GladError: damaged, or with other keys or values."""
-        return cls.parse(read_json(file), str(file))
+        return _parse(cls, read_json(file), file)
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for `glad_core.features.create_vit`."""
         return self.args.model_dump(exclude_unset=True)
+
+
+C = TypeVar("C", bound=FrozenSettings)
+
+
+def _parse(kind: type[C], values: dict[str, Any], file: Path) -> C:
+    try:
+        return kind.parse(values, str(file))
+    except GladError as error:
+        raise GladError(f"{error}; copy the bundle again, or make it again") from error
 
 
 def _as_json(value: Any) -> Any:

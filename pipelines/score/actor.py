@@ -28,6 +28,7 @@ from pipelines.score.actor_metrics import ActorMetrics
 from pipelines.score.engine_thread import EngineThread
 from pipelines.score.request import Maps
 
+OVERFLOW = "score it with --precision off, else with another bundle"
 KEPT_MODELS = 4  # bundles an actor holds at a time
 
 logger = logging.getLogger("glad.actor")
@@ -134,7 +135,7 @@ class GladActor:
         try:
             detection = await self.thread.judge(engine, Request(row["image_id"], pixels, row["category"]))
         except NotFinite as error:
-            return _error(row | {"stage": "score", "error_type": "not_finite", "message": str(error)})
+            return _error(row | {"stage": "score", "error_type": "not_finite", "message": f"{error}; {OVERFLOW}"})
         except Exception as error:
             reason = " ".join(str(error).split())[:500]
             return _error(row | {"stage": "score", "error_type": type(error).__name__, "message": reason})

@@ -1,8 +1,10 @@
 """The real job on real Ray: the same verdicts whatever the batch size and the number of actors."""
 
 import json
+import logging
 import os
 import shutil
+from logging.handlers import BufferingHandler
 from pathlib import Path
 
 import numpy as np
@@ -138,10 +140,14 @@ def test_a_damaged_bundle_is_one_line_though_the_actor_finds_it(tmp_path, tiny_b
     changed = bytearray(weights.read_bytes())
     changed[-1] ^= 1  # same size: only the checksum, taken where the model is loaded, can tell
     weights.write_bytes(changed)
+    logged = BufferingHandler(1000)
+    logging.getLogger("ray.data").addHandler(logged)
     outcome = glad("score", photos, "--model", bundle, "--out", tmp_path / "out")
+    logging.getLogger("ray.data").removeHandler(logged)
     assert outcome.exit_code == 2, outcome.output
     assert outcome.stderr.count("\n") == 1
     assert "sha256" in outcome.stderr
+    assert [record for record in logged.buffer if record.exc_info] == []  # Ray Data would print two tracebacks
 
 
 def test_the_nearest_neighbour_yardstick_runs_through_the_same_job(tmp_path, photos, tiny_bundle, ray_session):
