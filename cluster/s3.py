@@ -20,7 +20,7 @@ from cluster.local import Listed
 from cluster.storage_errors import ChangedError
 
 ATTEMPTS, PATIENT_ATTEMPTS = 3, 12  # per request to S3; with doubling waits, twelve outlast 50 seconds
-READ_TIMEOUT = 30  # seconds without a byte
+READ_TIMEOUT = 20  # seconds without a byte
 POOL = 16  # connections of a process that are kept open
 COPY_CHUNK = 8 * 2**20  # bytes per request and in memory while a file is copied
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 from typing import Any
 
 from cluster.storage import ChangedError, Listed, Storage, StorageError, absolute, explain, is_s3, is_trouble
@@ -15,7 +18,7 @@ from pipelines.archive.sources import WILDCARDS
 FETCH_THREADS = 8
 MAX_BYTES = 512 * 2**20  # of one image
 AT_HAND = 3  # images of a list that are read to see whether the connection works
-QUICK = 3  # attempts before the question arises who is at fault
+QUICK = 2  # attempts before the question arises who is at fault
 
 Row = dict[str, Any]  # of the manifest: its columns as in `listing.MANIFEST_SCHEMA`; from elsewhere "uri" at least
 
@@ -81,7 +84,7 @@ def _read_or_blame(storage: Storage, file: str, row: Row, others: Callable[[], I
         # A file that is forbidden stays so. Anything else passes more often than not, and is given the whole patience.
         if attempts == storage.attempts or isinstance(trouble, PermissionError):
             once = replace(storage, attempts=1)
-            if any(_is_readable(once, other) for other in others()):
+            if _any_readable(once, others()):
                 return _read(once, row)
     assert trouble is not None
     raise StorageError(explain(file, storage.endpoint, trouble)) from trouble
@@ -94,6 +97,16 @@ def _read(storage: Storage, row: Row) -> bytes:
     if row.get("shard"):
         return storage.read(row["shard"], row["offset"], size, listed=Listed(version=version))
     return storage.read(row["uri"], listed=Listed(size, version), most=MAX_BYTES)
+
+
+def _any_readable(storage: Storage, rows: Iterable[Row]) -> bool:
+    """Whether a byte of any of the images can be read. A few are tried at a time: a silent server lets each wait."""
+    waiting = iter(rows)
+    with ThreadPoolExecutor(AT_HAND) as pool:
+        while group := list(islice(waiting, AT_HAND)):
+            if any(pool.map(partial(_is_readable, storage), group)):
+                return True
+    return False
 
 
 def _is_readable(storage: Storage, row: Row) -> bool:

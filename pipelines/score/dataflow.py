@@ -27,7 +27,7 @@ from pipelines.score.batch_sizes import BatchSizes, Images, batch_sizes
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-ELSEWHERE = 4  # images from all over the archive that are read to see whether storage works
+ELSEWHERE = 3  # images from all over the archive that are read to see whether storage works
 
 
 def run_dataflow(

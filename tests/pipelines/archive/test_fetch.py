@@ -147,7 +147,7 @@ def test_trouble_with_one_object_is_its_own(server, trouble):
         fetch(server.storage(), row("image.png"), lambda: OTHERS)
     assert error.value.kind == "unreadable"
     tries = sum("image" in path for path in server.requests)
-    assert tries == (4 if trouble in [PASSING["forbidden"], PASSING["forbidden without a word"]] else 10)
+    assert tries == (3 if trouble in [PASSING["forbidden"], PASSING["forbidden without a word"]] else 9)
 
 
 @pytest.mark.parametrize(
