@@ -8,6 +8,12 @@ class GladError(Exception):
     """A mistake in the user's input. Its message is the only line shown: what is wrong, where, and how to mend it."""
 
 
+def one_line(error: object) -> str:
+    """The start of a foreign error's text, without anything that a terminal would act on."""
+    text = " ".join(str(error).split())
+    return "".join(letter if letter.isprintable() else "?" for letter in text)[:200]
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of an error line about an unknown name: the nearest known name, or all of them."""
     known = list(known)

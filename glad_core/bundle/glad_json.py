@@ -14,7 +14,7 @@ from pydantic_core import from_json
 from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from glad_core.bundle.settings import Settings
-from glad_core.errors import GladError
+from glad_core.errors import GladError, one_line
 
 SCHEMA_VERSION = 1
 GLAD_JSON = "glad.json"
@@ -175,7 +175,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         values = from_json(_read_small(file), allow_inf_nan=False)
     except (ValueError, OSError) as error:
-        raise GladError(f"{file}: damaged ({' '.join(str(error).split())}); copy the bundle again") from error
+        raise GladError(f"{file}: damaged ({one_line(error)}); copy the bundle again") from error
     if not isinstance(values, dict):
         raise GladError(f"{file}: damaged (not a JSON object); copy the bundle again")
     return values

@@ -331,7 +331,7 @@ def _read_alphas(file: Path) -> Tensor:
     """ᾱ_t of a scheduler's configuration."""
     config = SchedulerConfig.read(file)
     if config.prediction_type != "epsilon":
-        raise GladError(f"{file}: prediction type '{config.prediction_type}'; GLAD needs an epsilon model")
+        raise GladError(f"{file}: prediction type {config.prediction_type!r}; GLAD needs an epsilon model")
     alphas = DDIMScheduler(**config.arguments()).alphas_cumprod
     if not bool(((alphas > 0) & (alphas <= 1)).all()):
         raise GladError(f"{file}: its schedule leaves nothing of an image or is not finite; copy the bundle again")

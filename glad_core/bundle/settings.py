@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from glad_core.errors import GladError, did_you_mean
+from glad_core.errors import GladError, did_you_mean, one_line
 
 Profile = Literal["exact", "fast"]
 Search = Literal["scan", "guarded"]  # how the stop step is found, `glad_core.engine.search`
@@ -30,7 +30,7 @@ class FrozenSettings(BaseModel):
             return cls(**values)
         except ValidationError as error:
             first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"])
+            name = one_line(".".join(str(part) for part in first["loc"]))
             if first["type"] == "extra_forbidden":
                 raise GladError(f"{where}: unknown setting '{name}'{did_you_mean(name, cls.model_fields)}") from error
             message = first["msg"].removeprefix("Value error, ")

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from glad_core.errors import GladError
+from glad_core.errors import GladError, one_line
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names
 Shapes = Mapping[str, tuple[int, ...]]
@@ -42,8 +42,9 @@ def load_network(
     except GladError as error:
         raise GladError(f"{config}: {error}") from error
     except Exception as error:  # diffusers and timm raise whatever the sizes provoke
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise GladError(f"{config}: no network can be built from it ({reason}); copy the bundle again") from error
+        raise GladError(
+            f"{config}: no network can be built from it ({one_line(error)}); copy the bundle again"
+        ) from error
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     network.load_state_dict(read_tensors(weights, expected, device, dtype), assign=True)
     if any(tensor.is_meta for tensor in chain(network.parameters(), network.buffers())):
@@ -66,7 +67,7 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         raise _damaged(file, error) from error
     for name, kind in kinds.items():
         if kind not in FLOATS:
-            raise GladError(f"{file}: tensor {name} is of type {kind}, not of {', '.join(FLOATS)}; make it again")
+            raise GladError(f"{file}: tensor {name!r} is of type {kind}, not of {', '.join(FLOATS)}; make it again")
     return shapes
 
 
@@ -81,11 +82,11 @@ def read_tensors(
     shapes = read_shapes(file)
     for name in sorted(expected.keys() ^ shapes.keys()):
         wrong = "is missing" if name in expected else "is not one of this network"
-        raise GladError(f"{file}: tensor {name} {wrong}; copy the bundle again or make it again")
+        raise GladError(f"{file}: tensor {name!r} {wrong}; copy the bundle again or make it again")
     for name, shape in expected.items():
         if shapes[name] != shape:
             raise GladError(
-                f"{file}: tensor {name} is {list(shapes[name])}, its configuration says {list(shape)}; "
+                f"{file}: tensor {name!r} is {list(shapes[name])}, its configuration says {list(shape)}; "
                 "copy the bundle again or make it again"
             )
     try:
@@ -95,7 +96,9 @@ def read_tensors(
     except (SafetensorError, OSError) as error:
         raise _damaged(file, error) from error
     if bad := not_finite(tensors.items()):
-        raise GladError(f"{file}: tensor {bad} holds values that are not finite; copy the bundle again or train again")
+        raise GladError(
+            f"{file}: tensor {bad!r} holds values that are not finite; copy the bundle again or train again"
+        )
     return tensors
 
 
@@ -105,5 +108,4 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
 
 
 def _damaged(file: Path, error: Exception) -> GladError:
-    reason = " ".join(str(error).split())[:200]
-    return GladError(f"{file}: not a readable safetensors file ({reason}); copy the bundle again")
+    return GladError(f"{file}: not a readable safetensors file ({one_line(error)}); copy the bundle again")

@@ -158,14 +158,17 @@ def transposed(values):
 
 DAMAGE = {
     # weights
-    "unet tensor missing": (tensors(UNET, lambda values: values.pop("conv_in.weight")), "conv_in.weight is missing"),
-    "vae tensor missing": (tensors(VAE, lambda values: values.pop("encoder.conv_in.bias")), "encoder.conv_in.bias is"),
-    "vit tensor missing": (tensors(VIT, lambda values: values.pop("pos_embed")), "pos_embed is missing"),
+    "unet tensor missing": (tensors(UNET, lambda values: values.pop("conv_in.weight")), "'conv_in.weight' is missing"),
+    "vae tensor missing": (
+        tensors(VAE, lambda values: values.pop("encoder.conv_in.bias")),
+        "'encoder.conv_in.bias' is",
+    ),
+    "vit tensor missing": (tensors(VIT, lambda values: values.pop("pos_embed")), "'pos_embed' is missing"),
     "all tensors missing": (tensors(VAE, lambda values: values.clear()), "is missing"),
-    "surplus tensor": (tensors(UNET, lambda values: values.update(x=torch.ones(1))), "x is not one of this network"),
-    "surplus vit tensor": (tensors(VIT, lambda values: values.update(x=torch.ones(1))), "x is not one"),
+    "surplus tensor": (tensors(UNET, lambda values: values.update(x=torch.ones(1))), "'x' is not one of this network"),
+    "surplus vit tensor": (tensors(VIT, lambda values: values.update(x=torch.ones(1))), "'x' is not one"),
     "transposed tensor": (tensors(UNET, transposed), "its configuration says"),
-    "flat tensor": (tensors(VIT, lambda values: values.update(pos_embed=torch.ones(3))), "pos_embed is [3]"),
+    "flat tensor": (tensors(VIT, lambda values: values.update(pos_embed=torch.ones(3))), "'pos_embed' is [3]"),
     "whole numbers": (tensors(VIT, lambda values: values.update(pos_embed=torch.ones(1, 17, 32).int())), "type I32"),
     "unet nan": (filled(UNET, float("nan")), "not finite"),
     "unet inf": (filled(UNET, float("inf")), "not finite"),
@@ -181,12 +184,19 @@ DAMAGE = {
     "empty prompts": (cut(PROMPT, 0), "not a readable safetensors file"),
     "a pickle as weights": (text(VAE, b"PK\x03\x04" + b"\0" * 100), "not a readable safetensors file"),
     "a header without data": (forged_header, "not a readable safetensors file"),
+    "a name to confuse a terminal": (
+        tensors(UNET, lambda values: values.update({"a\n\x1b[2J": torch.ones(1)})),
+        "is not one",
+    ),
     # prompts
-    "no unconditional prompt": (tensors(PROMPT, lambda values: values.pop("uncond")), "uncond is missing"),
+    "no unconditional prompt": (tensors(PROMPT, lambda values: values.pop("uncond")), "'uncond' is missing"),
     "no prompts": (tensors(PROMPT, lambda values: values.clear()), "is missing"),
-    "an unknown prompt": (tensors(PROMPT, lambda values: values.update(x=values["cond"].clone())), "x is not one"),
+    "an unknown prompt": (tensors(PROMPT, lambda values: values.update(x=values["cond"].clone())), "'x' is not one"),
     "a flat prompt": (tensors(PROMPT, lambda values: values.update(cond=torch.ones(3))), "not [1, L, D]"),
-    "a longer prompt": (tensors(PROMPT, lambda values: values.update(uncond=torch.ones(1, 9, 16))), "uncond is [1, 9"),
+    "a longer prompt": (
+        tensors(PROMPT, lambda values: values.update(uncond=torch.ones(1, 9, 16))),
+        "'uncond' is [1, 9",
+    ),
     "a narrow prompt": (
         tensors(PROMPT, lambda values: values.update(cond=torch.ones(1, 4, 3), uncond=torch.ones(1, 4, 3))),
         "prompt embeddings are 3 wide",
@@ -225,6 +235,8 @@ DAMAGE = {
     "no signal at the end": (config("scheduler", rescale_betas_zero_snr=True), "leaves nothing of an image"),
     "unknown betas": (config("scheduler", beta_schedule="x"), "beta_schedule"),
     "unknown scheduler": (config("scheduler", _class_name="os.system"), "describes a 'os.system'"),
+    "two lines for a type": (config("scheduler", prediction_type="a\nb"), "needs an epsilon model"),
+    "two lines for a key": (config("unet", **{"a\n\x1b[2J": 1}), "unknown setting 'a ?[2J'"),
     # the ViT through timm
     "no architecture": (config("features", architecture=None), "architecture"),
     "unknown architecture": (config("features", architecture="vit_of_nobody"), "timm has no model"),
@@ -252,6 +264,7 @@ DAMAGE = {
     "infinite delta": (settings(delta=1e999), GLAD_JSON),
     "huge resolution": (settings(resolution=HUGE), "resolution"),
     "a blur wider than the map": (settings(blur_sigma=1e6), "blur_sigma"),
+    "two lines for a category": (settings(thresholds={"a\nb": "x"}), "thresholds.a b"),
     # glad.json and the folder
     "glad.json a list": (lambda path: (path / GLAD_JSON).write_text("[]"), "damaged"),
     "glad.json empty": (lambda path: (path / GLAD_JSON).write_text(""), "damaged"),
