@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,50 +43,104 @@ class Entry(NamedTuple):
 
     Attributes:
         path: relative to the folder that is listed.
-        size: bytes; None for a folder.
+        size: bytes; None for a folder. (With a problem: for one that cannot be listed.)
         version: changes when the file's bytes do: its ETag on S3, with the quotes of the server's answer; of a local
             file the time of its last change in nanoseconds. None for a folder.
+        problem: why it cannot be read, None if nothing is known against it.
     """
 
     path: str
     size: int | None
     version: str | None
+    problem: str | None = None
 
 
-def walk(folder: str, prefix: str = "") -> Iterator[Entry]:
-    """Every regular file below ``folder``, with ``prefix`` before its relative path, in order of path."""
-    for entry in level(folder):
-        if entry.size is None:
-            yield from walk(f"{folder}/{entry.path}", f"{prefix}{entry.path}/")
-        else:
-            yield entry._replace(path=prefix + entry.path)
+def entries(folder: str, follow: bool, prefix: str) -> Iterator[Entry]:
+    """Everything below ``folder`` that `level` lists, but for the folders in it, in order of path.
+
+    A folder that cannot be listed is an entry without size whose problem begins with its location.
+    """
+    below = [(prefix, level(folder, follow, prefix))]
+    while below:
+        above, listed = below[-1]
+        try:
+            for entry in listed:
+                if entry.size is None:
+                    inside = f"{entry.path}/"
+                    below.append((inside, level(f"{folder}/{entry.path[len(prefix) :]}", follow, inside)))
+                    break
+                yield entry
+            else:
+                below.pop()
+        except StorageError as error:
+            below.pop()
+            yield Entry(above.rstrip("/"), None, None, str(error))
 
 
-def level(folder: str) -> Iterator[Entry]:
-    """Files and folders directly in ``folder``, in order of name.
+def level(folder: str, follow: bool = True, prefix: str = "") -> Iterator[Entry]:
+    """Files and folders directly in ``folder``, in order of name, with ``prefix`` before it; without hidden ones.
 
-    Hidden entries, pipes, sockets and links to folders are left out.
+    A link to a folder is that folder if links are to ``follow``, unless it is one that the path to the link leads
+    through. Pipes, sockets, devices and other links to folders are entries with a problem.
 
     Raises:
         StorageError: the folder cannot be listed; the message names it, not the folder the walk began with.
     """
     try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        listed = sorted(os.scandir(folder), key=attrgetter("name"))
     except OSError as error:
         raise StorageError(explain(folder, None, error)) from error
-    for entry in entries:
+    for entry in listed:
         if entry.name.startswith("."):
             continue
-        if entry.is_dir(follow_symlinks=False):
-            yield Entry(entry.name, None, None)
-            continue
+        path = prefix + entry.name
         try:
+            if entry.is_dir(follow_symlinks=False):
+                yield Entry(path, None, None)
+                continue
             status = entry.stat()
         except OSError:  # a dangling link: listed, so that it ends among the errors
-            yield Entry(entry.name, 0, None)
+            yield Entry(path, 0, None)
             continue
         if stat.S_ISREG(status.st_mode):
-            yield Entry(entry.name, status.st_size, str(status.st_mtime_ns))
+            yield Entry(path, status.st_size, str(status.st_mtime_ns))
+        elif not stat.S_ISDIR(status.st_mode):
+            yield Entry(path, 0, None, "a pipe, socket or device, no file")
+        elif follow and not _leads_through(folder, status):
+            yield Entry(path, None, None)
+        else:
+            yield Entry(path, 0, None, "a link back to a folder that it lies in")
+
+
+def _leads_through(path: str, folder: os.stat_result) -> bool:
+    """Whether ``path`` is ``folder`` or goes through it."""
+    try:
+        return any(os.path.samestat(os.stat(above), folder) for above in (Path(path), *Path(path).parents))
+    except OSError:  # removed meanwhile
+        return True
+
+
+def folders(folder: str) -> list[str]:
+    """Names of the folders directly in ``folder``, sorted; empty if it is none. Raises OSError if it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            names = [
+                entry.name
+                for entry in entries
+                if (os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir())  # a link may lead to itself
+            ]
+        return sorted(names)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def kind(path: str) -> str:
+    """Kind of entry at ``path``: ``file``, ``folder`` or ``none``. Raises OSError if that cannot be known."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "none"
+    return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "none"
 
 
 def read(path: str, offset: int, size: int | None, listed: Listed, most: int | None) -> bytes:

@@ -103,12 +103,17 @@ def keys(connection: Connection, bucket: str, prefix: str, delimiter: str = "") 
         pages = _client(connection).get_paginator("list_objects_v2")
         for page in pages.paginate(Bucket=bucket, Prefix=below, Delimiter=delimiter):
             objects = page.get("Contents", [])
-            entries = [(item["Key"], item["Size"], item.get("ETag")) for item in objects if item["Key"][-1] != "/"]
+            entries = [
+                (item["Key"], item["Size"], item.get("ETag"))
+                for item in objects
+                if item["Size"] or not item["Key"].endswith("/")  # else a mark that a folder is there
+            ]
             if delimiter:  # the server lists objects and folders of a page apart
                 folders = [(item["Prefix"], None, None) for item in page.get("CommonPrefixes", [])]
                 entries = sorted(entries + folders, key=lambda entry: entry[0].encode())
             for key, size, version in entries:
-                yield key[len(below) :].removesuffix(delimiter or "/"), size, version
+                name = key[len(below) :]
+                yield name.removesuffix(delimiter) if size is None else name, size, version
     except _failures() as error:
         raise OSError(str(error)) from error
 
@@ -122,7 +127,7 @@ def find(connection: Connection, bucket: str, key: str) -> tuple[int, str | None
     try:
         page = _client(connection).list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
     except _failures() as error:
-        raise OSError(str(error)) from error
+        raise _of_read(connection, error) from error
     for item in page.get("Contents", []):  # the key itself is the first that begins with it
         if item["Key"] == key:
             return item["Size"], item.get("ETag")

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from urllib.parse import unquote, urlparse
+from typing import Any
 
 import pyarrow.fs as pafs
 import tenacity
 
 from cluster import local, s3
 from cluster.local import Entry, Listed
+from cluster.locations import absolute, is_s3, join, local_path, spelled
 from cluster.storage_errors import ChangedError, StorageError, explain, is_disk_full, is_trouble
 
 __all__ = [
@@ -35,8 +37,10 @@ __all__ = [
     "is_trouble",
     "join",
     "local_path",
+    "spelled",
 ]
 
+KEY_OF_A_FOLDER = "an object whose key ends with a slash; copy it to a key without"
 # Between two attempts of a read, seconds: drawn from 0 to 1, 2, 4 ... `LONGEST_WAIT`, so that tasks that failed
 # together do not come back together. None begins after `PATIENCE`.
 LONGEST_WAIT, PATIENCE = 12, 90
@@ -62,46 +66,58 @@ class Storage(s3.Connection):
         """Kind of entry at ``uri``: ``file``, ``folder`` or ``none``."""
         filesystem, path = self.resolve(uri)
         with clear_errors(uri, self):
+            if not is_s3(uri):
+                return local.kind(path)
             info = filesystem.get_file_info(path)
-            if info.type == pafs.FileType.NotFound and is_s3(uri):
+            if info.type == pafs.FileType.NotFound:
                 bucket = path.split("/")[0]
                 if filesystem.get_file_info(bucket).type == pafs.FileType.NotFound:
                     raise OSError("NO_SUCH_BUCKET")
         return {pafs.FileType.File: "file", pafs.FileType.Directory: "folder"}.get(info.type, "none")
 
-    def walk(self, uri: str) -> Iterator[tuple[str, int]]:
-        """`entries` as (path relative to ``uri``, size in bytes)."""
-        for entry in self.entries(uri):
-            yield entry.path, entry.size or 0
+    def walk(self, uri: str, follow: bool = False) -> Iterator[tuple[str, int]]:
+        """Every regular file below ``uri`` as (path relative to it, size in bytes), as `entries` lists them.
 
-    def entries(self, uri: str) -> Iterator[Entry]:
-        """Every regular file below ``uri``, in order of path, S3 in its own.
+        Links to folders are left out, unless they are to ``follow``.
 
-        Streamed: memory holds one page of S3's listing or one folder. Left out are hidden files and folders (a leading
-        dot), pipes, sockets and links to folders.
+        Raises:
+            StorageError: a folder cannot be listed.
+        """
+        for entry in self.entries(uri, follow):
+            if entry.problem is None:
+                yield entry.path, entry.size or 0
+            elif entry.size is None:
+                raise StorageError(entry.problem)
+
+    def entries(self, uri: str, follow: bool = True, prefix: str = "") -> Iterator[Entry]:
+        """Everything below ``uri`` but folders, in order of path, S3 in its own; ``prefix`` is put before their paths.
+
+        What cannot be listed or read is an entry with a problem; only hidden files and folders (a leading dot) are left
+        out. Links to folders are followed, but never in a circle. Streamed: memory holds one page of S3's listing or
+        one folder.
         """
         _, root = self.resolve(uri)
         if not is_s3(uri):
-            yield from local.walk(root)
+            yield from local.entries(root, follow, prefix)
             return
         with clear_errors(uri, self):
             for key, size, version in s3.keys(self, *root.partition("/")[::2]):
                 if not any(part.startswith(".") for part in key.split("/")):
-                    yield Entry(key, size, version)
+                    yield Entry(prefix + key, size, version, KEY_OF_A_FOLDER if key[-1:] in ("", "/") else None)
 
-    def level(self, uri: str) -> Iterator[Entry]:
-        """The files and folders directly in ``uri``, in the order of `entries`.
+    def level(self, uri: str, prefix: str = "") -> Iterator[Entry]:
+        """The files and folders directly in ``uri``, in the order of `entries`, with ``prefix`` before their names.
 
         Leaves out what `entries` leaves out.
         """
         _, root = self.resolve(uri)
         if not is_s3(uri):
-            yield from local.level(root)
+            yield from local.level(root, prefix=prefix)
             return
         with clear_errors(uri, self):
             for name, size, version in s3.keys(self, *root.partition("/")[::2], delimiter="/"):
                 if not name.startswith("."):
-                    yield Entry(name, size, version)
+                    yield Entry(prefix + name, size, version)
 
     def entry(self, uri: str) -> Entry:
         """One file as its folder lists it. Raises FileNotFoundError if there is none."""
@@ -109,16 +125,20 @@ class Storage(s3.Connection):
         name = path.rpartition("/")[2]
         if not is_s3(uri):
             status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):
+                raise FileNotFoundError(f"{uri}: no such file")
             return Entry(name, status.st_size, str(status.st_mtime_ns))
         bucket, _, key = path.partition("/")
         return Entry(name, *s3.find(self, bucket, key))
 
     def folders(self, uri: str) -> list[str]:
         """Names of the folders directly in ``uri``, sorted; empty if it is no folder."""
-        filesystem, path = self.resolve(uri)
+        _, path = self.resolve(uri)
         with clear_errors(uri, self):
-            infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
-        return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
+            if not is_s3(uri):
+                return local.folders(path)
+            below = s3.keys(self, *path.partition("/")[::2], delimiter="/")
+            return sorted(name for name, size, _ in below if size is None and name)
 
     def read(
         self, uri: str, offset: int = 0, size: int | None = None, *, listed: Listed = UNKNOWN, most: int | None = None
@@ -146,13 +166,14 @@ class Storage(s3.Connection):
         )
         return persistent(back_end, path, offset, size, listed, most)
 
+    def open(self, uri: str) -> Any:
+        """A file to read from, binary. Raises OSError as the file system does."""
+        filesystem, path = self.resolve(uri)  # pyarrow opens no local name that is not UTF-8
+        return filesystem.open_input_file(path) if is_s3(uri) else open(path, "rb")
+
     def size(self, uri: str) -> int:
         """Bytes of a file. Raises FileNotFoundError if there is none."""
-        filesystem, path = self.resolve(uri)
-        info = filesystem.get_file_info(path)
-        if info.type != pafs.FileType.File:
-            raise FileNotFoundError(f"{uri}: no such file")
-        return info.size
+        return self.entry(uri).size or 0
 
     def write(self, uri: str, data: bytes) -> None:
         """Write a whole file, replacing an existing one; a reader never sees half of it."""
@@ -226,41 +247,6 @@ class Storage(s3.Connection):
         with clear_errors(uri, self):
             if filesystem.get_file_info(path).type == pafs.FileType.File:
                 filesystem.delete_file(path)
-
-
-def is_s3(uri: str) -> bool:
-    return uri.startswith("s3://")
-
-
-def local_path(uri: str) -> str:
-    """A local path or file:// URI as an absolute path, ``~`` expanded.
-
-    Raises:
-        StorageError: another kind of URI.
-    """
-    if "://" in uri and not uri.startswith("file://"):
-        raise StorageError(f"{uri}: unknown kind of location; use a local path, file:// or s3://")
-    path = unquote(urlparse(uri).path) if uri.startswith("file://") else uri
-    return os.path.abspath(os.path.expanduser(path))
-
-
-def absolute(location: str) -> str:
-    """A location from a user in its one spelling: absolute, without a slash at its end.
-
-    Raises:
-        StorageError: neither a local path nor file:// or s3://, or s3:// without a bucket.
-    """
-    if not is_s3(location):
-        return local_path(location)
-    path = location.removeprefix("s3://").strip("/")
-    if not path:
-        raise StorageError(f"{location}: names no bucket; write s3://BUCKET/PREFIX")
-    return f"s3://{path}"
-
-
-def join(uri: str, *parts: str) -> str:
-    """``uri`` with names added; works for local paths and S3 alike."""
-    return "/".join([uri.rstrip("/") or "/", *parts]).replace("//", "/", 1 if uri == "/" else 0)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from cluster.storage import Storage, absolute, clear_errors, join
+from cluster.storage import Storage, StorageError, absolute, clear_errors, is_s3, join
 from glad_core.errors import GladError, did_you_mean
 from pipelines.archive.picture import is_image
 
@@ -45,7 +45,12 @@ def category_folders(location: str, storage: Storage, needed: Collection[str] = 
     """
 
     def is_category(folder: str) -> bool:
-        return all(storage.kind(join(folder, name)) == "folder" for name in needed)
+        try:
+            return all(storage.kind(join(folder, name)) == "folder" for name in needed)
+        except StorageError:
+            if is_s3(folder):
+                raise
+            return False  # a folder that cannot be opened; its errors are listed
 
     if is_category(location):
         return {location.rpartition("/")[2]: location}
@@ -101,7 +106,7 @@ def read_split_file(root: str, storage: Storage) -> list[Example] | None:
     """Every image of a dataset in VisA's layout, None if the folder has no split file.
 
     Raises:
-        GladError: the file lacks a column, is cut off or is no text.
+        GladError: the file lacks a column, is cut off or no text, or leads outside of the dataset's folder.
     """
     file = split_file(root, storage)
     if file is None:
@@ -109,20 +114,24 @@ def read_split_file(root: str, storage: Storage) -> list[Example] | None:
     try:
         with clear_errors(file, storage):
             rows = csv.DictReader(io.StringIO(storage.read(file).decode("utf-8-sig")))
-    except UnicodeDecodeError as error:
+        missing = SPLIT_COLUMNS - set(rows.fieldnames or [])
+        if missing:
+            raise GladError(f"{file}: lacks the column {', '.join(sorted(missing))}; VisA's split file is expected")
+        return [_split_example(row, root, f"{file}: line {rows.line_num}") for row in rows]
+    except (UnicodeDecodeError, csv.Error) as error:
         raise GladError(f"{file}: not a UTF-8 text file; VisA's split file is expected") from error
-    missing = SPLIT_COLUMNS - set(rows.fieldnames or [])
-    if missing:
-        raise GladError(f"{file}: lacks the column {', '.join(sorted(missing))}; VisA's split file is expected")
-    examples = []
-    for row in rows:
-        if row["image"] is None or row["mask"] is None:
-            raise GladError(f"{file}: line {rows.line_num} has too few columns; the file may be cut off")
-        anomalous = row["label"] != "normal"
-        mask = join(root, row["mask"]) if anomalous and row["mask"] else None
-        uri = join(root, row["image"])
-        examples.append(Example(row["image"], uri, row["object"], row["split"], anomalous, mask))
-    return examples
+
+
+def _split_example(row: dict[str, str | None], root: str, line: str) -> Example:
+    image, mask = row["image"], row["mask"]
+    if not image or mask is None:
+        raise GladError(f"{line} has too few columns; the file may be cut off")
+    for path in (image, mask):
+        if path.startswith("/") or ".." in path.split("/") or "\0" in path:
+            raise GladError(f"{line} leads outside of the dataset's folder: {path!r}")
+    anomalous = row["label"] != "normal"
+    uri, mask_uri = join(root, image), join(root, mask) if anomalous and mask else None
+    return Example(image, uri, row["object"] or "", row["split"] or "", anomalous, mask_uri)
 
 
 def good_images(location: str, category: str | None, storage: Storage) -> dict[str, list[str]]:
@@ -152,7 +161,7 @@ def good_images(location: str, category: str | None, storage: Storage) -> dict[s
         raise GladError(f"{root}: no category with train/good in it; MVTec-AD's layout is expected, or VisA's")
     chosen = {name: join(folders[name], "train/good") for name in _choose_several(folders, category, root)}
     return {
-        name: [join(folder, path) for path, _ in storage.walk(folder) if is_image(path)]
+        name: [join(folder, path) for path, _ in storage.walk(folder, follow=True) if is_image(path)]
         for name, folder in chosen.items()
     }
 
@@ -168,11 +177,11 @@ def _mvtec_examples(category: str, folder: str, storage: Storage) -> Iterator[Ex
     masks: dict[tuple[str, str], str] = {}
     truth = join(folder, "ground_truth")
     if storage.kind(truth) == "folder":
-        for path, _ in storage.walk(truth):
+        for path, _ in storage.walk(truth, follow=True):
             file = PurePosixPath(path)
             masks[str(file.parent), file.stem.removesuffix("_mask")] = join(truth, path)
     for split in ("train", "test"):
-        for path, _ in storage.walk(join(folder, split)):
+        for path, _ in storage.walk(join(folder, split), follow=True):
             if not is_image(path):
                 continue
             file = PurePosixPath(path)

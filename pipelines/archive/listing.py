@@ -14,18 +14,23 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster import session
-from cluster.storage import Entry, Storage, StorageError, absolute, clear_errors, join
+from cluster.storage import Entry, Storage, StorageError, absolute, clear_errors, is_s3, join
 from glad_core.errors import GladError
-from pipelines.archive.sources import LIST_SUFFIXES, Row, Tree, list_source, tree_rows, trees_of, with_categories
+from pipelines.archive.rows import LeftOut, Row
+from pipelines.archive.sources import Tree, list_source, tree_rows, trees_of, with_categories
+from pipelines.archive.uri_list import LIST_SUFFIXES
 
 PART_ROWS = 512  # rows per manifest file
+REPEATING = ["category", "shard", "stage", "error_type", "message"]  # columns whose values come again
+ID_BYTES = 16  # of an image_id, which is their hexadecimal form
 FOLDERS = 64  # a tree is opened until it has this many folders, and cut into at most this many tasks
 LOOSE_FILES = 1000  # directly in a folder (a page of S3's listing); a folder with more is not opened
 OPENERS = 16  # folders opened at a time
@@ -59,12 +64,21 @@ class Archive:
     several: bool
 
 
+class Counts(NamedTuple):
+    """What a listing task wrote and left out; see `rows.LeftOut`."""
+
+    rows: int
+    duplicates: int
+    blank: int
+
+
 @dataclass(frozen=True)
 class Listed:
-    """Number of images from each task, in the manifest's order, and of entries that named an image a second time."""
+    """Number of images from each task, in the manifest's order, and of what was left out."""
 
     rows: tuple[int, ...]
     duplicates: int
+    blank: int
 
 
 def list_remotely(source: str, category: str | None, storage: Storage, folder: str, several: bool) -> Listed:
@@ -77,24 +91,31 @@ def list_remotely(source: str, category: str | None, storage: Storage, folder: s
 
     archive = Archive(absolute(source), category, storage, several)
     opening: Any = ray.remote(num_cpus=TASK_CPUS)(split)
-    listing: Any = ray.remote(num_cpus=TASK_CPUS)(write_manifest)
+    listing: Any = ray.remote(num_cpus=TASK_CPUS, num_returns=2)(write_manifest)
+    checking: Any = ray.remote(num_cpus=TASK_CPUS)(count_repeated)
     tasks: list[Any] = []
     try:
         pieces = ray.get(opening.remote(archive))
         tasks = [listing.remote(archive, piece, number, folder) for number, piece in enumerate(pieces)]
-        counts: list[tuple[int, int]] = ray.get(tasks)
+        counts: list[Counts] = ray.get([task for task, _ in tasks])
+        repeated = ray.get(checking.remote(*[ids for _, ids in tasks]))
     except BaseException as error:
-        for task in tasks:
+        counted = [task for task, _ in tasks]
+        for task in counted:
             ray.cancel(task)
-        if tasks:  # they must not write any more once the caller cleans up
-            ray.wait(tasks, num_returns=len(tasks), timeout=30)
+        if counted:  # they must not write any more once the caller cleans up
+            ray.wait(counted, num_returns=len(counted), timeout=30)
         if isinstance(error, ray.exceptions.RayError):
             raise session.root_cause(error, GladError, StorageError) from None
         raise
-    listed = Listed(tuple(rows for rows, _ in counts), sum(duplicates for _, duplicates in counts))
-    if not sum(listed.rows):
+    rows, duplicates, blank = zip(*counts, strict=True)
+    if not sum(rows):
         raise GladError(f"{source}: no images in it; name a folder, glob, list or tar that holds some")
-    return listed
+    if repeated:  # every path has an id of its own, so a path was listed twice
+        raise GladError(
+            f"{source}: {repeated} files were listed twice; give the same command again when nobody writes there"
+        )
+    return Listed(rows, sum(duplicates), sum(blank))
 
 
 def split(archive: Archive) -> list[list[Part] | None]:
@@ -111,7 +132,9 @@ def split(archive: Archive) -> list[list[Part] | None]:
                 break
             opened = dict(zip(closed, pool.map(lambda part: _open(part, archive.storage), closed), strict=True))
             whole.update(part for part in closed if opened[part] == [part])
-            parts = [below for part in parts for below in opened.get(part, [part])]
+            parts = [
+                below for part in parts for below in (opened.get(part, (part,)) if part[1].size is None else (part,))
+            ]
     folders_per_piece = -(-max(1, sum(entry.size is None for _, entry in parts)) // FOLDERS)
     pieces: list[list[Part] | None] = []
     piece: list[Part] = []
@@ -126,77 +149,92 @@ def split(archive: Archive) -> list[list[Part] | None]:
 
 
 def _open(closed: Part, storage: Storage) -> list[Part]:
-    """The files and folders directly in a folder; the folder itself if it holds many files."""
+    """The files and folders directly in a folder; the folder itself if it holds many files or cannot be opened."""
     tree, folder = closed
+    location, prefix = _below(tree, folder)
     parts: list[Part] = []
     files = 0
-    for entry in storage.level(join(tree.folder, folder.path) if folder.path else tree.folder):
-        files += entry.size is not None
-        if files > LOOSE_FILES or not entry.path:  # an S3 key may hold two slashes in a row, which no path can name
-            return [closed]
-        parts.append((tree, entry._replace(path=f"{folder.path}/{entry.path}") if folder.path else entry))
+    try:
+        for entry in storage.level(location, prefix):
+            files += entry.size is not None
+            # An S3 key may hold two slashes in a row: the path between them names nothing.
+            if files > LOOSE_FILES or entry.path == prefix:
+                return [closed]
+            parts.append((tree, entry))
+    except StorageError:
+        if is_s3(location):
+            raise
+        return [closed]  # the task that lists it says why
     return parts
 
 
-def write_manifest(archive: Archive, piece: Sequence[Part] | None, number: int, folder: str) -> tuple[int, int]:
-    """List a piece of the archive (None: all of it) into Parquet parts; returns the number of images and of duplicates.
+def _below(tree: Tree, folder: Entry) -> tuple[str, str]:
+    """The location of a folder, and what comes before the names in it to make paths below the tree's folder."""
+    return (join(tree.folder, folder.path), f"{folder.path}/") if folder.path else (tree.folder, "")
 
-    Holds one part in memory. Paths in a tree cannot repeat. To skip what a list, a split file or a tar names twice, it
-    keeps 16 bytes for each image.
+
+def write_manifest(
+    archive: Archive, piece: Sequence[Part] | None, number: int, folder: str
+) -> tuple[Counts, np.ndarray]:
+    """List a piece of the archive (None: all of it) into Parquet parts; returns counts, and the ids as bytes [N].
+
+    Holds one part in memory and 16 bytes for each image. Paths in a tree cannot repeat; to skip what a list or a split
+    file names twice, it keeps all their ids.
     """
+    left_out = LeftOut()
     if piece is None:
-        rows = list_source(archive.source, archive.category, archive.storage, archive.several)
+        rows = list_source(archive.source, archive.category, archive.storage, archive.several, left_out)
         has_split_file = archive.storage.kind(archive.source) == "folder"  # any other folder is cut into pieces
-        whole = has_split_file or PurePosixPath(archive.source).suffix.lower() in LIST_SUFFIXES
+        if has_split_file or PurePosixPath(archive.source).suffix.lower() in LIST_SUFFIXES:
+            rows = _unique(rows, left_out)
     else:
-        rows, whole = _piece_rows(piece, archive), False
-    count, seen = 0, 0
-
-    def counted() -> Iterator[Row]:
-        nonlocal count, seen
-        for row in rows:
-            seen += 1
-            yield row
-
-    unique = _unique(counted(), whole)
+        rows = _piece_rows(piece, archive, left_out)
+    ids = bytearray()
     for part in range(10**6):
-        batch = [row | {"position": count + index} for index, row in enumerate(islice(unique, PART_ROWS))]
+        batch = list(islice(rows, PART_ROWS))
         if not batch:
             break
+        for position, row in enumerate(batch, part * PART_ROWS):
+            row["position"] = position
+        ids += bytes.fromhex("".join([row["image_id"] for row in batch]))
         stream = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(batch, schema=MANIFEST_SCHEMA), stream)
+        pq.write_table(pa.Table.from_pylist(batch, schema=MANIFEST_SCHEMA), stream, use_dictionary=REPEATING)
         archive.storage.write(_part(folder, number, part), stream.getvalue())
-        count += len(batch)
-    return count, seen - count
+    return Counts(len(ids) // ID_BYTES, left_out.duplicates, left_out.blank), np.frombuffer(bytes(ids), f"S{ID_BYTES}")
 
 
-def _piece_rows(piece: Sequence[Part], archive: Archive) -> Iterator[Row]:
+def _piece_rows(piece: Sequence[Part], archive: Archive, left_out: LeftOut) -> Iterator[Row]:
     def files(tree: Tree, entry: Entry) -> Iterator[Entry]:
         if entry.size is not None:
             yield entry
             return
-        inside = f"{entry.path}/" if entry.path else ""
-        for file in archive.storage.entries(join(tree.folder, entry.path) if entry.path else tree.folder):
-            yield file._replace(path=inside + file.path)
+        location, prefix = _below(tree, entry)
+        yield from archive.storage.entries(location, prefix=prefix)
 
-    rows = (row for part in piece for row in tree_rows(part[0], files(*part), archive.storage))
+    rows = (row for part in piece for row in tree_rows(part[0], files(*part), archive.storage, left_out))
     return with_categories(rows, archive.source, archive.category) if archive.several else rows
 
 
-def _unique(rows: Iterable[Row], whole: bool) -> Iterator[Row]:
-    """The rows without those of images named before: anywhere (``whole``), or only in the same tar."""
+def _unique(rows: Iterable[Row], left_out: LeftOut) -> Iterator[Row]:
+    """The rows without those of images that were named before."""
     seen: set[bytes] = set()
-    shard = None
     for row in rows:
-        if not whole and row.get("shard") != shard:
-            seen.clear()
-            shard = row.get("shard")
-        if whole or shard is not None:
-            key = bytes.fromhex(row["image_id"])
-            if key in seen:
-                continue
-            seen.add(key)
+        key = bytes.fromhex(row["image_id"])
+        if key in seen:
+            left_out.duplicates += 1
+            continue
+        seen.add(key)
         yield row
+
+
+def count_repeated(*ids: np.ndarray) -> int:
+    """Number of images whose id an earlier one has, whichever task listed them."""
+    every = np.concatenate(ids)
+    halves = np.sort(every.view("u8")[::2])  # numbers are sorted in a tenth of the time
+    if not np.any(halves[1:] == halves[:-1]):
+        return 0
+    every.sort()
+    return int(np.count_nonzero(every[1:] == every[:-1]))
 
 
 def read_manifest(folder: str, listed: Sequence[int], first: int, last: int, storage: Storage) -> pa.Table:

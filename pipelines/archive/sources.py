@@ -2,33 +2,31 @@
 
 A folder tree, a glob, a dataset in MVTec-AD's or VisA's layout, a text or Parquet list of URIs, tar shards, a single
 image; each local or on S3. ``image_id`` is a hash of the image's path within the archive, so a copied archive keeps its
-ids.
+ids. What is wrong with one entry is a row with an error; what is wrong with all of SOURCE is an exception.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import os
 import re
-import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import PurePosixPath
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from fsspec.utils import glob_translate
 
-from cluster.storage import Entry, Storage, StorageError, absolute, clear_errors, is_s3, join
+from cluster.locations import SCHEME, UNSPEAKABLE
+from cluster.storage import Entry, Storage, StorageError, absolute, clear_errors, is_s3, join, spelled
 from glad_core.errors import GladError
 from pipelines.archive.layouts import category_folders, choose_category, read_split_file, split_file
-from pipelines.archive.picture import is_image
+from pipelines.archive.rows import LeftOut, Row, Tar, error_row, file_rows, image_row, member_row, read_tar
+from pipelines.archive.uri_list import LIST_SUFFIXES, read_list
+from pipelines.archive.uris import image_id, one_line, path_of, printable, split_tar_uri
 
-LIST_SUFFIXES = {".txt", ".lst", ".parquet"}
 WILDCARDS = re.compile(r"[*?\[]")
-Row = dict[str, Any]
+TARS = 4  # whose members are kept in memory, if a list names members one by one
+LONGEST_ENTRY = 2**15  # characters of a list's entry; a path has 4096 bytes at most
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,9 @@ class Tree:
     category: str | None = None
 
 
-def list_source(source: str, category: str | None, storage: Storage, several: bool = False) -> Iterator[Row]:
+def list_source(
+    source: str, category: str | None, storage: Storage, several: bool = False, left_out: LeftOut | None = None
+) -> Iterator[Row]:
     """Manifest rows of any SOURCE.
 
     If the models are for ``several`` categories, ``category`` holds for every image of any SOURCE; without it an
@@ -54,15 +54,18 @@ def list_source(source: str, category: str | None, storage: Storage, several: bo
         StorageError: nothing there, no such bucket, wrong credentials.
     """
     source = absolute(source)
+    left_out = LeftOut() if left_out is None else left_out
     trees = trees_of(source, category, storage, several)
     if trees is not None:
-        rows: Iterator[Row] = (row for tree in trees for row in tree_rows(tree, storage.entries(tree.folder), storage))
+        rows: Iterator[Row] = (
+            row for tree in trees for row in tree_rows(tree, storage.entries(tree.folder), storage, left_out)
+        )
     elif storage.kind(source) == "folder":
         rows = _list_split_file(source, category, storage, several)
     elif category is not None and not several:
         raise GladError(f"{source}: --category chooses within a dataset's folder, and this is no folder; leave it out")
     else:
-        rows = _list_no_folder(source, storage)
+        rows = _list_no_folder(source, storage, left_out)
     return with_categories(rows, source, category) if several else rows
 
 
@@ -82,7 +85,7 @@ def trees_of(source: str, category: str | None, storage: Storage, several: bool 
     else:
         chosen = _one_category(source, folders, category)
     # Ids count from the category's name on, so they are the same for the category's folder and for the one above it.
-    return [Tree(join(folders[name], "test"), f"{name}/test/", name) for name in chosen] or [Tree(source)]
+    return [Tree(join(folders[name], "test"), f"{name}/test/", printable(name)) for name in chosen] or [Tree(source)]
 
 
 def _one_category(source: str, folders: dict[str, str], category: str | None) -> list[str]:
@@ -99,29 +102,34 @@ def _one_category(source: str, folders: dict[str, str], category: str | None) ->
     return []
 
 
-def tree_rows(tree: Tree, files: Iterable[Entry], storage: Storage) -> Iterator[Row]:
-    """Manifest rows of a tree's files; their paths are relative to its folder."""
+def tree_rows(tree: Tree, files: Iterable[Entry], storage: Storage, left_out: LeftOut) -> Iterator[Row]:
+    """Manifest rows of what is listed in a tree; its paths are relative to the tree's folder."""
     for file in files:
-        yield from _expand_one(f"{tree.folder}/{file.path}", tree.inside + file.path, file, tree.category, storage)
+        path = tree.inside + file.path
+        location = f"{tree.folder}/{file.path}" if file.path else tree.folder
+        if file.problem is None:
+            yield from file_rows(spelled(location), path, file, tree.category, storage, left_out)
+        else:
+            yield error_row(spelled(location), image_id(path), tree.category, "unreadable", file.problem)
 
 
 def with_categories(rows: Iterable[Row], source: str, category: str | None) -> Iterator[Row]:
     """The rows with the category that several models need: ``category``, their own, or the first folder."""
     for row in rows:
-        parts = row["uri"].rpartition("::")[2].removeprefix(source).strip("/").split("/")
-        folder = parts[0] if len(parts) > 1 else None
+        file = row.get("shard") or row["uri"]
+        parts = path_of(file).removeprefix(source).strip("/").split("/")
+        folder = printable(parts[0]) if len(parts) > 1 else None
         yield row | {"category": category or row["category"] or folder}
 
 
-def _list_no_folder(source: str, storage: Storage) -> Iterator[Row]:
+def _list_no_folder(source: str, storage: Storage, left_out: LeftOut) -> Iterator[Row]:
     if storage.kind(source) == "file":
-        suffix = PurePosixPath(source).suffix.lower()
-        if suffix in LIST_SUFFIXES:
-            return _list_uris(source, storage)
+        if PurePosixPath(source).suffix.lower() in LIST_SUFFIXES:
+            return _list_uris(source, storage, left_out)
         with clear_errors(source, storage):
-            return tree_rows(Tree(source.rpartition("/")[0]), [storage.entry(source)], storage)
+            return tree_rows(Tree(source.rpartition("/")[0]), [storage.entry(source)], storage, left_out)
     if WILDCARDS.search(source):
-        return _list_glob(source, storage)
+        return _list_glob(source, storage, left_out)
     raise StorageError(f"{source}: no such file or folder")
 
 
@@ -135,101 +143,72 @@ def _list_split_file(source: str, category: str | None, storage: Storage, severa
         known = [category]
     for example in examples:
         if example.category in known:
-            yield _row(example.uri, example.path, None, example.category)
+            yield image_row(spelled(absolute(example.uri)), image_id(example.path), example.category)
 
 
-def _list_glob(pattern: str, storage: Storage) -> Iterator[Row]:
+def _list_glob(pattern: str, storage: Storage, left_out: LeftOut) -> Iterator[Row]:
     fixed = pattern[: WILDCARDS.search(pattern).start()].rpartition("/")[0]  # type: ignore[union-attr]
     if is_s3(pattern) and len(fixed) <= len("s3://"):
         raise GladError(f"{pattern}: the bucket itself cannot be a pattern; name it")
-    matches = re.compile(glob_translate(pattern[len(fixed) + 1 :])).match
-    files = (file for file in storage.entries(fixed or "/") if matches(file.path))
-    return tree_rows(Tree(fixed), files, storage)
+    below = pattern[len(fixed) + 1 :]
+    matches = re.compile(glob_translate(below)).match
+    files = (
+        file
+        for file in storage.entries(fixed or "/")
+        if matches(file.path) or (file.size is None and _may_lead_to(file.path, below))
+    )
+    return tree_rows(Tree(fixed), files, storage, left_out)
 
 
-def _list_uris(source: str, storage: Storage) -> Iterator[Row]:
-    """A list's entries in its order; relative ones count from the list's own folder, ids from the entry as written."""
-    parent = source.rpartition("/")[0]
-    for entry in _entries(source, storage):
-        if "://" in entry or entry.startswith("/"):
-            yield from _expand_one(entry, entry, Entry(entry, None, None), None, storage)
-        else:
-            yield from _expand_one(join(parent, entry), entry, Entry(entry, None, None), None, storage)
+def _may_lead_to(folder: str, pattern: str) -> bool:
+    """Whether a folder that could not be listed may hold files that match."""
+    names, parts = folder.split("/") if folder else [], pattern.split("/")
+    for name, part in zip(names, parts, strict=False):
+        if "**" in part:
+            return True
+        if not fnmatchcase(name, part):
+            return False
+    return len(names) < len(parts)
 
 
-def _entries(source: str, storage: Storage) -> Iterator[str]:
-    filesystem, path = storage.resolve(source)
-    with clear_errors(source, storage):
-        if not source.lower().endswith(".parquet"):
-            with filesystem.open_input_stream(path) as stream:
-                try:
-                    for line in io.TextIOWrapper(stream, "utf-8-sig"):
-                        if line.strip() and not line.startswith("#"):
-                            yield line.strip()
-                except UnicodeDecodeError as error:
-                    raise GladError(f"{source}: not a UTF-8 text file; write one URI per line") from error
-            return
-        try:
-            table = pq.ParquetFile(path, filesystem=filesystem)
-        except pa.ArrowInvalid as error:
-            raise GladError(f"{source}: not a readable Parquet file") from error
-        names = [field.name for field in table.schema_arrow if pa.types.is_string(field.type)]
-        if "uri" not in names:
-            columns = ", ".join(table.schema_arrow.names)
-            raise GladError(f"{source}: a Parquet list needs a string column 'uri'; it has {columns}")
-        for batch in table.iter_batches(columns=["uri"]):
-            yield from (uri for uri in batch["uri"].to_pylist() if uri)
+def _list_uris(source: str, storage: Storage, left_out: LeftOut) -> Iterator[Row]:
+    """A list's entries in its order; relative ones count from the list's own folder, ids from the entry as written.
 
-
-def _expand_one(uri: str, archive_path: str, file: Entry, category: str | None, storage: Storage) -> Iterator[Row]:
-    """One file: itself, or the images inside it if it is a tar shard."""
-    if uri.lower().endswith((".tar", ".tar.gz", ".tgz")):
-        yield from _list_tar(uri, archive_path, file.version, category, storage)
-    else:
-        yield _row(uri, archive_path, file.size, category) | {"version": file.version}
-
-
-def _list_tar(
-    uri: str, archive_path: str, version: str | None, category: str | None, storage: Storage
-) -> Iterator[Row]:
-    """The images of a tar shard, in its order; WebDataset's other members (.json, .cls, .txt) are skipped.
-
-    A damaged shard gives the images before the damage, and one error row for itself.
+    A tar's member that is named by its URI has the id that it has if the entry names its tar.
     """
-    problem: str | None = None
-    try:
-        filesystem, path = storage.resolve(uri)
-        version = version or storage.entry(uri).version  # of before its members are read
-        with filesystem.open_input_file(path) as stream, tarfile.open(fileobj=stream, mode="r:") as shard:
-            end = stream.size()
-            for member in shard:
-                if not member.isfile() or not is_image(member.name):
-                    continue
-                if member.offset_data + member.size > end:
-                    problem = f"cut off inside {member.name}"
-                    break
-                yield _row(f"tar://{member.name}::{uri}", f"{archive_path}::{member.name}", member.size, category) | {
-                    "version": version,
-                    "shard": uri,
-                    "offset": member.offset_data,
-                }
-            else:
-                # tarfile stops at a damaged header as at the end; only a whole archive has its block of zeros there.
-                stream.seek(shard.offset)
-                if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                    problem = f"damaged or cut off at byte {shard.offset}"
-    except FileNotFoundError:
-        problem = "no such file"
-    except (tarfile.TarError, OSError, StorageError) as error:
-        compressed = uri.lower().endswith("gz")
-        problem = "compressed; unpack it to a plain .tar, whose members can be read" if compressed else str(error)
-    if problem is not None:
-        message = " ".join(f"tar shard: {problem}".split())
-        yield _row(uri, archive_path, None, category) | {"stage": "list", "error_type": "damaged", "message": message}
+    parent = source.rpartition("/")[0]
+    tar: Callable[[str], Tar] = lru_cache(TARS)(lambda uri: read_tar(uri, Entry(uri, None, None), storage))
+    for entry in read_list(source, storage):
+        if entry is None:
+            left_out.blank += 1
+            continue
+        member, file = split_tar_uri(entry) or (None, entry)
+        try:
+            uri = _uri_of(file, parent, storage)
+        except StorageError as error:
+            yield error_row(one_line(entry), image_id(entry), None, "unreadable", str(error))
+            continue
+        if uri is None:
+            message = "not UTF-8, and no file has a name of these bytes"
+            yield error_row(one_line(entry), image_id(entry), None, "missing", message)
+        elif member is not None:
+            yield member_row(member, uri, file, tar(uri))
+        else:
+            yield from file_rows(uri, entry, Entry(entry, None, None), None, storage, left_out)
 
 
-def _row(uri: str, archive_path: str, size: int | None, category: str | None) -> Row:
-    digest = hashlib.sha256(os.fsencode(archive_path)).hexdigest()
-    # A file name that is not UTF-8 cannot be a Parquet string. Escaped, it is not found again, and ends as an error.
-    printable = os.fsencode(uri).decode("utf-8", "backslashreplace")
-    return {"image_id": digest[:32], "uri": printable, "size": size, "category": category}
+def _uri_of(entry: str, parent: str, storage: Storage) -> str | None:
+    """The URI of a list's entry; None if it is not UTF-8 and no local file is named by its bytes.
+
+    Raises:
+        StorageError: it cannot be a location.
+    """
+    if len(entry) > LONGEST_ENTRY:
+        raise StorageError(f"{len(entry)} characters are no location")
+    uri = entry if SCHEME.match(entry) or entry.startswith("/") else join(parent, entry)
+    location = absolute(uri)
+    if not UNSPEAKABLE.search(uri):
+        return uri
+    if printable(location) != location and storage.kind(location) == "none":
+        return None
+    return spelled(location)

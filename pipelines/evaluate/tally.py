@@ -19,6 +19,7 @@ from glad_core.image_metrics import auroc_interval, image_metrics
 from glad_core.pixel_metrics import PixelCounts
 from pipelines.archive.layouts import Example
 from pipelines.archive.picture import ImageError
+from pipelines.archive.uris import path_of
 from pipelines.evaluate.datasets import read_mask, resize_mask
 from pipelines.runs.run import Run
 from pipelines.runs.schema import ERRORS, RESULTS
@@ -163,7 +164,7 @@ def find_example(uri: str, by_path: dict[str, Example]) -> Example:
     Raises:
         GladError: there is none.
     """
-    parts = uri.removeprefix("file://").split("::")[0].removeprefix("tar://").split("/")
+    parts = path_of(uri).split("/")
     for start in range(max(0, len(parts) - PATH_PARTS), len(parts)):
         example = by_path.get("/".join(parts[start:]))
         if example is not None:

@@ -36,6 +36,7 @@ class Plan:
 
     ``rows_per_shard`` is a power of two that divides the rows of a manifest file. ``run`` is the run's id, which a
     resumed run keeps. ``listed`` is the number of images that each listing task found, in the manifest's order.
+    ``blank`` is the number of a list's entries that named nothing.
     """
 
     images: int
@@ -43,6 +44,7 @@ class Plan:
     rows_per_shard: int
     run: str
     listed: tuple[int, ...]
+    blank: int = 0
 
     @property
     def shards(self) -> int:
@@ -155,7 +157,7 @@ def release(run: Run) -> None:
         run.storage.delete_file(run.path(name))
 
 
-def make_plan(run: Run, listed: Sequence[int], duplicates: int, manifest_rows: int) -> Plan:
+def make_plan(run: Run, listed: Sequence[int], duplicates: int, manifest_rows: int, blank: int = 0) -> Plan:
     """Cut a listed archive into shards: small ones to show progress in a small archive, files worth opening in a large.
 
     Args:
@@ -165,7 +167,7 @@ def make_plan(run: Run, listed: Sequence[int], duplicates: int, manifest_rows: i
     images = sum(listed)
     wished = max(LEAST_ROWS, images // SHARDS)
     rows = min(manifest_rows, 1 << (wished.bit_length() - 1))
-    plan = Plan(images, duplicates, rows, uuid4().hex[:12], tuple(listed))
+    plan = Plan(images, duplicates, rows, uuid4().hex[:12], tuple(listed), blank)
     run.storage.write(run.path(PLAN), (json.dumps(asdict(plan)) + "\n").encode())
     return plan
 

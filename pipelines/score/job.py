@@ -115,7 +115,7 @@ def _close(job: Job, opened: Opened, commits: dict[int, Written], started: datet
     sweep(run, commits.values())
     totals = _totals(commits.values())
     anomalies = totals["anomalies"] if _has_threshold(job, opened) else None
-    counts = Counts(plan.images, totals["scored"], anomalies, totals["errors"], plan.duplicates)
+    counts = Counts(plan.images, totals["scored"], anomalies, totals["errors"], plan.duplicates, plan.blank)
     record = run_record(job.request, job.identity, run, job.models, opened.actors, counts, started, seconds)
     complete(run, record | {"run": plan.run})
     _log(opened).info("complete: %d scored, %d errors", counts.scored, counts.errors)

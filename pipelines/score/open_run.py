@@ -119,7 +119,7 @@ def _list(job: Job) -> Plan:
     run.storage.delete_folder(folder)  # left by a listing that was interrupted
     several = bool(job.models.categories)
     listed = list_remotely(job.source, job.request.category, run.storage, folder, several)
-    return make_plan(run, listed.rows, listed.duplicates, PART_ROWS)
+    return make_plan(run, listed.rows, listed.duplicates, PART_ROWS, listed.blank)
 
 
 def _remember(job: Job, actors: ActorPlan) -> str:

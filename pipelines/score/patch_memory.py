@@ -109,6 +109,8 @@ def _read(good: str, resolution: int, storage: Storage) -> list[tuple[str, np.nd
     for row in chain(list(others), rows):
         if len(images) == MAX_IMAGES:
             break
+        if row.get("error_type"):
+            continue
         try:
             images.append(
                 (row["uri"], decode(fetch(storage, row, partial(neighbours, row, others)), resolution).pixels)

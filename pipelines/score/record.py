@@ -92,6 +92,8 @@ def print_counts(run: Run, counts: Counts, seconds: float, console: Console) -> 
     table.add_row("errors", str(counts.errors) + (f" (see {run.path(ERRORS)})" if counts.errors else ""))
     if counts.duplicates:
         table.add_row("listed twice", f"{counts.duplicates} (scored once)")
+    if counts.blank:
+        table.add_row("empty entries", f"{counts.blank} (of the list, without a URI)")
     table.add_row("images/s", f"{counts.images / max(seconds, 1e-9):.2f}")
     table.add_row("results", escape(run.path(RESULTS)))
     console.print(table, highlight=False)

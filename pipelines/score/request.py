@@ -54,7 +54,7 @@ class ScoreRequest:
 class Counts:
     """``images`` of the manifest = ``scored`` + ``errors``. ``anomalies`` of the scored, None without a threshold.
 
-    ``duplicates`` were listed more than once and scored once.
+    ``duplicates`` were listed more than once and scored once; ``blank`` entries of a list named nothing.
     """
 
     images: int
@@ -62,3 +62,4 @@ class Counts:
     anomalies: int | None
     errors: int
     duplicates: int
+    blank: int = 0

@@ -48,7 +48,7 @@ def test_create_in_a_folder_that_is_a_file_is_no_lost_race(storage, tmp_path):
         storage.create(f"{tmp_path}/file/started.json", b"{}")
 
 
-def test_a_folder_that_cannot_be_listed_is_named_itself(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_listed_is_named_itself(storage, tmp_path, monkeypatch):
     (tmp_path / "closed").mkdir()
     scandir = os.scandir
 
@@ -59,7 +59,7 @@ def test_a_folder_that_cannot_be_listed_is_named_itself(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(StorageError, match=f"^{tmp_path}/closed: permission denied"):
-        list(local.walk(str(tmp_path)))
+        list(storage.walk(str(tmp_path)))
 
 
 def test_publish_is_whole_readable_and_has_one_winner(tmp_path):

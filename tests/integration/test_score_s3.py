@@ -73,6 +73,7 @@ def test_archive_and_bundle_and_results_on_s3(s3, s3_server, archive, tiny_bundl
         "anomalies": 0,
         "errors": 3,
         "duplicates": 0,
+        "blank": 0,
     }
     results, errors = read(s3, f"{out}/results"), read(s3, f"{out}/errors")
     assert len(set(results["image_id"].to_pylist()) | set(errors["image_id"].to_pylist())) == 13
@@ -136,6 +137,6 @@ def test_pieces_of_a_bucket_are_one_walk(s3, archive, tmp_path, monkeypatch):
         monkeypatch.setattr(listing, "FOLDERS", folders)
         request = listing.Archive("s3://archive", None, s3, False)
         out, pieces = tmp_path / str(folders), listing.split(request)
-        counts = [listing.write_manifest(request, piece, n, str(out))[0] for n, piece in enumerate(pieces)]
+        counts = [listing.write_manifest(request, piece, n, str(out))[0].rows for n, piece in enumerate(pieces)]
         found = listing.read_manifest(str(out), counts, 0, 13, s3)["image_id"].to_pylist()
         assert found == [row["image_id"] for row in list_source("s3://archive", None, s3)]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cluster.storage import Storage
 from glad_core.errors import GladError
 from pipelines.archive import listing
-from pipelines.archive.listing import MANIFEST_SCHEMA, Archive, read_manifest, split, write_manifest
+from pipelines.archive.listing import MANIFEST_SCHEMA, Archive, count_repeated, read_manifest, split, write_manifest
 from pipelines.archive.sources import list_source
 
 STORAGE = Storage()
@@ -24,7 +24,8 @@ def listed(archive, folder):
     """List every piece by itself, the last one first; returns the rows of each piece, and the duplicates."""
     pieces = list(enumerate(split(archive)))
     counts = {number: write_manifest(archive, piece, number, str(folder)) for number, piece in reversed(pieces)}
-    return [counts[number][0] for number, _ in pieces], sum(duplicates for _, duplicates in counts.values())
+    assert count_repeated(*[ids for _, ids in counts.values()]) == 0
+    return [counts[number][0].rows for number, _ in pieces], sum(count.duplicates for count, _ in counts.values())
 
 
 def manifest(folder, counts, *stretch):
