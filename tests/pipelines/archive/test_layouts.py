@@ -1,5 +1,6 @@
 """Dataset layouts as scoring, training and evaluation read them: the same categories and images for all of them."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -172,3 +173,26 @@ def test_a_slash_at_the_end_changes_nothing(mvtec, s3_server, monkeypatch):
         assert list(list_source(f"{folder}/", None, storage)) == rows
     assert good_images("s3://slashes/b/", None, storage) == {"b": ["s3://slashes/b/train/good/0.png"]}
     assert listed(f"{mvtec}/bottle/") == listed(mvtec / "bottle")
+
+
+@pytest.mark.parametrize("path", ["../other/x.png", "/etc/passwd", "a/../../x.png", "a\0.png"])
+@pytest.mark.parametrize("column", ["image", "mask"])
+def test_a_split_file_cannot_lead_outside_of_its_folder(tmp_path, path, column):
+    row = {"object": "pcb1", "split": "test", "label": "anomaly", "image": "a.png", "mask": "m.png"} | {column: path}
+    (tmp_path / "1cls.csv").write_text(",".join(row) + "\n" + ",".join(row.values()) + "\n")
+    with pytest.raises(GladError, match=r"line 2 leads outside of the dataset's folder"):
+        read_dataset(str(tmp_path), STORAGE)
+
+
+def test_a_folder_that_cannot_be_opened_is_no_category(tmp_path, monkeypatch):
+    for name in ("bottle/train", "bottle/test", "closed/train"):
+        (tmp_path / name).mkdir(parents=True)
+    stat = os.stat
+
+    def refuse(path, *arguments, **options):
+        if "closed/" in str(path):
+            raise PermissionError(13, "Permission denied")
+        return stat(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    assert list(category_folders(str(tmp_path), STORAGE)) == ["bottle"]

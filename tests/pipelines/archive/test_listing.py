@@ -3,6 +3,7 @@
 import io
 import tarfile
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -117,6 +118,22 @@ def test_a_manifest_of_an_earlier_release_is_read(tmp_path):
     pq.write_table(table.drop_columns("version"), tmp_path / "part-00000000.parquet")
     assert manifest(tmp_path, [1]).schema.equals(MANIFEST_SCHEMA)
     assert manifest(tmp_path, [1])["version"].to_pylist() == [None]
+
+
+def test_ids_that_come_twice_are_counted_across_tasks():
+    ids = np.frombuffer(bytes(range(64)), "S16")
+    assert count_repeated(ids[:2], ids[2:]) == 0
+    assert count_repeated(ids[:3], ids[2:], ids[:1]) == 2
+    almost = np.frombuffer(bytes(8) + bytes(8) + bytes(8) + b"\1" * 8, "S16")  # the first halves are equal
+    assert count_repeated(almost) == 0
+
+
+def test_blank_entries_and_repeated_members_are_counted(tmp_path):
+    pq.write_table(pa.table({"uri": ["a.png", None, "", " ", "a.png"]}), tmp_path / "list.parquet")
+    (counts, _) = write_manifest(
+        Archive(str(tmp_path / "list.parquet"), None, STORAGE, False), None, 0, str(tmp_path / "manifest")
+    )
+    assert counts == (1, 1, 3)
 
 
 @pytest.mark.slow

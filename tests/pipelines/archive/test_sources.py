@@ -10,6 +10,7 @@ from cluster.storage import Storage, StorageError
 from glad_core.errors import GladError
 from pipelines.archive.fetch import fetch
 from pipelines.archive.listing import MANIFEST_SCHEMA
+from pipelines.archive.rows import LeftOut
 from pipelines.archive.sources import list_source
 
 STORAGE = Storage()
@@ -109,6 +110,88 @@ def test_lists_of_uris(tmp_path):
     (root / "utf16.txt").write_text("ä.png", encoding="utf-16")
     with pytest.raises(GladError, match="UTF-8"):
         listed(root / "utf16.txt")
+
+
+def test_an_odd_entry_of_a_list_is_one_error_row(tmp_path):
+    root = tree(tmp_path, "a.png")
+    make_tar(root / "t.tar", {"m.png": b"member"})
+    with open(os.fsencode(root) + b"/\xff.png", "wb") as stream:
+        stream.write(b"bytes")
+    odd = ["s3://b\0/x.png", "file://host/x.png", "http://x/y.png", "://x.png", "x" * 10**6, "tar://no::t.tar"]
+    odd += ["tar://m.png::none.tar", "tar://m.png", "s3://"]
+    good = ["a.png", "tar://m.png::t.tar", f"file://{root}/%FF.png"]
+    pq.write_table(pa.table({"uri": pa.array([*odd, *good], pa.large_string())}), root / "list.parquet")
+    for name, lines in (("list.parquet", None), ("list.txt", "\n".join([*odd, *good]).encode())):
+        if lines is not None:
+            (root / name).write_bytes(lines + b"\n\xff.png\n\xfe.png\n")
+        rows = listed(root / name)
+        assert all(row["stage"] == "list" and row["message"].isprintable() for row in rows[: len(odd)])
+        assert len({row["image_id"] for row in rows}) == len({row["uri"] for row in rows}) + (lines is not None)
+        read = [fetch(STORAGE, row) for row in rows[len(odd) :] if "error_type" not in row]
+        assert read == [b"a.png", b"member", b"bytes"] + ([b"bytes"] if lines else [])
+    assert rows[-1]["error_type"] == "missing"  # not UTF-8, and no file of that name
+    table = pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)
+    assert table["uri"].to_pylist()[-1] == "%FE.png"
+
+
+def test_bytes_that_are_no_utf8_in_a_parquet_list_spoil_only_their_entry(tmp_path):
+    tree(tmp_path, "ab")
+    offsets = pa.py_buffer(b"\0\0\0\0\2\0\0\0\4\0\0\0\4\0\0\0")
+    bad = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"\xff\xfeab")])
+    pq.write_table(pa.table({"uri": bad}), tmp_path / "list.parquet")
+    left_out = LeftOut()
+    rows = list(list_source(str(tmp_path / "list.parquet"), None, STORAGE, left_out=left_out))
+    assert [row.get("error_type") for row in rows] == ["missing", None]
+    assert left_out.blank == 1
+
+
+def test_every_uri_of_a_tree_with_odd_names_leads_back_to_the_same_bytes_and_is_unique(tmp_path):
+    root = tmp_path / "archive"
+    root.mkdir()
+    names = [b"\xff\xfe.png", rb"\xff\xfe.png", b"%FF%FE.png", b"a\nb.png", b"sp.png ", b"sp.png", b"a.tar::x.png"]
+    names += [b"caf\xc3\xa9.png", b"cafe\xcc\x81.png", b"#?.png", b"tar:", b"~x", b"d\xff/1.png"]
+    os.mkdir(os.fsencode(root) + b"/d\xff")
+    for name in names:
+        with open(os.fsencode(root) + b"/" + name, "wb") as stream:
+            stream.write(b"bytes of " + name)
+    make_tar(root / "a.tar", {"x.png": b"1", "::y.png": b"2", "\udcff.png": b"3", "\\xff.png": b"4", "z\n.png": b"5"})
+    rows = listed(root)
+    contents = [fetch(STORAGE, row) for row in rows]
+    assert sorted(contents) == sorted([b"bytes of " + name for name in names] + [b"1", b"2", b"3", b"4", b"5"])
+    assert len({row["image_id"] for row in rows}) == len({row["uri"] for row in rows}) == len(rows)
+    uris = [row["uri"] for row in rows]
+    (tmp_path / "again.txt").write_text("\n".join(uris))
+    pq.write_table(pa.table({"uri": uris}), tmp_path / "again.parquet")
+    for name in ("again.txt", "again.parquet"):
+        again = listed(tmp_path / name)
+        assert [row["uri"] for row in again] == uris
+        assert [fetch(STORAGE, row) for row in again] == contents
+
+
+def test_what_is_no_file_or_cannot_be_listed_is_an_error_row_and_links_are_followed_without_circles(
+    tmp_path, monkeypatch
+):
+    root = tree(tmp_path / "archive", "a/1.png", "closed/2.png")
+    os.mkfifo(root / "pipe.png")
+    (root / "a" / "up").symlink_to(root)
+    (root / "self.png").symlink_to("self.png")
+    tree(tmp_path / "elsewhere", "3.png")
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    rows = listed(root)
+    assert names(rows, root) == ["a/1.png", "a/up", "closed", "linked/3.png", "pipe.png", "self.png"]
+    errors = {name: row["message"] for name, row in zip(names(rows, root), rows, strict=True) if "error_type" in row}
+    assert list(errors) == ["a/up", "closed", "pipe.png"]
+    assert "permission denied" in errors["closed"]
+    assert [row["message"] for row in listed(f"{root}/**/2.png")] == [errors["closed"]]  # it may hold one
+    assert names(listed(f"{root}/a/*.png"), root) == ["a/1.png"]  # it may not
 
 
 def test_only_a_tar_member_s_own_bytes_are_read(tmp_path):
