@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import sys
+import threading
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from cluster.local_ray import LocalRay
 
 if TYPE_CHECKING:
     from ray.autoscaler.v2.schema import ClusterStatus
@@ -17,10 +25,20 @@ QUIET = {
     "RAY_DATA_USE_OBSTORE": "0",  # with a custom endpoint its downloads silently return null
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # tasks without GPUs keep CUDA_VISIBLE_DEVICES
 }
+START_SECONDS = (90.0, 300.0)  # for Ray to start on this machine, at the first attempt and at the second
+JOIN_SECONDS = 120.0  # for a running Ray to take this process in
+LEAVE_SECONDS = 3.0  # for it to let this process go
+TROUBLES = {  # words of Ray's message: what the user is told
+    "low on memory": "memory is short: Ray ended a process of the job and starts another; fewer --actors need less",
+    "A worker died": "a process of the job died; Ray starts another",
+}
 ANSWER_SECONDS = 10  # for a cluster's port to answer
 # A resource that the head of a growing cluster declares: how many GPUs the autoscaler may start. Ray itself does not
 # report this while no GPU machine is up.
 GPUS_TO_COME = "gpus_to_come"
+
+_local_ray: LocalRay | None = None  # that `connect` started
+_died = False  # it did
 
 
 class SessionError(Exception):
@@ -28,35 +46,151 @@ class SessionError(Exception):
 
 
 def connect(address: str | None = None) -> None:
-    """Start Ray on this machine, or join the cluster at ``address`` (``host:port`` or ``auto``).
+    """Start Ray on this machine, or join the cluster at ``address`` (``host:port`` or ``auto``); says so on stderr.
 
     An existing session of this process is used as it is. Ray itself handles the authentication token
     (``RAY_AUTH_MODE``, ``RAY_AUTH_TOKEN_PATH``).
 
     Raises:
-        SessionError: nothing answers at ``address``.
+        SessionError: nothing answers at ``address``, or Ray cannot be started.
     """
     os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
-    import ray
-
-    if not ray.is_initialized():
-        logging.getLogger("ray").setLevel(logging.ERROR)
+    ray: Any = sys.modules.get("ray")  # to import it takes seconds, and the user shall know before
+    if ray is None or not ray.is_initialized():
         try:
             _check_port(address)
-            ray.init(
-                # Without an address Ray would join whatever cluster RAY_ADDRESS or an earlier `ray start` names.
-                address=address or "local",
-                include_dashboard=None if address else False,
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-            )
-        except (OSError, RuntimeError, ValueError) as error:
+            _join(_start() if address is None else address, address)
+        except Exception as error:  # Ray raises plain ones
+            if isinstance(error, SessionError):
+                raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             ray_at = f"the Ray cluster at {address}" if address else "Ray on this machine"
             raise SessionError(
                 f"cannot use {ray_at}: {reason}; check --address and the authentication token"
             ) from error
     configure_ray_data()
+
+
+def _start() -> str:
+    """Start Ray on this machine, at most twice; returns its address.
+
+    Raises:
+        SessionError: neither start was ready in time.
+    """
+    global _local_ray
+    print("starting Ray", file=sys.stderr, flush=True)
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # as `ray.init` does for the Ray that it starts
+    for seconds in START_SECONDS:
+        _local_ray = LocalRay()
+        answer = _local_ray.answer(seconds)
+        if "address" in answer:
+            threading.Thread(target=_end_with, args=(_local_ray,), daemon=True, name="glad-ray").start()
+            return answer["address"]
+        _local_ray.end()
+        if seconds != START_SECONDS[-1]:
+            print(f"Ray did not start: {answer['error']}; trying once more", file=sys.stderr, flush=True)
+    raise SessionError(
+        f"Ray did not start on this machine, twice: {answer['error']}; give the same command again when the machine "
+        "is less busy (glad doctor shows its memory and disk)"
+    )
+
+
+def _join(ray_address: str, address: str | None) -> None:
+    """Make this process a driver. In a thread, since Ray may wait for ever and deaf to signals.
+
+    Raises:
+        TimeoutError: Ray is silent for `JOIN_SECONDS`.
+        Exception: whatever Ray raises.
+    """
+    if address is not None:
+        print(f"joining the Ray cluster at {address}", file=sys.stderr, flush=True)
+    # What Ray's C++ code logs in this process is for Ray's developers, such as the news that Ray Data puts the
+    # arguments of its actors into the object store. The logs of Ray's other processes are files.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    outcome: Future[None] = Future()
+
+    def join() -> None:
+        try:
+            import ray
+
+            logging.getLogger("ray").setLevel(logging.ERROR)
+            ray._raylet.Config.initialize("")  # type: ignore[attr-defined]  # reads RAY_AUTH_MODE again
+            ray._private.worker.print_to_stdstream = _print_trouble  # type: ignore[assignment]
+            ray.init(address=ray_address, logging_level=logging.ERROR, log_to_driver=False)
+        except BaseException as error:
+            outcome.set_exception(error)
+        else:
+            outcome.set_result(None)
+
+    thread = threading.Thread(target=join, daemon=True, name="glad-join")
+    with _no_stderr(thread):
+        thread.start()
+        try:
+            outcome.result(JOIN_SECONDS)
+        except TimeoutError as error:
+            raise TimeoutError(f"no answer within {JOIN_SECONDS:g} seconds") from error
+        finally:
+            _restore_handlers()
+
+
+def _print_trouble(message: dict[str, Any], ignore_prefix: bool) -> None:
+    """What Ray reports of its processes, in place of its own paragraphs on stdout: a line on stderr, once per kind."""
+    for words in [words for words in TROUBLES if any(words in line for line in message["lines"])]:
+        print(TROUBLES.pop(words), file=sys.stderr, flush=True)
+
+
+def _restore_handlers() -> None:
+    """Undo Ray's signal handlers, which print where in its C++ code a signal came: Python's own do not know of them."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.getsignal(number))
+
+
+@contextmanager
+def _no_stderr(thread: threading.Thread) -> Iterator[None]:
+    """File 2 leads nowhere while ``thread`` starts Ray, which prints that its log level was set, at whatever level.
+
+    If the thread is given up, so is file 2: Ray prints stacks when its processes end under it.
+    """
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.close(nothing)
+        if thread.is_alive():
+            sys.stderr = os.fdopen(kept, "w")
+        else:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def _end_with(ray: LocalRay) -> None:
+    """End the command if its Ray dies: what waits for an answer would wait for ever."""
+    global _died
+    ray.wait_for_death()
+    if _local_ray is ray:
+        _died = True
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+
+
+def died() -> bool:
+    """Whether the Ray that `connect` started has died, for which this process got a SIGTERM."""
+    return _died
+
+
+def disconnect() -> None:
+    """Leave Ray, and end the one that `connect` started: within seconds, whatever state it is in."""
+    global _local_ray
+    ray: Any = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized() and not _died:
+        leaving = threading.Thread(target=ray.shutdown, daemon=True, name="glad-leave")
+        leaving.start()
+        leaving.join(LEAVE_SECONDS)
+    local_ray, _local_ray = _local_ray, None
+    if local_ray is not None:
+        local_ray.end()
 
 
 def warm_up_ray_data() -> None:

@@ -85,7 +85,7 @@ def page() -> str:
 
 def commands() -> str:
     """Typer's own page of all commands, its headings one level deeper, without usage lines and `--help`."""
-    typer = [sys.executable, "-m", "typer", "pipelines.cli.main", "utils", "docs", "--name", "glad"]
+    typer = [sys.executable, "-m", "typer", "pipelines.cli.app", "utils", "docs", "--name", "glad"]
     typer += ["--title", "Commands"]
     root = PAGE.parents[1]
     text = subprocess.run(typer, cwd=root, check=True, capture_output=True, text=True, encoding="utf-8").stdout

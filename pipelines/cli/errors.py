@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any, NoReturn
 
 import typer
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from cluster import session
 from cluster.session import SessionError
 from cluster.storage_errors import StorageError
 from glad_core.errors import GladError
@@ -26,6 +28,8 @@ class OneLineErrors(TyperGroup):
             return super().make_context(*args, **options)
         except UsageError as error:
             _fail_on_usage(error)
+        except KeyboardInterrupt as error:
+            _fail_on_stop(error)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -34,6 +38,8 @@ class OneLineErrors(TyperGroup):
             _fail_on_usage(error)
         except (GladError, StorageError, SessionError) as error:
             fail(str(error), USER_ERROR)
+        except KeyboardInterrupt as error:
+            _fail_on_stop(error)
 
 
 def fail(message: str, code: int) -> NoReturn:
@@ -41,6 +47,16 @@ def fail(message: str, code: int) -> NoReturn:
     line = " ".join(message.split())
     Console(stderr=True, soft_wrap=True).print(f"[red]Error:[/red] {escape(line)}", highlight=False)
     raise typer.Exit(code)
+
+
+def _fail_on_stop(error: KeyboardInterrupt) -> NoReturn:
+    """Exit because of a signal, in one line with what is known about it: how far the work is, and how it goes on."""
+    notes = getattr(error, "__notes__", [])
+    line = "; ".join(["stopped", *notes]).replace("stopped; a", "stopped a")
+    if session.died():
+        fail(f"Ray on this machine died, perhaps for lack of memory: {line}", STOPPED)
+    Console(stderr=True, soft_wrap=True).print(escape(line), highlight=False)
+    raise typer.Exit(getattr(error, "code", 128 + signal.SIGINT))
 
 
 def _fail_on_usage(error: Any) -> NoReturn:

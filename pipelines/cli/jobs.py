@@ -16,6 +16,7 @@ from cluster import jobs
 from glad_core.errors import GladError
 from pipelines.cli.errors import STOPPED
 from pipelines.cli.options import Json, print_json
+from pipelines.cli.stopping import says_if_stopped
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -86,13 +87,10 @@ def check(command: list[str], root: Any) -> list[str]:
 
 
 def _follow(client: JobSubmissionClient, job: str, console: Console) -> bool:
-    """Print the job's output until it ends or Ctrl-C is pressed; False if the job failed."""
-    try:
+    """Print the job's output until it ends; False if the job failed."""
+    with says_if_stopped(f"{job} keeps running: glad jobs logs {job} --follow, glad jobs stop {job}"):
         for chunk in jobs.follow(client, job):
             console.print(chunk, end="", markup=False, highlight=False, soft_wrap=True)
-    except KeyboardInterrupt:
-        console.print(f"\n{job} keeps running; glad jobs logs {job} --follow, glad jobs stop {job}", highlight=False)
-        return True
     info = client.get_job_info(job)
     if info.status.value == "SUCCEEDED":
         return True

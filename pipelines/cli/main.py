@@ -1,46 +1,33 @@
-"""The `glad` command. Subcommands import what they need when they run, so that `glad --help` is quick."""
+"""Entry point of the `glad` command: from its first moment a signal ends it properly, and its end is quick."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import Annotated
+import sys
+from typing import Any
 
-import typer
-
-from pipelines.cli import jobs, models, results, score, setup, train
-from pipelines.cli.errors import OneLineErrors
-
-app = typer.Typer(
-    cls=OneLineErrors,
-    context_settings={"auto_envvar_prefix": "GLAD"},
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Find defects in photos with GLAD, adaptive diffusion anomaly detection, on Ray.",
-    epilog="Exit codes: 0 success; 1 the job stopped, or a check found something (drift, a damaged dataset); "
-    "2 a mistake in the command.",
-)
-
-
-@app.callback()
-def glad(
-    ctx: typer.Context,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file with options of commands; default: ./glad.yaml, if it exists")
-    ] = None,
-) -> None:
-    default = Path("glad.yaml")
-    if config is not None or default.is_file():
-        from pipelines.cli.config_file import read
-
-        ctx.default_map = read(config or default, ctx)
-
-
-for commands in (score.commands, results.commands, train.commands, models.commands, jobs.commands, setup.commands):
-    app.add_typer(commands)  # without a name: its commands become commands of `glad` itself
+from pipelines.cli import stopping
 
 
 def main() -> None:
-    """Entry point of the console script ``glad``."""
+    """The console script ``glad``."""
+    stopping.watch_signals()  # before the imports, which take seconds on a busy machine
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    app()
+    try:
+        from pipelines.cli.app import app
+
+        app()
+    except SystemExit as end:
+        stopping.end(end.code if isinstance(end.code, int) else 0)
+    except stopping.Stopped as stop:
+        print("stopped", file=sys.stderr)
+        stopping.end(stop.code)
+
+
+def __getattr__(name: str) -> Any:
+    """``app``, for those who only want that."""
+    if name != "app":
+        raise AttributeError(name)
+    from pipelines.cli.app import app
+
+    return app

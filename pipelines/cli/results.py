@@ -11,6 +11,7 @@ from rich.console import Console
 from glad_core.errors import GladError
 from pipelines.cli.errors import STOPPED
 from pipelines.cli.options import Json, Results, print_json
+from pipelines.cli.stopping import says_if_stopped
 
 commands = typer.Typer()
 datasets = typer.Typer(no_args_is_help=True, help="Check datasets with ground truth.")
@@ -113,7 +114,8 @@ def ablate(
         numbers = [int(seed) for seed in seeds.split(",")]
     except ValueError as error:
         raise GladError(f"--seeds {seeds}: give whole numbers with commas between, such as 0,1,2") from error
-    run(dataset, category, model, plain, numbers, out, Console())
+    with says_if_stopped("the same command repeats no complete run"):
+        run(dataset, category, model, plain, numbers, out, Console())
 
 
 @datasets.command("check", epilog="Example: glad datasets check s3://bucket/mvtec")

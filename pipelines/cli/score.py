@@ -10,6 +10,7 @@ from rich.console import Console
 from glad_core.bundle.settings import Precision, Search
 from pipelines.cli.errors import STOPPED, fail
 from pipelines.cli.options import Address, Json, Results
+from pipelines.cli.stopping import says_if_stopped
 from pipelines.score.request import Maps, Method
 
 commands = typer.Typer()
@@ -104,7 +105,8 @@ def score(
         compiled=compiled,
     )
     try:
-        job.score(request, Console())
+        with says_if_stopped("the same command continues"):
+            job.score(request, Console())
     except job.TooManyErrors as error:
         fail(str(error), STOPPED)
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from pipelines.cli.errors import STOPPED
 from pipelines.cli.options import Json, print_json
+from pipelines.cli.stopping import says_if_stopped
 
 commands = typer.Typer()
 configs = typer.Typer(no_args_is_help=True, help="Show the settings in force, from flags, environment and glad.yaml.")
@@ -26,7 +27,8 @@ def demo(
     """Draw demo data, score it with the built-in model, and show the results."""
     from pipelines.demo.job import demo as run
 
-    run(out, Console())
+    with says_if_stopped("the same command begins anew"):
+        run(out, Console())
 
 
 @commands.command("demo-data", epilog="Example: glad demo-data demo-data --seed 1")

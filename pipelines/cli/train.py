@@ -25,6 +25,7 @@ from pipelines.cli.options import (
     TargetFpr,
     Textures,
 )
+from pipelines.cli.stopping import says_if_stopped
 
 commands = typer.Typer()
 
@@ -115,7 +116,8 @@ def train(
         exclude=exclude,
         include=include,
     )
-    model_id = run(request, Console())
+    with says_if_stopped("the same command continues from the last checkpoint"):
+        model_id = run(request, Console())
     Console().print(f"bundle {model_id} in {escape(out)}", highlight=False)
 
 
@@ -161,7 +163,9 @@ def retrain(
         target_fpr=target_fpr,
         address=address,
     )
-    if not job.retrain(job.RetrainRequest(request, max_parallel, promote, margin), Console()):
+    with says_if_stopped("the same command trains what is missing"):
+        succeeded = job.retrain(job.RetrainRequest(request, max_parallel, promote, margin), Console())
+    if not succeeded:
         raise typer.Exit(STOPPED)
 
 
@@ -223,5 +227,6 @@ def calibrate(
         seed=seed,
         address=address,
     )
-    model_id = job.calibrate(request, Console())
+    with says_if_stopped("nothing was written"):
+        model_id = job.calibrate(request, Console())
     Console().print(f"bundle {model_id} in {escape(str(out))}", highlight=False)

@@ -6,6 +6,7 @@ The server has no login, so it listens on this machine alone.
 from __future__ import annotations
 
 import socket
+from threading import Thread
 from typing import Annotated, Any
 
 import uvicorn
@@ -61,7 +62,15 @@ def view(run_folder: str, port: int, console: Console) -> None:
     with listener:
         address = f"http://{HOST}:{listener.getsockname()[1]}"
         console.print(f"{address} shows {run_folder}; Ctrl-C ends it", highlight=False, markup=False, soft_wrap=True)
-        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+        # In a thread of its own it leaves the signals alone, so that they end this command as they end every other.
+        serving = Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        serving.start()
+        try:
+            serving.join()
+        finally:
+            server.should_exit = True
+            serving.join()
 
 
 def make_app(run: Run) -> FastAPI:

@@ -94,6 +94,7 @@ def _score_missing(job: Job, opened: Opened, commits: dict[int, Written], consol
             progress.update(totals["scored"] + totals["errors"], totals["anomalies"], totals["errors"])
             if commit is not None:
                 commits[commit.shard] = commit
+                progress.kept += commit.scored + commit.errors
                 log.info("shard %d committed: %d scored, %d errors", commit.shard, commit.scored, commit.errors)
             if request.max_errors is not None and totals["errors"] > request.max_errors:
                 raise TooManyErrors(

@@ -17,6 +17,8 @@ SILENCE = 15.0  # seconds without an image until the reason is printed
 class Progress:
     """Context manager that shows the totals given to `update`. ``before`` images were done by an earlier attempt.
 
+    ``kept`` images are committed; the user is told if the job is stopped.
+
     If no image is finished for `SILENCE` seconds, it prints the line that ``waiting_for`` returns, and again whenever
     that line has changed.
     """
@@ -25,6 +27,7 @@ class Progress:
         self, console: Console, images: int, before: int = 0, waiting_for: Callable[[], str | None] = lambda: None
     ) -> None:
         self.console, self.images, self.before, self.waiting_for = console, images, before, waiting_for
+        self.kept = before
         self.started = self.last_line = self.last_image = time.monotonic()
         self.ended = threading.Event()
         self.bar = rich_progress.Progress(
@@ -50,6 +53,8 @@ class Progress:
     ) -> None:
         self.ended.set()
         self.bar.stop()
+        if isinstance(error, KeyboardInterrupt):
+            error.add_note(f"after {self.kept} of {self.images} images")
 
     def update(self, done: int, anomalies: int, errors: int) -> None:
         """Show that ``done`` images are finished, ``errors`` of them without a verdict."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -41,11 +42,14 @@ def run_side_by_side(jobs: Mapping[str, Job], parallel: int, console: Console) -
         TimeRemainingColumn(),
     )
     outcomes: dict[str, Any] = {}
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    latest: dict[str, dict[str, Any]] = {}
+    bar = Progress(*columns, console=console, disable=not console.is_terminal)
+    with _says_how_far(latest, len(jobs)), bar as progress:
         bars = {name: progress.add_task(name, total=None, state="waiting", note="") for name in jobs}
         lines = _Lines(console)
         for event in _run_all(jobs, parallel):
             name = event["job"]
+            latest[name] = event
             if event["warning"]:
                 console.print(f"[yellow]{name}: {escape(event['warning'])}[/yellow]", highlight=False, soft_wrap=True)
             if event["state"] in ("done", "failed"):
@@ -60,6 +64,22 @@ def run_side_by_side(jobs: Mapping[str, Job], parallel: int, console: Console) -
             if not console.is_terminal:
                 lines.show(event)
     return outcomes
+
+
+@contextmanager
+def _says_how_far(latest: Mapping[str, dict[str, Any]], jobs: int) -> Iterator[None]:
+    """A stop learns how far the jobs are by their ``latest`` events, for the line that the command ends with."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if jobs > 1:
+            finished = sum(event["state"] in ("done", "failed") for event in latest.values())
+            error.add_note(f"after {finished} of {jobs} categories")
+        elif latest:
+            (event,) = latest.values()
+            step = f"after step {event['done']} of {event['total']}"
+            error.add_note(step if event["total"] else f"at {event['state']}")
+        raise
 
 
 class _Lines:

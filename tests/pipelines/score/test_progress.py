@@ -1,6 +1,7 @@
 import io
 import time
 
+import pytest
 from rich.console import Console
 
 from pipelines.score import progress
@@ -26,3 +27,11 @@ def test_images_that_come_are_not_asked_about(monkeypatch):
             shown.update(image, 0, 0)
             time.sleep(0.05)
     assert not asked
+
+
+def test_a_stop_learns_how_many_images_are_kept():
+    shown = progress.Progress(Console(file=io.StringIO()), 10, before=4)
+    shown.kept += 3
+    with pytest.raises(KeyboardInterrupt) as stop, shown:
+        raise KeyboardInterrupt
+    assert stop.value.__notes__ == ["after 7 of 10 images"]

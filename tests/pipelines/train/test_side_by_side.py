@@ -53,3 +53,17 @@ def test_a_log_has_a_line_per_change_of_state_and_one_every_ten_seconds(monkeypa
         "bolt: train 1 of 9",
         "nut: train 3 of 9",
     ]
+
+
+@pytest.mark.parametrize(
+    ("latest", "jobs", "note"),
+    [
+        ({"a": {"state": "train", "done": 2, "total": 5}}, 1, "after step 2 of 5"),
+        ({"a": {"state": "survey", "done": 0, "total": 0}}, 1, "at survey"),
+        ({"a": {"state": "done"}, "b": {"state": "failed"}, "c": {"state": "train"}}, 4, "after 2 of 4 categories"),
+    ],
+)
+def test_a_stop_learns_how_far_the_jobs_are(latest, jobs, note) -> None:
+    with pytest.raises(KeyboardInterrupt) as stop, side_by_side._says_how_far(latest, jobs):
+        raise KeyboardInterrupt
+    assert stop.value.__notes__ == [note]
