@@ -22,20 +22,21 @@ from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import typer
 from PIL import Image
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from judged_run import finish_run
+
 from pipelines.demo.boards import board_rng, make_board
 from pipelines.runs.run import Run
 from pipelines.runs.schema import SCORED_SCHEMA
-from pipelines.runs.write import ResultsWriter, complete
 from pipelines.score.job import score
 from pipelines.score.request import ScoreRequest
 
 DISTINCT = 40  # boards that are drawn and scored
-ROWS = 256  # of a results file
+ROWS = 256  # copied at a time
 CHROMIUM = "/usr/bin/chromium"
 
 
@@ -52,21 +53,19 @@ def long_run(folder: Path, images: int) -> str:
     results = seed.results().to_table().to_pylist()
     listed = next(iter(seed.manifest_rows([results[0]["image_id"]]).values()))
     rng = np.random.default_rng(0)
-    write = ResultsWriter(run, ROWS, "bench")
-    manifest = []
+    manifest, tables = [], []
     for start in range(0, images, ROWS):
         rows = [
             copied(results[index % DISTINCT], index, archive, rng) for index in range(start, min(start + ROWS, images))
         ]
-        write(pa.Table.from_pylist(rows, schema=SCORED_SCHEMA))
+        tables.append(pa.Table.from_pylist(rows, schema=SCORED_SCHEMA))
         manifest += [
             listed | {"image_id": row["image_id"], "uri": row["uri"], "size": os.path.getsize(row["uri"])}
             for row in rows
         ]
-    (folder / "run" / "manifest").mkdir()
-    pq.write_table(pa.Table.from_pylist(manifest), folder / "run" / "manifest" / "part-000000.parquet")
     counts = seed.record["counts"] | {"images": images, "scored": images}
-    complete(run, seed.record | {"counts": counts})
+    record = seed.record | {"counts": counts}
+    finish_run(run, pa.concat_tables(tables), pa.Table.from_pylist(manifest), record)
     return run.location
 
 

@@ -9,7 +9,7 @@ import stat
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from operator import attrgetter
 from pathlib import Path
@@ -180,17 +180,45 @@ def create(path: str, data: bytes) -> bool:
     """
     with _written_beside(path, data) as partial:
         try:
-            os.link(partial, path)  # the whole file or none, and only if there is none
+            _hard_link(partial, path)  # the whole file or none, and only if there is none
         except FileExistsError:
             return False
-        except OSError as error:
-            if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise StorageError(
-                    f"{path}: this file system has no hard links, which a run needs for its bookkeeping; "
-                    "choose a folder on another one, or s3://"
-                ) from error
-            raise
     return True
+
+
+def link(source: str, target: str) -> bool:
+    """Give a file a second name, unless that name is taken; False if there is no ``source``.
+
+    Raises:
+        StorageError: the file system has no hard links.
+    """
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        _hard_link(source, target)
+    except FileExistsError:
+        return os.path.lexists(source)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _hard_link(source: str | Path, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise StorageError(
+                f"{target}: this file system has no hard links, which a run needs for its bookkeeping; "
+                "choose a folder on another one, or s3://"
+            ) from error
+        raise
+
+
+def delete(path: str, only: bytes | None = None) -> None:
+    """Delete a file; nothing there is fine. With ``only``, delete it only if it holds these bytes."""
+    with suppress(FileNotFoundError):
+        if only is None or Path(path).read_bytes() == only:
+            os.unlink(path)
 
 
 def publish(folder: Path, target: Path, last: str) -> bool:
@@ -229,7 +257,10 @@ def _written_beside(path: str, data: bytes) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.part")
     try:
-        partial.write_bytes(data)
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # after a power cut a file of this name would otherwise be there, but empty
         yield partial
     finally:
         partial.unlink(missing_ok=True)  # a full disk needs the room

@@ -22,6 +22,7 @@ from cluster.storage_errors import ChangedError
 ATTEMPTS, PATIENT_ATTEMPTS = 3, 12  # per request to S3; with doubling waits, twelve outlast 50 seconds
 READ_TIMEOUT = 20  # seconds without a byte
 POOL = 16  # connections of a process that are kept open
+NO_KEY = ("NoSuchKey", "404", "NotFound")
 COPY_CHUNK = 8 * 2**20  # bytes per request and in memory while a file is copied
 
 
@@ -269,6 +270,54 @@ def _creating(connection: Connection) -> Any:
         config_kwargs={"retries": {"mode": "standard", "max_attempts": connection.attempts}},
         client_kwargs={"region_name": connection.region or "us-east-1"} if connection.endpoint else {},
     )
+
+
+def link(connection: Connection, source: str, target: str) -> bool:
+    """Copy an object within the server, in one request; False if there is no ``source``.
+
+    Raises:
+        OSError: as the server answers.
+    """
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    (bucket, _, key), (target_bucket, _, target_key) = source.partition("/"), target.partition("/")
+    try:
+        _client(connection).copy_object(Bucket=target_bucket, Key=target_key, CopySource={"Bucket": bucket, "Key": key})
+    except ClientError as error:
+        if error.response["Error"]["Code"] in NO_KEY:
+            return False
+        raise OSError(str(error)) from error
+    except BotoCoreError as error:
+        raise OSError(str(error)) from error
+    return True
+
+
+def delete(connection: Connection, path: str, only: bytes | None = None) -> None:
+    """Delete an object; nothing there is fine.
+
+    Args:
+        only: delete it only if it holds these bytes; the server compares again (``If-Match``) while it deletes.
+
+    Raises:
+        OSError: as the server answers.
+    """
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket, _, key = path.partition("/")
+    client = _client(connection)
+    condition = {}
+    try:
+        if only is not None:
+            found = client.get_object(Bucket=bucket, Key=key)
+            if found["Body"].read() != only:
+                return
+            condition = {"IfMatch": found["ETag"]}
+        client.delete_object(Bucket=bucket, Key=key, **condition)
+    except ClientError as error:
+        if error.response["Error"]["Code"] not in (*NO_KEY, "PreconditionFailed", "412"):
+            raise OSError(str(error)) from error
+    except BotoCoreError as error:
+        raise OSError(str(error)) from error
 
 
 def publish(connection: Connection, folder: Path, path: str, last: str) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -45,6 +47,7 @@ KEY_OF_A_FOLDER = "an object whose key ends with a slash; copy it to a key witho
 # together do not come back together. None begins after `PATIENCE`.
 LONGEST_WAIT, PATIENCE = 12, 90
 UNKNOWN = Listed()
+READERS = 16  # files read at a time
 
 
 @dataclass(frozen=True)
@@ -191,6 +194,68 @@ class Storage(s3.Connection):
         with clear_errors(uri, self):
             return s3.create(self, path, data) if is_s3(uri) else local.create(path, data)
 
+    def check_creates(self, folder: str) -> None:
+        """Prove, with a file that is deleted again, that ``folder`` can be written and that `create` keeps its word.
+
+        Raises:
+            StorageError: not writable, or the server ignores ``If-None-Match`` and replaces what is there.
+        """
+        probe = join(folder, f".probe-{uuid.uuid4().hex}")
+        try:
+            self.create(probe, b"first")
+            if self.create(probe, b"second"):
+                raise StorageError(
+                    f"{folder}: {self.endpoint or 'AWS'} ignores the header If-None-Match: two commands could write "
+                    "one file; use an S3 server that honours it"
+                )
+            self.link(probe, f"{probe}-copy")
+        finally:
+            for file in (probe, f"{probe}-copy"):
+                self.delete_file(file)
+
+    def link(self, source: str, target: str) -> bool:
+        """Make the file ``source`` be at ``target`` too, at once and whole; False if there is no ``source``.
+
+        It is a hard link on a disk, which does not replace a file ``target``, and a copy within the server on S3, which
+        does. Both are in one location.
+        """
+        _, source_path = self.resolve(source)
+        _, target_path = self.resolve(target)
+        with clear_errors(target, self):
+            if is_s3(source):
+                return s3.link(self, source_path, target_path)
+            return local.link(source_path, target_path)
+
+    def read_all(self, uris: Sequence[str]) -> list[bytes | None]:
+        """The bytes of many small files, read in parallel; None for each that does not exist."""
+
+        def read(uri: str) -> bytes | None:
+            try:
+                return self.read(uri)
+            except FileNotFoundError:
+                return None
+            except OSError as error:
+                raise StorageError(explain(uri, self.endpoint, error)) from error
+
+        if len(uris) == 1:
+            return [read(uris[0])]
+        with ThreadPoolExecutor(READERS) as pool:
+            return list(pool.map(read, uris))
+
+    def holds(self, uri: str, size: int) -> bool:
+        """Whether there is a file of that many bytes."""
+        try:
+            return self.size(uri) == size
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise StorageError(explain(uri, self.endpoint, error)) from error
+
+    def delete_files(self, uris: Iterable[str]) -> None:
+        """Remove files, in parallel; those that are not there are fine."""
+        with ThreadPoolExecutor(READERS) as pool:
+            list(pool.map(self.delete_file, uris))
+
     def publish(self, folder: Path, uri: str, last: str) -> bool:
         """Copy a local folder to ``uri``: whole or not at all, with the file ``last`` appearing after all others.
 
@@ -241,12 +306,19 @@ class Storage(s3.Connection):
             if filesystem.get_file_info(path).type == pafs.FileType.Directory:
                 filesystem.delete_dir(path)
 
-    def delete_file(self, uri: str) -> None:
-        """Remove one file; nothing there is fine."""
-        filesystem, path = self.resolve(uri)
+    def delete_file(self, uri: str, only: bytes | None = None) -> None:
+        """Remove one file; nothing there is fine.
+
+        Args:
+            only: remove it only if it holds these bytes. S3 compares while it deletes, if it honours ``If-Match``; a
+                disk does so a moment before.
+        """
+        _, path = self.resolve(uri)
         with clear_errors(uri, self):
-            if filesystem.get_file_info(path).type == pafs.FileType.File:
-                filesystem.delete_file(path)
+            if is_s3(uri):
+                s3.delete(self, path, only)
+            else:
+                local.delete(path, only)
 
 
 @contextmanager

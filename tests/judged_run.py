@@ -12,9 +12,11 @@ from PIL import Image
 
 from cluster.storage import Storage
 from glad_core.bundle.glad_json import read_description
+from pipelines.runs.claim import claim, draft
+from pipelines.runs.commits import Written, commit_shards, complete
 from pipelines.runs.run import Run
 from pipelines.runs.schema import SCORED_SCHEMA
-from pipelines.runs.write import ResultsWriter, complete
+from pipelines.runs.write import ResultsWriter, new_staging
 
 SIDE = 32  # of the maps
 HOSTILE = "<img src=x onerror=hacked=1><script>&.png"
@@ -50,14 +52,26 @@ def make_judged_run(root: Path, bundle: Path) -> JudgedRun:
     failed |= {"message": "not a picture", "position": len(rows)}
 
     run = Run(str(root / "run"), Storage())
-    ResultsWriter(run, 16, "t")(pa.Table.from_pylist([*rows, failed], schema=SCORED_SCHEMA))
-    (root / "run/manifest").mkdir()
-    manifest = [{"image_id": row["image_id"], "uri": row["uri"], "size": None, "shard": None} for row in rows]
-    pq.write_table(pa.Table.from_pylist(manifest), root / "run/manifest/part-0.parquet")
     models = {"": {"model_id": model.model_id, "settings": model.settings}}
     record = {"models": models, "source": "the/archive", "seconds": 30.0}
-    complete(run, record | {"counts": {"scored": len(rows), "errors": 1}})
+    record |= {"counts": {"scored": len(rows), "errors": 1}}
+    manifest = [{"image_id": row["image_id"], "uri": row["uri"], "size": None, "shard": None} for row in rows]
+    finish_run(run, pa.Table.from_pylist([*rows, failed], schema=SCORED_SCHEMA), pa.Table.from_pylist(manifest), record)
     return JudgedRun(run, root / "data", rows)
+
+
+def finish_run(run: Run, scored: pa.Table, manifest: pa.Table, record: dict) -> None:
+    """Write a finished run as `glad score` does: claim, stage, commit, complete."""
+    plan = claim(run, 1, lambda listing: draft([len(scored)], listing, None, {}, 512))
+    folder = Path(run.path("manifest", plan.listing))
+    folder.mkdir(parents=True)
+    pq.write_table(manifest, folder / "part-0.parquet")
+    write = ResultsWriter(run, plan.rows_per_shard, plan.generation, new_staging(plan.generation))
+    pieces = [
+        Written(**row | {name: tuple(row[name]) for name in ("files", "sizes")}) for row in write(scored).to_pylist()
+    ]
+    commits = {commit.shard: commit for _, commit in commit_shards(run, plan, pieces) if commit is not None}
+    complete(run, plan, commits, record)
 
 
 def judged_image(rng: np.random.Generator, category: Path, kind: str, index: int, threshold: float) -> dict:

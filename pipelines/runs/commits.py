@@ -1,228 +1,287 @@
 """Exactly-once bookkeeping: the run folder itself records which shards are finished.
 
-    started.json      created exclusively by the job that claims the folder: everything that decides the results
-    plan.json         written once the archive is listed: how many images, how many to a shard
-    commits/N.json    created exclusively by the driver once every image of shard N is written: the files that hold them
-    run.json          written last: every shard is committed, and results/ and errors/ hold nothing else
+    plan.json          claims the folder for a run, once its archive is listed (`pipelines.runs.claim`)
+    staging/           files that tasks have written, under names of their own; they count for nothing
+    commits/N.json     created exclusively by a driver once every image of shard N is staged: which files hold them
+    results/, errors/  those files and no others, linked there after their commit
+    record.json        created exclusively once every shard is committed: what run.json is to say
+    run.json           that file, linked there last: the run is complete
 
-A shard is a fixed number of consecutive images of the manifest. Tasks write files under names of their own. An image
-counts only through the commit of its shard, and only the driver commits. Whatever is killed therefore leaves only files
-that no commit names. They are deleted at the end, and the same command resumes with the shards that have no commit.
+A shard is a fixed number of consecutive images of the manifest. An image counts through the commit of its shard alone.
+Whoever is killed or stopped, and however many drivers there are, a shard has one commit, and only files of commits
+reach results/ and errors/. Everything a job does can be done again by the next.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
-from uuid import uuid4
+from typing import Any
 
-from cluster.storage import StorageError, is_s3, local_path
+from pydantic import TypeAdapter, ValidationError
+
 from glad_core.errors import GladError
-from pipelines.runs.run import Run
-from pipelines.runs.schema import COMMITS, COMPLETE, ERRORS, MANIFEST, MEMORY, PLAN, RESULTS, STARTED
+from pipelines.runs.claim import Plan, check_in_force, mark_cleared, numbered, older_plans, repair
+from pipelines.runs.run import Run, generation_of, parse_record
+from pipelines.runs.schema import COMMITS, COMPLETE, ERRORS, FILE, MANIFEST, RECORD, RESULTS, STAGING
 
-SHARDS = 50  # that an archive is cut into, as long as a shard gets no larger than a manifest file
-LEAST_ROWS = 8  # images of a shard
-READERS = 16  # commits read at a time
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the manifest's ``images`` are cut into shards.
-
-    ``rows_per_shard`` is a power of two that divides the rows of a manifest file. ``run`` is the run's id, which a
-    resumed run keeps. ``listed`` is the number of images that each listing task found, in the manifest's order.
-    ``blank`` is the number of a list's entries that named nothing.
-    """
-
-    images: int
-    duplicates: int
-    rows_per_shard: int
-    run: str
-    listed: tuple[int, ...]
-    blank: int = 0
-
-    @property
-    def shards(self) -> int:
-        return -(-self.images // self.rows_per_shard)
-
-    def rows_of(self, shard: int) -> int:
-        """Number of images in a shard; the last one may have fewer."""
-        return min(self.rows_per_shard, self.images - shard * self.rows_per_shard)
-
-    def stretches(self, done: Container[int], longest: int) -> list[tuple[int, int]]:
-        """Manifest positions of the shards that are not ``done``, as (first, last + 1), none longer than ``longest``.
-
-        ``longest`` is a multiple of ``rows_per_shard``; stretches are cut at its multiples.
-        """
-        stretches: list[tuple[int, int]] = []
-        for shard in range(self.shards):
-            if shard in done:
-                continue
-            first = shard * self.rows_per_shard
-            end = first + self.rows_of(shard)
-            if stretches and stretches[-1][1] == first and first % longest:
-                stretches[-1] = (stretches[-1][0], end)
-            else:
-                stretches.append((first, end))
-        return stretches
+ATTEMPT = re.compile(rf"{STAGING}/(\d+)-[0-9a-f]+")
 
 
 @dataclass(frozen=True)
 class Written:
-    """Images of one shard that were written, some of them or all; ``files`` are names relative to the run folder."""
+    """Images of one shard that were written, some of them or all.
+
+    ``files`` are names relative to the run folder, of these ``sizes`` in bytes. Until they are published, they lie
+    below ``staged``, a folder of the run.
+    """
 
     shard: int
     scored: int
     anomalies: int
     errors: int
+    staged: str
     files: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> Written:
+        """A `WRITTEN_SCHEMA` row."""
+        return cls(**row | {name: tuple(row[name]) for name in ("files", "sizes")})
 
 
-def claim(run: Run, identity: dict[str, Any], overwrite: bool) -> Literal["new", "resumed", "complete"]:
-    """Reserve the run folder for this job; this also proves that it can be written.
+@dataclass(frozen=True)
+class _Commit(Written):
+    """A commit as it is stored: with the id of its run, in case files of another run have been left in the folder."""
 
-    Args:
-        identity: everything that decides the results; plain JSON values.
-        overwrite: delete another run's results first.
+    run: str
+
+
+_COMMIT = TypeAdapter(_Commit)
+
+
+def recover(run: Run, plan: Plan) -> tuple[Plan, dict[int, Written]]:
+    """Take over what earlier jobs have done: delete older runs, and put every committed file in its place.
 
     Returns:
-        ``resumed`` if an unfinished run of the same identity is there, ``complete`` if a finished one is.
+        The plan to go on with and the commits by shard. If files of commits are missing or damaged, or commits
+        themselves are, the plan is a new generation in which their shards have no commit.
 
     Raises:
-        GladError: the folder holds a run of another identity.
-        StorageError: not writable, no such bucket, wrong credentials.
+        GladError: another command has begun anew in the folder.
+        StorageError: storage cannot be used.
     """
-    if run.storage.kind(run.location) == "file":
-        raise StorageError(f"{run.location}: a file is in the way; choose another folder")
-    taken = [name for name in (COMPLETE, STARTED) if run.has(name)]
-    taken += [name for name in (RESULTS, ERRORS, MANIFEST) if run.has(name, "folder")]
-    if taken and not overwrite:
-        difference = _difference(run, identity) if STARTED in taken else f"not started by `glad score`: {taken[0]}"
-        if difference is not None:
-            raise GladError(
-                f"{run.location} already holds another run ({difference}): choose another --out or give --overwrite"
-            )
-        return "complete" if COMPLETE in taken else "resumed"
-    if taken:
-        release(run)
-    try:
-        created = run.storage.create(run.path(STARTED), (json.dumps(identity, indent=1) + "\n").encode())
-    except StorageError as error:
-        raise StorageError(f"{run.location} cannot be written; choose another --out ({error})") from error
-    if not created:
-        raise GladError(f"{run.location}: another run has just started writing there; choose another --out")
-    return "new"
+    while True:
+        _clear_older(run, plan)
+        found = _read(run, plan)
+        was_complete = is_complete(run, plan)  # asked first: if it is, the record has been there for longer
+        record = run.storage.read_all([run.path(numbered(RECORD, plan.generation))])[0]
+        was_complete = was_complete or record is not None
+        if was_complete:  # so every commit must be there, whatever a listing shows
+            found = dict.fromkeys(range(plan.shards)) | _read(run, plan, every=True)
+        commits = {shard: commit for shard, commit in found.items() if commit is not None}
+        if commits:
+            check_in_force(run, plan)
+        present = _sizes(run) if commits else {}
+        published = [shard for shard, commit in commits.items() if _publish(run, commit, present)]
+        if len(published) == len(found) and (not was_complete or parse_record(record or b"") is not None):
+            return plan, commits
+        plan = repair(run, plan, sorted(found.keys() - set(published)))
 
 
-def read_identity(run: Run) -> dict[str, Any] | None:
-    """The identity of the run that claimed the folder, None if none has.
-
-    Raises:
-        GladError: started.json is damaged.
-    """
-    if not run.has(STARTED):
-        return None
-    try:
-        identity: dict[str, Any] = json.loads(run.storage.read(run.path(STARTED)))
-    except ValueError as error:
-        raise GladError(f"{run.path(STARTED)}: damaged; give --overwrite to begin anew") from error
-    return identity
-
-
-def _difference(run: Run, identity: dict[str, Any]) -> str | None:
-    """How an identity differs from that of the run in the folder, None if it does not."""
-    before = read_identity(run) or {}
-    for name in [*identity, *before]:
-        if identity.get(name) != before.get(name):
-            return f"{name} was {_short(before.get(name))}, now {_short(identity.get(name))}"
-    return None
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def release(run: Run) -> None:
-    """Delete everything that runs write, and nothing else that may be in the folder; the claim goes last."""
-    run.storage.delete_file(run.path(COMPLETE))
-    for name in (COMMITS, RESULTS, ERRORS, MANIFEST):
-        run.storage.delete_folder(run.path(name))
-    for name in (MEMORY, PLAN, STARTED):
-        run.storage.delete_file(run.path(name))
-
-
-def make_plan(run: Run, listed: Sequence[int], duplicates: int, manifest_rows: int, blank: int = 0) -> Plan:
-    """Cut a listed archive into shards: small ones to show progress in a small archive, files worth opening in a large.
-
-    Args:
-        listed: number of images from each listing task.
-        manifest_rows: rows of a manifest file.
-    """
-    images = sum(listed)
-    wished = max(LEAST_ROWS, images // SHARDS)
-    rows = min(manifest_rows, 1 << (wished.bit_length() - 1))
-    plan = Plan(images, duplicates, rows, uuid4().hex[:12], tuple(listed), blank)
-    run.storage.write(run.path(PLAN), (json.dumps(asdict(plan)) + "\n").encode())
-    return plan
-
-
-def read_plan(run: Run) -> Plan | None:
-    """The plan of a run whose archive has been listed, else None."""
-    if not run.has(PLAN):
-        return None
-    values = json.loads(run.storage.read(run.path(PLAN)))
-    return Plan(**values | {"listed": tuple(values["listed"])})
-
-
-def read_commits(run: Run) -> dict[int, Written]:
+def read_commits(run: Run, plan: Plan) -> dict[int, Written]:
     """The commits so far, by shard."""
-    if not run.has(COMMITS, "folder"):
-        return {}
-    shards = [int(name.removesuffix(".json")) for name, _ in run.storage.walk(run.path(COMMITS))]
-    with ThreadPoolExecutor(READERS) as pool:
-        return dict(zip(shards, pool.map(lambda shard: _read_commit(run, shard), shards), strict=True))
+    return {shard: commit for shard, commit in _read(run, plan).items() if commit is not None}
 
 
 def commit_shards(run: Run, plan: Plan, pieces: Iterable[Written]) -> Iterator[tuple[Written, Written | None]]:
-    """Commit each shard when its last piece has been written. Yields every piece, with the commit that it completed.
+    """Commit each shard when its last piece has been written, and publish its files.
 
-    If another job has committed a shard meanwhile, that commit holds, and our files of it are swept at the end.
+    Yields every piece, with the commit that it completed. If another job has committed a shard meanwhile, that commit
+    holds, and our files of it are deleted at the end. If another job has completed the run, this ends.
+
+    Raises:
+        GladError: another command has begun anew in the folder; committed files have been deleted.
     """
     open_shards: dict[int, list[Written]] = {}
+    names = plan.commit_names()
     for piece in pieces:
         parts = open_shards.setdefault(piece.shard, [])
         parts.append(piece)
         commit = None
         if sum(part.scored + part.errors for part in parts) == plan.rows_of(piece.shard):
-            commit = _sum(parts)
-            if not run.storage.create(_commit_file(run, piece.shard), json.dumps(asdict(commit)).encode()):
-                commit = _read_commit(run, piece.shard)
-            del open_shards[piece.shard]
+            commit, ours = _commit(run, plan, names[piece.shard], open_shards.pop(piece.shard))
+            if not ours and run.has(COMPLETE):
+                return
         yield piece, commit
 
 
-def sweep(run: Run, commits: Iterable[Written]) -> int:
-    """Delete the files of results/ and errors/ that no commit names; returns how many there were."""
-    kept = {file for commit in commits for file in commit.files}
-    swept = 0
-    for name in (RESULTS, ERRORS):
-        folder = run.path(name)
-        if not run.has(name, "folder"):
-            continue
-        for file, _ in list(run.storage.walk(folder)):
-            if f"{name}/{file}" not in kept:
-                run.storage.delete_file(run.path(name, file))
-                swept += 1
-        if not is_s3(folder):  # half-written files of killed tasks
-            for partial in Path(local_path(folder)).rglob(".*.part"):
-                partial.unlink(missing_ok=True)
-    return swept
+def complete(run: Run, plan: Plan, commits: Mapping[int, Written], record: dict[str, Any]) -> None:
+    """Finish a run all of whose shards are committed: delete what no commit names, and put run.json in its place.
+
+    Args:
+        record: what run.json says, besides what this adds: run, generation, listing, number and bytes of the files. If
+            another job was first, its record holds.
+
+    Raises:
+        GladError: another command has begun anew in the folder; committed files have been deleted.
+    """
+    kept = {file: size for commit in commits.values() for file, size in zip(commit.files, commit.sizes, strict=True)}
+    _sweep(run, plan, kept)
+    files = {
+        name: {"files": len(sizes), "bytes": sum(sizes)}
+        for name in (RESULTS, ERRORS)
+        for sizes in [[size for file, size in kept.items() if file.startswith(f"{name}/")]]
+    }
+    record = record | {"run": plan.run, "generation": plan.generation, "listing": plan.listing, "files": files}
+    committed = run.path(numbered(RECORD, plan.generation))
+    data = (json.dumps(record, indent=1) + "\n").encode()
+    if not run.storage.create(committed, data):
+        data = run.storage.read_all([committed])[0] or b""
+    check_in_force(run, plan)
+    run.storage.link(committed, run.path(COMPLETE))
+    if run.storage.read_all([run.path(COMPLETE)]) != [data]:
+        raise GladError(f"{run.path(COMPLETE)} has been changed; give the same command again")
+
+
+def is_complete(run: Run, plan: Plan) -> bool:
+    """Whether run.json says that the run of this plan is complete."""
+    return generation_of(_record(run)) == plan.generation
+
+
+def is_whole(run: Run, plan: Plan) -> bool:
+    """Whether the run is complete, and the files that run.json counts are there."""
+    record = _record(run)
+    return generation_of(record) == plan.generation and run.missing_files(record or {}) is None
+
+
+def _record(run: Run) -> dict[str, Any] | None:
+    data = run.storage.read_all([run.path(COMPLETE)])[0]
+    return None if data is None else parse_record(data)
+
+
+def _commit(run: Run, plan: Plan, name: str, parts: Sequence[Written]) -> tuple[Written, bool]:
+    """Commit a shard and publish it; returns the commit in force and whether it is ours."""
+    written = _sum(parts)
+    file = run.path(COMMITS, name)
+    ours = run.storage.create(file, json.dumps(asdict(written) | {"run": plan.run}).encode())
+    if not ours:
+        theirs = _parsed(run.storage.read_all([file])[0], plan, written.shard)
+        if theirs is None:
+            raise GladError(f"{file}: damaged; give the same command again, which scores its images anew")
+        ours = theirs == written  # the server created it and then reported a failure
+        written = theirs
+    check_in_force(run, plan)
+    if not _publish(run, written, {}):
+        raise GladError(f"{run.location}: files of {name} have been deleted; give the same command again")
+    return written, ours
+
+
+def _publish(run: Run, commit: Written, present: Mapping[str, int]) -> bool:
+    """Put a commit's files in their places, unless they are ``present``; False if one is nowhere."""
+    for file, size in zip(commit.files, commit.sizes, strict=True):
+        if file not in present:
+            staged = run.path(commit.staged, file)
+            if run.storage.link(staged, run.path(file)):
+                run.storage.delete_file(staged)
+            elif not run.storage.holds(run.path(file), size):
+                return False
+        elif present[file] != size:
+            return False
+    return True
+
+
+def _read(run: Run, plan: Plan, every: bool = False) -> dict[int, Written | None]:
+    """The commits by shard; None for one that is damaged or another run's. Other files among them are not ours.
+
+    Args:
+        every: ask for every commit, not for those that a listing shows.
+    """
+    names = plan.commit_names()
+    if not every:
+        shown = {name for name, _ in run.storage.walk(run.path(COMMITS))} if run.has(COMMITS, "folder") else set()
+        names = [name if name in shown else "" for name in names]
+    shards = [shard for shard, name in enumerate(names) if name]
+    contents = run.storage.read_all([run.path(COMMITS, names[shard]) for shard in shards])
+    return {shard: _parsed(data, plan, shard) for shard, data in zip(shards, contents, strict=True) if data is not None}
+
+
+def _parsed(data: bytes | None, plan: Plan, shard: int) -> Written | None:
+    commit = _stored(data)
+    if commit is None or (commit.run, commit.shard) != (plan.run, shard):
+        return None
+    if commit.scored + commit.errors != plan.rows_of(shard) or len(commit.files) != len(commit.sizes):
+        return None
+    return Written(**{name: value for name, value in vars(commit).items() if name != "run"})
+
+
+def _stored(data: bytes | None) -> _Commit | None:
+    try:
+        commit = _COMMIT.validate_json(data or b"")
+    except ValidationError:
+        return None
+    inside = all(FILE.fullmatch(file) and ".." not in file.split("/") for file in commit.files)
+    return commit if inside and ATTEMPT.fullmatch(commit.staged) else None
+
+
+def _sizes(run: Run) -> dict[str, int]:
+    """Every file in results/ and errors/, and its bytes."""
+    folders = [name for name in (RESULTS, ERRORS) if run.has(name, "folder")]
+    return {f"{name}/{file}": size for name in folders for file, size in run.storage.walk(run.path(name))}
+
+
+def _sweep(run: Run, plan: Plan, kept: Mapping[str, int]) -> None:
+    """Delete files of ours in results/, errors/ and staging/ that are not ``kept``, but none of a later generation.
+
+    Raises:
+        GladError: one that is to be kept is missing.
+    """
+    sizes = _sizes(run)
+    run.storage.delete_files(
+        run.path(file)
+        for file in sizes
+        if (part := FILE.fullmatch(file)) and int(part[1] or 0) <= plan.generation and file not in kept
+    )
+    for folder in run.storage.folders(run.path(STAGING)):
+        attempt = ATTEMPT.fullmatch(f"{STAGING}/{folder}")
+        if attempt and int(attempt[1]) <= plan.generation:
+            run.storage.delete_folder(run.path(STAGING, folder))
+    for file, size in kept.items():
+        if sizes.get(file) != size and not run.storage.holds(run.path(file), size):
+            raise GladError(f"{run.path(file)} has been deleted or changed; give the same command again")
+
+
+def _clear_older(run: Run, plan: Plan) -> None:
+    """Delete what generations before this one have left, so that none of their jobs can put anything in its place."""
+    older = older_plans(run, plan)
+    run.storage.delete_files(run.path(numbered(RECORD, generation)) for generation, _ in older)
+    data = run.storage.read_all([run.path(COMPLETE)])[0]
+    if data is not None and generation_of(parse_record(data)) < plan.generation:
+        run.storage.delete_file(run.path(COMPLETE), only=data)
+    for generation, old in older:
+        if generation < plan.base:
+            _delete_run(run, generation, old)
+            mark_cleared(run, generation)
+
+
+def _delete_run(run: Run, generation: int, plan: Plan | None) -> None:
+    """Delete the files of an overwritten run: those that are staged before those that were published from them."""
+    if plan is None:  # damaged, or an older version's; what it has in results/ is deleted at the end
+        names = [name for name, _ in run.storage.walk(run.path(COMMITS))] if run.has(COMMITS, "folder") else []
+        commits = [name for name in names if re.fullmatch(numbered(r"\d{8}", generation), name)]
+    else:
+        commits = plan.commit_names()
+    stored = [_stored(data) for data in run.storage.read_all([run.path(COMMITS, name) for name in commits])]
+    found = [commit for commit in stored if commit is not None]
+    run.storage.delete_files(run.path(commit.staged, file) for commit in found for file in commit.files)
+    run.storage.delete_files(run.path(file) for commit in found for file in commit.files)
+    run.storage.delete_files(run.path(COMMITS, name) for name in commits)
+    if plan is not None:
+        run.storage.delete_folder(run.path(MANIFEST, plan.listing))
+        if plan.memory is not None:
+            run.storage.delete_file(run.path(plan.memory))
 
 
 def _sum(parts: Sequence[Written]) -> Written:
@@ -231,14 +290,7 @@ def _sum(parts: Sequence[Written]) -> Written:
         scored=sum(part.scored for part in parts),
         anomalies=sum(part.anomalies for part in parts),
         errors=sum(part.errors for part in parts),
+        staged=parts[0].staged,
         files=tuple(file for part in parts for file in part.files),
+        sizes=tuple(size for part in parts for size in part.sizes),
     )
-
-
-def _commit_file(run: Run, shard: int) -> str:
-    return run.path(COMMITS, f"{shard:08d}.json")
-
-
-def _read_commit(run: Run, shard: int) -> Written:
-    values = json.loads(run.storage.read(_commit_file(run, shard)))
-    return Written(**values | {"files": tuple(values["files"])})

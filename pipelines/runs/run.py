@@ -3,8 +3,8 @@
 results/      Parquet, one row per judged image (`RESULTS_SCHEMA`); a category's rows in a folder of its name
 errors/       Parquet, one row per image that was not judged (`ERRORS_SCHEMA`)
 manifest/     Parquet, the archive as it was listed
-run.json      settings, counts, versions; written last, so its presence says that the run is complete
-started.json, plan.json, commits/    which shards are finished (`pipelines.runs.commits`)
+run.json      settings, counts, versions; put there last, so its presence says that the run is complete
+plan.json, commits/, staging/, record.json    the run's books (`pipelines.runs.claim`, `pipelines.runs.commits`)
 feedback/     people's verdicts on results (`pipelines.runs.feedback`)
 """
 
@@ -23,7 +23,16 @@ import pyarrow.dataset as pads
 from cluster.storage import Storage, absolute, clear_errors, join
 from glad_core.bundle.settings import Settings
 from glad_core.errors import GladError
-from pipelines.runs.schema import COMPLETE, ERRORS, ERRORS_SCHEMA, MANIFEST, RESULTS, RESULTS_SCHEMA, STARTED
+from pipelines.runs.schema import (
+    COMPLETE,
+    ERRORS,
+    ERRORS_SCHEMA,
+    FILE,
+    MANIFEST,
+    PLAN,
+    RESULTS,
+    RESULTS_SCHEMA,
+)
 
 
 @dataclass(frozen=True)
@@ -61,33 +70,36 @@ class Run:
         Raises:
             GladError: no finished run there, or run.json is damaged.
         """
-        if not self.has(COMPLETE):
-            if self.has(STARTED):
+        data = self.storage.read_all([self.path(COMPLETE)])[0]
+        if data is None:
+            if self.has(f"{PLAN}.json"):
                 raise GladError(f"{self.location}: this run is not finished; the same `glad score` command resumes it")
             raise GladError(f"{self.location}: no finished run there (no {COMPLETE}); name the --out of a `glad score`")
-        try:
-            return {"models": {}, "counts": {}} | json.loads(self.storage.read(self.path(COMPLETE)))
-        except (ValueError, TypeError) as error:
-            raise GladError(f"{self.path(COMPLETE)}: damaged; score again") from error
+        record = parse_record(data)
+        if record is None:
+            raise GladError(f"{self.path(COMPLETE)}: damaged; give the same `glad score` command again")
+        return {"models": {}, "counts": {}} | record
 
     def results(self) -> pads.Dataset:
-        """The results of a finished run, as `RESULTS_SCHEMA`; files of no commit have been swept by then.
+        """The results of a finished run, as `RESULTS_SCHEMA`.
 
         Raises:
-            GladError: as `record`. StorageError: storage cannot be used.
+            GladError: as `record`; also if files have been deleted, changed or added since.
+            StorageError: storage cannot be used.
         """
-        _ = self.record
+        self._check_files()
         return self._dataset(RESULTS, RESULTS_SCHEMA)
 
     def errors(self) -> pads.Dataset:
         """The images that were not judged, as `ERRORS_SCHEMA`. Raises as `results`."""
-        _ = self.record
+        self._check_files()
         return self._dataset(ERRORS, ERRORS_SCHEMA)
 
     def manifest_rows(self, image_ids: Collection[str]) -> dict[str, dict[str, Any]]:
         """The manifest rows of these images by image id: where to read them again, tar members included."""
         ids = pa.array(image_ids, pa.string())  # typed, since it may be empty
-        table = self._dataset(MANIFEST, None).to_table(filter=pads.field("image_id").isin(ids))
+        name = join(MANIFEST, self.record.get("listing", ""))
+        table = self._dataset(name, None).to_table(filter=pads.field("image_id").isin(ids))
         return {row["image_id"]: row for row in table.to_pylist()}
 
     def settings_of(self, category: str | None) -> Settings:
@@ -115,7 +127,47 @@ class Run:
 
         return full_size_map(torch.from_numpy(anomaly_map)[None], settings)[0].numpy()
 
+    def missing_files(self, record: dict[str, Any]) -> str | None:
+        """What is wrong with the files of results/ and errors/, if they are not those that run.json counted."""
+        for name, expected in record.get("files", {}).items():  # older versions counted none
+            sizes = [size for _, size in self._parts(name)]
+            if {"files": len(sizes), "bytes": sum(sizes)} != expected:
+                return (
+                    f"{self.path(name)} holds {len(sizes)} files of {sum(sizes)} bytes in all, but {COMPLETE} counts "
+                    f"{expected['files']} of {expected['bytes']}: files have been deleted, changed or added; "
+                    "the same `glad score` command mends it"
+                )
+        return None
+
+    def _check_files(self) -> None:
+        problem = self.missing_files(self.record)
+        if problem is not None:
+            raise GladError(problem)
+
+    def _parts(self, name: str) -> list[tuple[str, int]]:
+        """Our files in a folder and their bytes; what else lies there, such as Thumbs.db, is not ours."""
+        if not self.has(name, "folder"):
+            return []
+        files = self.storage.walk(self.path(name))
+        return [(file, size) for file, size in files if FILE.fullmatch(f"{RESULTS}/{file}")]
+
     def _dataset(self, name: str, schema: pa.Schema | None) -> pads.Dataset:
         filesystem, path = self.storage.resolve(self.path(name))
         with clear_errors(self.location, self.storage):
-            return pads.dataset(path, filesystem=filesystem, schema=schema)
+            files = [f"{path}/{file}" for file, _ in self._parts(name)]
+            return pads.dataset(files, filesystem=filesystem, schema=schema, format="parquet")
+
+
+def parse_record(data: bytes) -> dict[str, Any] | None:
+    """The bytes of run.json as a dict; None if they are damaged."""
+    try:
+        record = json.loads(data)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def generation_of(record: dict[str, Any] | None) -> int:
+    """The generation that completed a run; 0 for a damaged record, or one of an older version."""
+    generation = (record or {}).get("generation")
+    return generation if isinstance(generation, int) else 0

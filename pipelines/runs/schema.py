@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pyarrow as pa
 
 RESULTS, ERRORS, MANIFEST = "results", "errors", "manifest"
-STARTED, PLAN, COMMITS, COMPLETE = "started.json", "plan.json", "commits", "run.json"
-MEMORY = "memory.safetensors"  # good patches, in a run with --method nearest
+# Of `plan` and `record` each generation of the folder has its own (`pipelines.runs.claim.numbered`).
+PLAN, COMMITS, STAGING, RECORD, COMPLETE = "plan", "commits", "staging", "record", "run.json"
+# Our files in results/ and errors/, and the generation in their names; versions before 0.2 gave them none.
+FILE = re.compile(rf"(?:{RESULTS}|{ERRORS})/(?:[^/]+/)?part-(?:\d{{8}}-(\d{{1,7}})-[0-9a-f]{{16}}|[^/]*)\.parquet")
 
 RESULTS_SCHEMA = pa.schema(
     [
@@ -53,6 +57,8 @@ WRITTEN_SCHEMA = pa.schema(
         ("scored", pa.int64()),
         ("anomalies", pa.int64()),
         ("errors", pa.int64()),
+        ("staged", pa.string()),
         ("files", pa.list_(pa.string())),
+        ("sizes", pa.list_(pa.int64())),
     ]
 )

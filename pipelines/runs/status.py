@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from glad_core.errors import GladError
-from pipelines.runs.commits import read_commits, read_identity, read_plan
+from pipelines.runs.claim import find
+from pipelines.runs.commits import is_complete, read_commits
 from pipelines.runs.run import Run
-from pipelines.runs.schema import COMPLETE
+from pipelines.runs.schema import MANIFEST
 
 
 def status(run: Run) -> dict[str, Any]:
@@ -19,27 +20,30 @@ def status(run: Run) -> dict[str, Any]:
 
     Returns:
         ``state`` (listing, unfinished or complete), ``images`` (None while listing), ``done``, ``anomalies``,
-        ``errors``, ``shards`` (committed, all) and ``asked`` (everything that decides the results). An unfinished run
-        may be at work or not: the folder does not say. The same `glad score` command resumes it.
+        ``errors``, ``shards`` (committed, all) and ``asked`` (everything that decides the results; None while listing).
+        An unfinished run may be at work or not: the folder does not say. The same `glad score` command resumes it.
 
     Raises:
         GladError: no run was started there.
     """
-    identity = read_identity(run)
-    if identity is None:
+    found = find(run)
+    plan = found.plan
+    if plan is None and not (found.generation or run.has(MANIFEST, "folder")):
         raise GladError(f"{run.location}: no run was started there; name the --out of a `glad score`")
-    plan, commits = read_plan(run), read_commits(run)
+    if plan is None and found.generation:
+        raise GladError(f"{run.location}: the plan of this run is damaged, or an older version wrote it")
+    commits = read_commits(run, plan) if plan else {}
     totals = {
         name: sum(getattr(commit, name) for commit in commits.values()) for name in ("scored", "anomalies", "errors")
     }
     return {
-        "state": "complete" if run.has(COMPLETE) else "listing" if plan is None else "unfinished",
+        "state": "listing" if plan is None else "complete" if is_complete(run, plan) else "unfinished",
         "images": plan.images if plan else None,
         "done": totals["scored"] + totals["errors"],
         "anomalies": totals["anomalies"],
         "errors": totals["errors"],
         "shards": [len(commits), plan.shards if plan else None],
-        "asked": identity,
+        "asked": plan.identity if plan else None,
     }
 
 
@@ -56,6 +60,7 @@ def print_status(location: str, as_json: bool, console: Console) -> None:
     table.add_row("images done", f"{current['done']}{share}")
     table.add_row("anomalies", str(current["anomalies"]))
     table.add_row("errors", str(current["errors"]))
-    table.add_row("source", current["asked"]["source"])
-    table.add_row("model", ", ".join(sorted(set(current["asked"]["models"].values()))))
+    if current["asked"] is not None:
+        table.add_row("source", current["asked"]["source"])
+        table.add_row("model", ", ".join(sorted(set(current["asked"]["models"].values()))))
     console.print(table, highlight=False, markup=False)

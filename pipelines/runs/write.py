@@ -1,13 +1,13 @@
-"""Writing a run: the last stage of the scoring job, and run.json at the end."""
+"""Writing results: the last stage of the scoring job."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
 import re
 from collections.abc import Iterator
 from typing import Any
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,20 +15,20 @@ import pyarrow.parquet as pq
 
 from cluster.storage import join
 from pipelines.runs.run import Run
-from pipelines.runs.schema import COMPLETE, ERRORS, ERRORS_SCHEMA, RESULTS, RESULTS_SCHEMA, WRITTEN_SCHEMA
+from pipelines.runs.schema import ERRORS, ERRORS_SCHEMA, RESULTS, RESULTS_SCHEMA, STAGING, WRITTEN_SCHEMA
 
 LONGEST_NAME = 200  # bytes; disks take 255
 
 
 class ResultsWriter:
-    """A stage: writes `SCORED_SCHEMA` rows to files and returns `WRITTEN_SCHEMA` rows, one for each shard.
+    """A stage: writes `SCORED_SCHEMA` rows to staged files and returns `WRITTEN_SCHEMA` rows, one for each shard.
 
-    A file is named after the attempt and the images in it. A call that is retried therefore replaces its own file, and
-    never that of another attempt.
+    Every file has a name that no other call uses. A call that Ray repeats therefore cannot change what its first try
+    wrote, which may be committed by then.
     """
 
-    def __init__(self, run: Run, rows_per_shard: int, attempt: str) -> None:
-        self.run, self.rows_per_shard, self.attempt = run, rows_per_shard, attempt
+    def __init__(self, run: Run, rows_per_shard: int, generation: int, staged: str) -> None:
+        self.run, self.rows_per_shard, self.generation, self.staged = run, rows_per_shard, generation, staged
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         shards = pc.divide(rows["position"], self.rows_per_shard)
@@ -44,14 +44,30 @@ class ResultsWriter:
         errors = rows.filter(failed).select(ERRORS_SCHEMA.names).cast(ERRORS_SCHEMA)
         tables = [(join(RESULTS, *folder_of(category)), table) for category, table in _by_category(results)]
         tables += [(ERRORS, errors)] if len(errors) else []
-        prefix = f"{shard:08d}-{self.attempt}"
+        if shard == 0:  # both datasets exist, even if neither has a row
+            tables += [(RESULTS, results)] if not len(results) else [(ERRORS, errors)] if not len(errors) else []
+        files = [(f"{folder}/{part_name(shard, self.generation)}", _parquet(table)) for folder, table in tables]
+        for file, data in files:
+            self.run.storage.write(self.run.path(self.staged, file), data)
         return {
             "shard": shard,
             "scored": len(results),
             "anomalies": pc.sum(results["is_anomalous"]).as_py() or 0,
             "errors": len(errors),
-            "files": [f"{folder}/{_write_part(self.run, folder, table, prefix)}" for folder, table in tables],
+            "staged": self.staged,
+            "files": [file for file, _ in files],
+            "sizes": [len(data) for _, data in files],
         }
+
+
+def new_staging(generation: int) -> str:
+    """The name of a folder in a run, for one driver's staged files."""
+    return join(STAGING, f"{generation}-{uuid4().hex[:16]}")
+
+
+def part_name(shard: int, generation: int) -> str:
+    """A new name for a file of results or errors, as `commits.FILE` reads it."""
+    return f"part-{shard:08d}-{generation}-{uuid4().hex[:16]}.parquet"
 
 
 def folder_of(category: str | None) -> tuple[str, ...]:
@@ -69,25 +85,13 @@ def folder_of(category: str | None) -> tuple[str, ...]:
     return (name,)
 
 
-def complete(run: Run, record: dict[str, Any]) -> None:
-    """Finish a run. Both datasets exist even if one has no rows; run.json, the ``record``, is written last."""
-    for name, schema, count in ((RESULTS, RESULTS_SCHEMA, "scored"), (ERRORS, ERRORS_SCHEMA, "errors")):
-        if record["counts"][count] == 0:
-            _write_part(run, name, schema.empty_table(), "none")
-    run.storage.write(run.path(COMPLETE), (json.dumps(record, indent=1) + "\n").encode())
-
-
 def _by_category(results: pa.Table) -> Iterator[tuple[str | None, pa.Table]]:
     for category in pc.unique(results["category"]).to_pylist():
         column = results["category"]
         yield category, results.filter(pc.is_null(column) if category is None else pc.equal(column, category))
 
 
-def _write_part(run: Run, folder: str, table: pa.Table, prefix: str) -> str:
-    """Write one file into a folder of the run and return its name."""
-    ids = "\n".join(sorted(table["image_id"].to_pylist()))
-    name = f"part-{prefix}-{hashlib.sha256(ids.encode()).hexdigest()[:16]}.parquet"
+def _parquet(table: pa.Table) -> bytes:
     stream = io.BytesIO()
     pq.write_table(table, stream, compression="zstd")
-    run.storage.write(run.path(folder, name), stream.getvalue())
-    return name
+    return stream.getvalue()

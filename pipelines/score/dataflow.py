@@ -6,7 +6,6 @@ import gc
 from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 import pyarrow as pa
 
@@ -16,10 +15,11 @@ from glad_core.errors import GladError
 from pipelines.archive.decode import Reading, fetch_and_decode
 from pipelines.archive.listing import TASK_CPUS, read_manifest
 from pipelines.models.find import Models
-from pipelines.runs.commits import Plan, Written
+from pipelines.runs.claim import Plan
+from pipelines.runs.commits import Written
 from pipelines.runs.run import Run
 from pipelines.runs.schema import MANIFEST
-from pipelines.runs.write import ResultsWriter
+from pipelines.runs.write import ResultsWriter, new_staging
 from pipelines.score.actor import ActorSettings, GladActor
 from pipelines.score.actor_plan import ActorPlan
 from pipelines.score.batch_sizes import BatchSizes, Images, batch_sizes
@@ -45,12 +45,13 @@ def run_dataflow(
     sides = [settings.resolution for settings in actor.models.settings().values()]
     sizes = batch_sizes(plan, done, actors, Images(max(sides), actor.maps, actor.reconstructions), alone)
     failure: BaseException | None = None
+    staged = new_staging(plan.generation)
     try:
         # The dataset is bound to no name in this function: a reference to it would keep its actors alive.
-        rows: Any = iter(dataflow(run, plan, reading, actor, actors, sizes, alone).iter_rows())
+        rows: Any = iter(dataflow(run, plan, staged, reading, actor, actors, sizes, alone).iter_rows())
         with closing(rows):
             for row in rows:
-                yield Written(**row | {"files": tuple(row["files"])})
+                yield Written.from_row(row)
     except Exception as error:
         failure = session.root_cause(error, GladError, StorageError)
     if failure is not None:
@@ -60,7 +61,14 @@ def run_dataflow(
 
 
 def dataflow(
-    run: Run, plan: Plan, reading: Reading, actor: ActorSettings, actors: ActorPlan, sizes: BatchSizes, alone: bool
+    run: Run,
+    plan: Plan,
+    staged: str,
+    reading: Reading,
+    actor: ActorSettings,
+    actors: ActorPlan,
+    sizes: BatchSizes,
+    alone: bool,
 ) -> Dataset:
     """The chain. Only a row per piece of a shard reaches the driver, so its memory hardly grows with the archive."""
     import ray.data
@@ -112,7 +120,7 @@ def dataflow(
     # since Ray may end a task's process soon after it, and starting one takes seconds of a core.
     return judged.map_batches(
         ResultsWriter,
-        fn_constructor_args=(run, plan.rows_per_shard, uuid4().hex[:8]),
+        fn_constructor_args=(run, plan.rows_per_shard, plan.generation, staged),
         batch_size=plan.rows_per_shard,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=sizes.writers),
@@ -124,17 +132,18 @@ def list_and_decode(
     run: Run, plan: Plan, reading: Reading, resolution: Callable[[str | None], int], rows_per_table: int
 ) -> Callable[[pa.Table], Iterator[pa.Table]]:
     """A stage: stretches of the manifest in, decoded rows out, at most ``rows_per_table`` at a time."""
+    manifest = run.path(MANIFEST, plan.listing)
 
     def elsewhere() -> Iterator[dict[str, Any]]:
         for part in range(ELSEWHERE):
             first = (plan.images - 1) * part // (ELSEWHERE - 1)
-            yield from read_manifest(run.path(MANIFEST), plan.listed, first, first + 1, run.storage).to_pylist()
+            yield from read_manifest(manifest, plan.listed, first, first + 1, run.storage).to_pylist()
 
     decode = fetch_and_decode(run.storage, resolution, reading, elsewhere)
 
     def stage(stretches: pa.Table) -> Iterator[pa.Table]:
         for stretch in stretches.to_pylist():
-            rows = read_manifest(run.path(MANIFEST), plan.listed, stretch["first"], stretch["last"], run.storage)
+            rows = read_manifest(manifest, plan.listed, stretch["first"], stretch["last"], run.storage)
             for start in range(0, len(rows), rows_per_table):
                 yield decode(rows.slice(start, rows_per_table))
 

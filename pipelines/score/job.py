@@ -15,12 +15,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from cluster import session
+from cluster.storage import StorageError
 from glad_core.errors import GladError
 from pipelines.archive.decode import Reading
-from pipelines.runs.commits import Written, claim, commit_shards, read_commits, sweep
+from pipelines.runs.claim import find_own
+from pipelines.runs.commits import Written, commit_shards, complete, is_complete, is_whole
 from pipelines.runs.run import Run
 from pipelines.runs.schema import ERRORS
-from pipelines.runs.write import complete
 from pipelines.score.dataflow import run_dataflow
 from pipelines.score.open_run import Job, Opened, actor_settings, check, open_run
 from pipelines.score.progress import Progress
@@ -39,32 +40,36 @@ def score(request: ScoreRequest, console: Console) -> Counts:
     """
     started = datetime.now(UTC)
     job = check(request)
-    state = claim(job.run, job.identity, request.overwrite)
-    if state == "complete":
-        return _report_complete(job.run, console)
+    found = find_own(job.run, job.identity, request.overwrite)
+    if found.plan is not None and is_whole(job.run, found.plan):
+        console.print("this run is complete; to score images added since, choose another --out", highlight=False)
+        return _report(job.run, console)
+    if found.plan is None:
+        job.run.storage.check_creates(job.run.location)
     job = replace(job, run=job.run.patient())
-    opened = open_run(job, new=state == "new")
+    opened = open_run(job, found)
 
-    commits = read_commits(job.run)
-    _announce(job, opened, commits, console)
+    _announce(job, opened, console)
     clock = time.monotonic()
-    _score_missing(job, opened, commits, console)
+    try:
+        _score_missing(job, opened, console)
+    except (GladError, StorageError):
+        if not is_complete(job.run, opened.plan):
+            raise  # else another job of this command has finished the run, and deleted what this one had staged
     seconds = time.monotonic() - clock
+    if not is_complete(job.run, opened.plan):
+        _close(job, opened, started, seconds)
+    return _report(job.run, console)
 
-    counts = _close(job, opened, commits, started, seconds)
-    print_counts(job.run, counts, seconds, console)
-    return counts
 
-
-def _report_complete(run: Run, console: Console) -> Counts:
-    console.print("this run is complete; to score images added since, choose another --out", highlight=False)
+def _report(run: Run, console: Console) -> Counts:
     counts = Counts(**run.record["counts"])
     print_counts(run, counts, run.record["seconds"], console)
     return counts
 
 
-def _announce(job: Job, opened: Opened, commits: dict[int, Written], console: Console) -> None:
-    request, plan, actors = job.request, opened.plan, opened.actors
+def _announce(job: Job, opened: Opened, console: Console) -> None:
+    request, plan, actors, commits = job.request, opened.plan, opened.actors, opened.commits
     console.print(f"{plan.images} images in {escape(job.source)}; {actors.describe()}", highlight=False)
     if request.address is not None and request.num_gpus is None and not actors.num_gpus:
         console.print("this cluster has no GPU, so its CPUs compute: --num-gpus 1 waits for GPUs", highlight=False)
@@ -74,13 +79,13 @@ def _announce(job: Job, opened: Opened, commits: dict[int, Written], console: Co
     _log(opened).info("%d of %d shards of %s are missing", plan.shards - len(commits), plan.shards, job.run.location)
 
 
-def _score_missing(job: Job, opened: Opened, commits: dict[int, Written], console: Console) -> None:
-    """Score the shards without a commit; adds theirs to ``commits`` as they come.
+def _score_missing(job: Job, opened: Opened, console: Console) -> None:
+    """Score the shards without a commit; adds theirs to ``opened.commits`` as they come.
 
     Raises:
         TooManyErrors: as `score`.
     """
-    request, run, plan, actors = job.request, job.run, opened.plan, opened.actors
+    request, run, plan, actors, commits = job.request, job.run, opened.plan, opened.actors, opened.commits
     log, totals = _log(opened), _totals(commits.values())
     reading = Reading(job.source, request.decode_seconds)
     waiting_for = partial(session.waiting_for, actors.num_cpus, actors.num_gpus)
@@ -103,33 +108,32 @@ def _score_missing(job: Job, opened: Opened, commits: dict[int, Written], consol
                 )
 
 
-def _close(job: Job, opened: Opened, commits: dict[int, Written], started: datetime, seconds: float) -> Counts:
+def _close(job: Job, opened: Opened, started: datetime, seconds: float) -> None:
     """Delete what no commit names and write run.json.
 
     Raises:
-        GladError: shards are missing.
+        GladError: shards are missing; another command has begun anew in the folder.
     """
-    run, plan = job.run, opened.plan
+    run, plan, commits = job.run, opened.plan, opened.commits
     missing = plan.shards - len(commits)
     if missing:
         raise GladError(f"{run.location}: {missing} of {plan.shards} shards are missing; run the command again")
-    sweep(run, commits.values())
     totals = _totals(commits.values())
     anomalies = totals["anomalies"] if _has_threshold(job, opened) else None
     counts = Counts(plan.images, totals["scored"], anomalies, totals["errors"], plan.duplicates, plan.blank)
     record = run_record(job.request, job.identity, run, job.models, opened.actors, counts, started, seconds)
-    complete(run, record | {"run": plan.run})
+    complete(run, plan, commits, record)
     _log(opened).info("complete: %d scored, %d errors", counts.scored, counts.errors)
-    return counts
 
 
 def _has_threshold(job: Job, opened: Opened) -> bool:
     """Whether any image was called anomalous or good."""
-    if opened.memory is None:
+    memory = opened.memory(job.run)
+    if memory is None:
         return any(settings.threshold is not None for settings in job.models.settings().values())
     from pipelines.score.patch_memory import read_memory
 
-    return read_memory(opened.memory, job.run.storage).threshold is not None
+    return read_memory(memory, job.run.storage).threshold is not None
 
 
 def _totals(commits: Iterable[Written]) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from cluster import session
@@ -12,9 +13,10 @@ from glad_core.errors import GladError
 from pipelines.archive import sources
 from pipelines.archive.listing import PART_ROWS, list_remotely
 from pipelines.models.find import Models, find_models
-from pipelines.runs.commits import Plan, make_plan, read_plan, release
+from pipelines.runs.claim import Found, Plan, claim, draft, memory_file
+from pipelines.runs.commits import Written, recover
 from pipelines.runs.run import Run
-from pipelines.runs.schema import MANIFEST, MEMORY
+from pipelines.runs.schema import MANIFEST
 from pipelines.score.actor import KEPT_MODELS, ActorSettings
 from pipelines.score.actor_plan import ActorPlan, plan_actors
 from pipelines.score.record import identity
@@ -34,11 +36,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Opened:
-    """What is known once the archive is listed. ``memory`` is where the good patches of the nearest method are."""
+    """What is known once the archive is listed: the plan, the actors, and the shards that are committed already."""
 
     plan: Plan
     actors: ActorPlan
-    memory: str | None
+    commits: dict[int, Written]
+
+    def memory(self, run: Run) -> str | None:
+        """Where the good patches of the nearest method are."""
+        return None if self.plan.memory is None else run.path(self.plan.memory)
 
 
 def check(request: ScoreRequest) -> Job:
@@ -62,29 +68,21 @@ def check(request: ScoreRequest) -> Job:
     return Job(request, run, source, models, identity(request, source, models, searches))
 
 
-def open_run(job: Job, new: bool) -> Opened:
-    """Connect to Ray, plan the actors and list the archive, unless the run has its list already.
+def open_run(job: Job, found: Found) -> Opened:
+    """Connect to Ray, plan the actors, list the archive and claim the run folder, unless there is a run to resume.
 
     Args:
-        new: the run folder was claimed just now; it is released if anything fails, for the corrected command.
+        found: what `claim.find_own` found in the run folder.
 
     Raises:
         GladError, StorageError, SessionError: one line.
     """
-    request, run = job.request, job.run
-    plan = read_plan(run)
-    try:
-        session.connect(request.address)
-        session.warm_up_ray_data()
-        actors = plan_actors(session.resources(), request.wishes, _weights(job.models))
-        if plan is None:
-            plan = _list(job)
-        memory = _remember(job, actors) if request.good is not None else None
-    except BaseException:
-        if new:
-            release(run)
-        raise
-    return Opened(plan, actors, memory)
+    session.connect(job.request.address)
+    session.warm_up_ray_data()
+    actors = plan_actors(session.resources(), job.request.wishes, _weights(job.models))
+    plan = found.plan or claim(job.run, found.generation + 1, partial(_list, job, actors))
+    plan, commits = recover(job.run, plan)
+    return Opened(plan, actors, commits)
 
 
 def actor_settings(job: Job, opened: Opened) -> ActorSettings:
@@ -102,7 +100,7 @@ def actor_settings(job: Job, opened: Opened) -> ActorSettings:
         search=request.search,
         precision=request.precision,
         compiled=request.compiled,
-        memory=opened.memory,
+        memory=opened.memory(job.run),
         run=opened.plan.run,
     )
 
@@ -113,26 +111,25 @@ def _weights(models: Models) -> int:
     return sum(sorted(sizes)[-KEPT_MODELS:])
 
 
-def _list(job: Job) -> Plan:
-    run = job.run
-    folder = run.path(MANIFEST)
-    run.storage.delete_folder(folder)  # left by a listing that was interrupted
+def _list(job: Job, actors: ActorPlan, listing: str) -> Plan:
+    """List the archive into the manifest of that name, and have the good patches of the nearest method remembered."""
+    request, run = job.request, job.run
     several = bool(job.models.categories)
-    listed = list_remotely(job.source, job.request.category, run.storage, folder, several)
-    return make_plan(run, listed.rows, listed.duplicates, PART_ROWS, listed.blank)
+    listed = list_remotely(job.source, request.category, run.storage, run.path(MANIFEST, listing), several)
+    memory = memory_file(listing) if request.good is not None else None
+    if memory is not None:
+        _remember(job, actors, run.path(memory))
+    return draft(listed.rows, listing, memory, job.identity, PART_ROWS, listed.duplicates, listed.blank)
 
 
-def _remember(job: Job, actors: ActorPlan) -> str:
-    """Have a task with an actor's resources build the memory of good patches; returns where it is."""
+def _remember(job: Job, actors: ActorPlan, file: str) -> None:
+    """Have a task with an actor's resources build the memory of good patches."""
     import ray
 
     from pipelines.score.patch_memory import build_memory
 
     request, run = job.request, job.run
     assert request.good is not None
-    file = run.path(MEMORY)
-    if run.has(MEMORY):  # left by an attempt that was interrupted
-        return file
     task: Any = ray.remote(num_cpus=actors.num_cpus, num_gpus=actors.num_gpus)(build_memory)
     device = "cuda" if actors.num_gpus else "cpu"
     try:
@@ -141,4 +138,3 @@ def _remember(job: Job, actors: ActorPlan) -> str:
         ray.get(task.remote(good, bundle, model_id, run.storage, file, device, request.seed))
     except ray.exceptions.RayError as error:
         raise session.root_cause(error, GladError, StorageError) from None
-    return file

@@ -1,127 +1,156 @@
-"""Commits: whatever order pieces come in, whoever is killed, every image counts once."""
+"""Commits on a real disk: damaged books are noticed and mended. `tests/simulation` has the adversary."""
 
-from itertools import pairwise
+import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 
-from cluster.storage import StorageError
 from glad_core.errors import GladError
-from pipelines.runs.commits import (
-    Plan,
-    Written,
-    claim,
-    commit_shards,
-    make_plan,
-    read_commits,
-    read_plan,
-    release,
-    sweep,
-)
+from pipelines.runs.claim import Plan, claim, draft, find
+from pipelines.runs.commits import Written, commit_shards, complete, is_complete, read_commits, recover
 from pipelines.runs.run import Run
-from pipelines.runs.write import complete
+from pipelines.runs.write import new_staging, part_name
 
-IDENTITY = {"source": "/photos", "seed": 0, "models": {"": "abc"}}
-
-
-def plan_of(images: int) -> Plan:
-    return Plan(images, duplicates=0, rows_per_shard=4, run="r", listed=(images,))
+IMAGES = 20  # in three shards
+RECORD = {"counts": {"scored": IMAGES, "errors": 0}}
 
 
-def test_the_same_command_resumes_and_another_one_is_refused_with_the_difference(tmp_path):
-    run = Run.at(str(tmp_path / "out"))
-    assert claim(run, IDENTITY, overwrite=False) == "new"
-    assert claim(run, IDENTITY, overwrite=False) == "resumed"
-    with pytest.raises(GladError, match=r"another run \(seed was 0, now 1\).*--overwrite"):
-        claim(run, IDENTITY | {"seed": 1}, overwrite=False)
-    with pytest.raises(GladError, match=r'models was \{"": "abc"\}, now \{"": "xyz"\}'):
-        claim(run, IDENTITY | {"models": {"": "xyz"}}, overwrite=False)
-    (tmp_path / "out" / "mine.txt").write_text("keep")
-    complete(run, {"counts": {"scored": 0, "errors": 0}})
-    assert claim(run, IDENTITY, overwrite=False) == "complete"
-    assert claim(run, IDENTITY | {"seed": 1}, overwrite=True) == "new"
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["mine.txt", "started.json"]
-    release(run)
-    assert claim(run, IDENTITY, overwrite=False) == "new"
+def start(folder: Path, seed: int = 0, generation: int = 1) -> tuple[Run, Plan]:
+    run = Run.at(str(folder))
+    return run, claim(run, generation, lambda listing: draft([IMAGES], listing, None, {"seed": seed}, 512))
 
 
-def test_a_folder_of_results_that_nobody_claimed_is_left_alone(tmp_path):
-    (tmp_path / "results").mkdir()
-    with pytest.raises(GladError, match=r"not started by `glad score`: results.*--overwrite"):
-        claim(Run.at(str(tmp_path)), IDENTITY, overwrite=False)
+def stage(run: Run, plan: Plan, shard: int) -> Written:
+    """One shard as a writer stages it: its positions, in a file of results."""
+    staged, rows = new_staging(plan.generation), plan.rows_of(shard)
+    file = f"results/{part_name(shard, plan.generation)}"
+    data = " ".join(str(shard * plan.rows_per_shard + row) for row in range(rows)).encode()
+    run.storage.write(run.path(staged, file), data)
+    return Written(shard, rows, 0, 0, staged, (file,), (len(data),))
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    for out in (tmp_path / "file", tmp_path / "file" / "sub", "/proc/glad-out"):
-        with pytest.raises(StorageError, match=r"in the way|cannot be written"):
-            claim(Run.at(str(out)), IDENTITY, overwrite=False)
+def score(run: Run, plan: Plan, shards=None) -> tuple[Plan, dict[int, Written]]:
+    """Do what a job does; only these shards of what is missing."""
+    plan, commits = recover(run, plan)
+    missing = sorted(set(range(plan.shards)) - commits.keys())
+    pieces = (stage(run, plan, shard) for shard in missing if shards is None or shard in shards)
+    commits |= {commit.shard: commit for _, commit in commit_shards(run, plan, pieces) if commit is not None}
+    return plan, commits
 
 
-@pytest.mark.parametrize(("images", "rows"), [(1, 8), (500, 8), (1000, 16), (10_000, 128), (10**6, 512)])
-def test_shards_grow_with_the_archive_and_divide_a_manifest_file(tmp_path, images, rows):
-    listed = [images // 3, images - images // 3]
-    plan = make_plan(Run.at(str(tmp_path)), listed, 3, manifest_rows=512)
-    assert plan.rows_per_shard == rows
-    assert 512 % rows == 0
-    assert sum(plan.rows_of(shard) for shard in range(plan.shards)) == images
-    assert read_plan(Run.at(str(tmp_path))) == plan
-    assert plan.listed == tuple(listed)
+def finish(run: Run, plan: Plan) -> Plan:
+    plan, commits = score(run, plan)
+    complete(run, plan, commits, RECORD)
+    assert is_complete(run, plan)
+    assert positions(run) == list(range(IMAGES))
+    return plan
 
 
-def test_missing_shards_come_in_stretches_of_whole_shards():
-    plan = plan_of(45)
-    assert plan.stretches(set(), 16) == [(0, 16), (16, 32), (32, 45)]
-    assert plan.stretches({1, 2, 4}, 16) == [(0, 4), (12, 16), (20, 32), (32, 45)]
-    assert plan.stretches(set(range(12)) - {11}, 16) == [(44, 45)]
-    assert plan.stretches(set(range(12)), 16) == []
+def positions(run: Run) -> list[int]:
+    return sorted(int(n) for file in Path(run.path("results")).rglob("*.parquet") for n in file.read_text().split())
 
 
-@given(st.data())
-@hypothesis_settings(max_examples=40, deadline=None)
-def test_killed_at_any_moment_any_number_of_times_every_shard_is_committed_once(tmp_path_factory, data):
-    dest = tmp_path_factory.mktemp("dest")
-    run = Run.at(str(dest))
-    plan = plan_of(data.draw(st.integers(1, 30)))
-    for attempt in range(10):
-        done = read_commits(run)
-        todo = [position for position in range(plan.images) if position // 4 not in done]
-        # Tasks write any consecutive stretch of what is left, and are reported in any order.
-        cuts = sorted(data.draw(st.sets(st.integers(0, len(todo)), max_size=6)) | {0, len(todo)})
-        pieces = []
-        for first, last in pairwise(cuts):
-            for shard in sorted({position // 4 for position in todo[first:last]}):
-                rows = [position for position in todo[first:last] if position // 4 == shard]
-                file = f"results/part-{shard}-{attempt}-{first}"
-                Path(dest, "results").mkdir(exist_ok=True)
-                Path(dest, file).write_text(" ".join(map(str, rows)))
-                pieces.append(Written(shard, len(rows), 0, 0, (file,)))
-        pieces = data.draw(st.permutations(pieces))
-        killed_after = data.draw(st.integers(0, len(pieces)))
-        for place, _ in enumerate(commit_shards(run, plan, pieces)):
-            if place == killed_after:
-                break
-        if len(read_commits(run)) == plan.shards:
-            break
-    else:
-        list(commit_shards(run, plan, []))
-        return  # killed ten times; the next attempt would go on
-    sweep(run, read_commits(run).values())
-    written = sorted(int(n) for file in Path(dest, "results").iterdir() for n in file.read_text().split())
-    assert written == list(range(plan.images))
+def test_a_run_that_was_stopped_goes_on_after_its_last_commit(tmp_path):
+    run, plan = start(tmp_path)
+    assert not is_complete(run, plan)
+    score(run, plan, shards=[1])
+    assert list(read_commits(run, plan)) == [1]
+    kept = {path: path.read_bytes() for path in (tmp_path / "commits").iterdir()}
+    finish(run, plan)
+    assert kept.items() <= {path: path.read_bytes() for path in (tmp_path / "commits").iterdir()}.items()
+    assert not list((tmp_path / "staging").iterdir())
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert (record["run"], record["generation"], record["files"]["results"]["files"]) == (plan.run, 1, 3)
+    before = (tmp_path / "run.json").read_bytes()
+    complete(run, plan, read_commits(run, plan), RECORD | {"seconds": 5})  # a second driver, at its end
+    assert (tmp_path / "run.json").read_bytes() == before
 
 
 def test_a_shard_another_driver_has_committed_keeps_that_commit(tmp_path):
-    run, plan = Run.at(str(tmp_path)), plan_of(4)
-    theirs, ours = Written(0, 3, 1, 1, ("results/theirs",)), Written(0, 4, 0, 0, ("results/ours",))
+    run, plan = start(tmp_path)
+    theirs, ours = stage(run, plan, 0), stage(run, plan, 0)
     assert [commit for _, commit in commit_shards(run, plan, [theirs])] == [theirs]
     assert [commit for _, commit in commit_shards(run, plan, [ours])] == [theirs]
-    assert read_commits(run) == {0: theirs}
+    assert read_commits(run, plan) == {0: theirs}
+    finish(run, plan)
+
+
+def test_a_driver_that_was_stopped_for_long_cannot_change_a_complete_run(tmp_path):
+    run, plan = start(tmp_path)
+    late = commit_shards(run, plan, (stage(run, plan, shard) for shard in range(3)))
+    next(late)
+    finish(run, plan)
+    assert list(late) == []  # it notices that the run is complete, and ends
+    assert positions(run) == list(range(IMAGES))
+
+
+def test_a_driver_whose_run_was_overwritten_cannot_write_into_the_new_one(tmp_path):
+    run, plan = start(tmp_path)
+    late = commit_shards(run, plan, (stage(run, plan, shard) for shard in range(3)))
+    next(late)
+    _, newer = start(tmp_path, seed=1, generation=2)
+    finish(run, newer)
+    with pytest.raises(GladError, match="another command has begun anew"):
+        next(late)
+    assert positions(run) == list(range(IMAGES))
+    assert json.loads((tmp_path / "run.json").read_text())["run"] == newer.run
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def of_another_run(path: Path) -> None:
+    path.write_text(path.read_text().replace('"run": "', '"run": "x'))
+
+
+def leads_outside(path: Path) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"files": ["results/../../part-0.parquet"]}))
+
+
+@pytest.mark.parametrize("complete_before", [False, True])
+@pytest.mark.parametrize(
+    ("pattern", "damage"),
+    [("commits/*0.json", damage) for damage in (empty, cut, of_another_run, leads_outside, Path.unlink)]
+    + [("results/part-00000000-*", damage) for damage in (empty, cut, Path.unlink)]
+    + [("run.json", damage) for damage in (empty, cut, Path.unlink)]
+    + [("record.json", damage) for damage in (empty, cut, Path.unlink)],
+)
+def test_damaged_books_and_results_are_mended_by_the_same_command(tmp_path, pattern, damage, complete_before):
+    run, plan = start(tmp_path)
+    if complete_before:
+        finish(run, plan)
+    else:
+        score(run, plan, shards=[0, 1])
+    for path in list(tmp_path.glob(pattern)):
+        damage(path)
+    finish(run, find(run).plan)
+
+
+def test_foreign_files_among_the_books_are_left_alone(tmp_path):
+    run, plan = start(tmp_path)
+    score(run, plan, shards=[0])
+    foreign = ["commits/Thumbs.db", "commits/0.json", "commits/x.json", "results/notes.txt", "staging/mine/x", "mine"]
+    for name in foreign:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    finish(run, plan)
+    assert all((tmp_path / name).read_text() == "mine" for name in foreign)
+    _, newer = start(tmp_path, seed=1, generation=2)
+    finish(run, newer)
+    assert all((tmp_path / name).read_text() == "mine" for name in foreign)
+
+
+def test_a_folder_of_an_older_version_can_be_overwritten(tmp_path):
     (tmp_path / "results").mkdir()
-    for name in ("theirs", "ours", ".ours.1.part"):
-        (tmp_path / "results" / name).write_text("")
-    assert sweep(run, [theirs]) == 1
-    assert [path.name for path in (tmp_path / "results").iterdir()] == ["theirs"]
+    (tmp_path / "commits").mkdir()
+    for name in ("plan.json", "started.json", "run.json", "commits/00000000.json"):
+        (tmp_path / name).write_text('{"shard": 0}')
+    (tmp_path / "results/part-00000000-12345678-0123456789abcdef.parquet").write_text("99")
+    run, plan = start(tmp_path, generation=2)
+    finish(run, plan)
+    assert sorted(path.name for path in (tmp_path / "commits").iterdir()) == [f"0000000{n}.2.json" for n in range(3)]

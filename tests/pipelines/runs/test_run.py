@@ -22,10 +22,10 @@ def finished(folder, models) -> Run:
     """A finished run of one result and one error."""
     for name, schema, image_id in (("results", RESULTS_SCHEMA, "a"), ("errors", ERRORS_SCHEMA, "b")):
         (folder / name).mkdir(parents=True)
-        pq.write_table(pa.Table.from_pylist([{"image_id": image_id}], schema=schema), folder / name / "part.parquet")
+        pq.write_table(pa.Table.from_pylist([{"image_id": image_id}], schema=schema), folder / name / "part-0.parquet")
     (folder / "manifest").mkdir()
     rows = [{"image_id": name, "uri": f"/{name}.png"} for name in "abc"]
-    pq.write_table(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA), folder / "manifest" / "part.parquet")
+    pq.write_table(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA), folder / "manifest" / "part-0.parquet")
     (folder / "run.json").write_text(json.dumps({"models": models, "counts": {"scored": 1, "errors": 1}}))
     return Run.at(f"{folder}/")
 
@@ -43,6 +43,22 @@ def test_a_finished_run_is_read_back(tmp_path):
     assert run.manifest_rows([]) == {}
     assert run.settings_of("anything") == Settings(**SETTINGS)
     assert pickle.loads(pickle.dumps(run)).record == run.record
+
+
+def test_files_that_were_deleted_or_added_since_are_noticed_and_foreign_ones_are_not_read(tmp_path):
+    run = finished(tmp_path / "run", {})
+    size = (tmp_path / "run/results/part-0.parquet").stat().st_size
+    counted = {"results": {"files": 1, "bytes": size}}
+    (tmp_path / "run/run.json").write_text(json.dumps({"files": counted}))
+    (tmp_path / "run/results/Thumbs.db").write_text("a thumbnail")
+    assert Run.at(run.location).results().count_rows() == 1
+    (tmp_path / "run/results/part-0 copy.parquet").write_text("a copy")
+    with pytest.raises(GladError, match=r"results holds 2 files.*counts 1 of"):
+        Run.at(run.location).results()
+    (tmp_path / "run/results/part-0 copy.parquet").unlink()
+    (tmp_path / "run/results/part-0.parquet").unlink()
+    with pytest.raises(GladError, match="the same `glad score` command mends it"):
+        Run.at(run.location).errors()
 
 
 def test_a_map_of_token_resolution_is_enlarged_as_for_the_score_and_a_full_one_is_kept(tmp_path):
@@ -70,7 +86,7 @@ def test_each_category_has_its_own_settings(tmp_path):
 def test_a_folder_without_a_finished_run_is_refused_by_every_reader(tmp_path):
     with pytest.raises(GladError, match="no finished run there"):
         Run.at(str(tmp_path)).results()
-    (tmp_path / "started.json").write_text("{}")
+    (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(GladError, match=r"not finished.*the same `glad score` command resumes it"):
         Run.at(str(tmp_path)).errors()
     (tmp_path / "run.json").write_text("[1]")

@@ -4,9 +4,11 @@ from dataclasses import replace
 from typer.testing import CliRunner
 
 from pipelines.cli.main import app
-from pipelines.runs import commits
+from pipelines.runs.claim import claim, draft
+from pipelines.runs.commits import Written, commit_shards, complete
 from pipelines.runs.run import Run
-from pipelines.runs.write import complete
+
+A_FILE = "results/part-00000000-1-0123456789abcdef.parquet"
 
 
 def glad(*arguments):
@@ -20,22 +22,30 @@ def test_a_run_from_its_claim_to_its_end(tmp_path):
     assert "no run was started there" in nothing.stderr
 
     run = Run.at(out)
-    commits.claim(run, {"source": "/photos", "models": {"": "abc"}}, overwrite=False)
-    assert json.loads(glad(out, "--json").stdout) | {"asked": 0} == {
+    run.storage.write(run.path("manifest", "listing", "part-0.parquet"), b"")
+    assert json.loads(glad(out, "--json").stdout) == {
         "state": "listing",
         "images": None,
         "done": 0,
         "anomalies": 0,
         "errors": 0,
         "shards": [0, None],
-        "asked": 0,
+        "asked": None,
     }
-    plan = commits.make_plan(run, [20], 0, 512)
-    half = commits.Written(0, 3, 1, 1, ("results/a",))
-    list(commits.commit_shards(run, plan, [half, replace(half, scored=4, errors=0)]))
+    assert "listing" in glad(out).stdout
+    identity = {"source": "/photos", "models": {"": "abc"}}
+    plan = claim(run, 1, lambda listing: draft([20], listing, None, identity, 512))
+    run.storage.write(run.path("staging/1-a", A_FILE), b"rows")
+    half = Written(0, 3, 1, 1, "staging/1-a", (A_FILE,), (4,))
+    commits = [
+        commit for _, commit in commit_shards(run, plan, [half, replace(half, scored=4, errors=0, files=(), sizes=())])
+    ]
     found = json.loads(glad(out, "--json").stdout)
     assert (found["state"], found["done"], found["anomalies"], found["errors"]) == ("unfinished", 8, 2, 1)
     assert found["shards"] == [1, 3]
+    assert found["asked"] == identity
     assert "8 of 20 (40.0%)" in glad(out).stdout
-    complete(run, {"counts": {"scored": 0, "errors": 0}})
+    complete(run, plan, {0: commits[1]}, {"counts": {"scored": 0, "errors": 0}})
     assert "complete" in glad(out).stdout
+    (tmp_path / "out/plan.json").write_text("{")
+    assert "damaged" in glad(out).stderr

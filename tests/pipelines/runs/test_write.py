@@ -2,13 +2,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
-import pytest
 
-from glad_core.errors import GladError
-from pipelines.runs.commits import sweep
 from pipelines.runs.run import Run
-from pipelines.runs.schema import ERRORS_SCHEMA, RESULTS_SCHEMA, SCORED_SCHEMA
-from pipelines.runs.write import ResultsWriter, complete, folder_of
+from pipelines.runs.schema import ERRORS_SCHEMA, FILE, RESULTS_SCHEMA, SCORED_SCHEMA
+from pipelines.runs.write import ResultsWriter, folder_of
 
 
 def scored(image_id, anomalous=True, position=0):
@@ -35,7 +32,7 @@ def failed(image_id, position=0):
 
 def test_a_block_is_split_by_shard_into_results_and_errors_and_says_what_it_wrote(tmp_path):
     rows = [scored("a", position=2), failed("b", 3), scored("c", False, 4), scored("d", None, 5)]
-    stage = ResultsWriter(Run.at(str(tmp_path)), 4, "try1")
+    stage = ResultsWriter(Run.at(str(tmp_path)), 4, 1, "staging/1-a")
     first, second = stage(pa.Table.from_pylist(rows, schema=SCORED_SCHEMA)).to_pylist()
     assert {name: first[name] for name in ("shard", "scored", "anomalies", "errors")} == {
         "shard": 0,
@@ -44,10 +41,14 @@ def test_a_block_is_split_by_shard_into_results_and_errors_and_says_what_it_wrot
         "errors": 1,
     }
     assert (second["shard"], second["scored"], second["anomalies"], second["errors"]) == (1, 2, 0, 0)
-    files = {str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*")}
-    assert files == {*first["files"], *second["files"]}
-    assert all("try1" in file for file in files)
-    results, errors = pq.read_table(tmp_path / "results"), pq.read_table(tmp_path / "errors")
+    staged = tmp_path / "staging/1-a"
+    sizes = {str(path.relative_to(staged)): path.stat().st_size for path in staged.rglob("*.parquet")}
+    assert sizes == {
+        file: size for row in (first, second) for file, size in zip(row["files"], row["sizes"], strict=True)
+    }
+    assert all(FILE.fullmatch(file)[1] == "1" for file in sizes)
+    assert first["staged"] == "staging/1-a"
+    results, errors = pq.read_table(staged / "results"), pq.read_table(staged / "errors")
     assert results.schema.equals(RESULTS_SCHEMA)
     assert errors.schema.equals(ERRORS_SCHEMA)
     assert sorted(results["image_id"].to_pylist()) == ["a", "c", "d"]
@@ -57,15 +58,13 @@ def test_a_block_is_split_by_shard_into_results_and_errors_and_says_what_it_wrot
     assert errors.to_pylist() == [{name: failed("b")[name] for name in ERRORS_SCHEMA.names}]
 
 
-def test_a_retried_block_replaces_its_own_file_and_no_other_attempt_s(tmp_path):
-    rows = pa.Table.from_pylist([scored("a"), scored("b", position=1)], schema=SCORED_SCHEMA)
-    stage = ResultsWriter(Run.at(str(tmp_path)), 8, "try1")
-    assert stage(rows).to_pylist() == stage(rows).to_pylist()
+def test_a_repeated_call_never_touches_the_files_of_its_first_try(tmp_path):
+    rows = pa.Table.from_pylist([scored("a"), scored("b", position=9)], schema=SCORED_SCHEMA)
+    stage = ResultsWriter(Run.at(str(tmp_path)), 8, 1, "staging/1-a")
+    first, second = stage(rows).to_pylist(), stage(rows).to_pylist()
+    names = [file for row in [*first, *second] for file in row["files"]]
+    assert len(set(names)) == len(names) == 6  # shard 0 has a file of each kind, so that both folders exist
     assert stage(rows.slice(0, 0)).num_rows == 0
-    assert len(list((tmp_path / "results").iterdir())) == 1
-    assert not (tmp_path / "errors").exists()
-    ResultsWriter(Run.at(str(tmp_path)), 8, "try2")(rows)
-    assert len(list((tmp_path / "results").iterdir())) == 2
 
 
 ODD = ["bolt", "a=b", "../up", "_hidden", ".dot", "ü 日本", "x" * 300, "%", "%25"]
@@ -73,21 +72,21 @@ ODD = ["bolt", "a=b", "../up", "_hidden", ".dot", "ü 日本", "x" * 300, "%", "
 
 def test_each_category_has_a_folder_of_its_own_that_every_reader_finds(tmp_path):
     rows = [scored(str(n), position=n) | {"category": name} for n, name in enumerate([*ODD, None])]
-    stage = ResultsWriter(Run.at(str(tmp_path)), 16, "try1")
+    stage = ResultsWriter(Run.at(str(tmp_path)), 16, 1, "staging/1-a")
     (shard,) = stage(pa.Table.from_pylist(rows, schema=SCORED_SCHEMA)).to_pylist()
     assert shard["scored"] == len(rows)
-    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.parquet")} == set(shard["files"])
-    folders = {path.name for path in (tmp_path / "results").iterdir() if path.is_dir()}
+    staged = tmp_path / "staging/1-a"
+    assert {str(path.relative_to(staged)) for path in staged.rglob("*.parquet")} == set(shard["files"])
+    assert all(FILE.fullmatch(file) for file in shard["files"])
+    folders = {path.name for path in (staged / "results").iterdir() if path.is_dir()}
     assert len(folders) == len(ODD)
     assert {"bolt", "a%3Db", "%2E.%2Fup", "%5Fhidden", "ü 日本"} <= folders
-    assert len(list((tmp_path / "results").glob("*.parquet"))) == 1
+    assert len(list((staged / "results").glob("*.parquet"))) == 1
     expected = sorted((row["image_id"], row["category"]) for row in rows[:-1])
-    for table in (pq.read_table(tmp_path / "results"), pads.dataset(tmp_path / "results").to_table()):
+    for table in (pq.read_table(staged / "results"), pads.dataset(staged / "results").to_table()):
         assert table.schema.equals(RESULTS_SCHEMA)
         found = [(row["image_id"], row["category"]) for row in table.to_pylist()]
         assert sorted(row for row in found if row[1]) == expected
-    assert sweep(Run.at(str(tmp_path)), []) == len(rows)  # nothing was committed
-    assert not list(tmp_path.rglob("*.parquet"))
 
 
 def test_a_folder_s_name_belongs_to_one_category():
@@ -96,16 +95,9 @@ def test_a_folder_s_name_belongs_to_one_category():
     assert folder_of(None) == folder_of("") == ()
 
 
-def test_a_complete_run_has_both_datasets_even_if_empty(tmp_path):
-    with pytest.raises(GladError, match="no finished run"):
-        _ = Run.at(str(tmp_path)).record
-    (tmp_path / "started.json").write_text("{}")
-    with pytest.raises(GladError, match="not finished"):
-        _ = Run.at(str(tmp_path)).record
-    complete(Run.at(str(tmp_path)), {"counts": {"scored": 0, "errors": 0}})
-    assert pq.read_table(tmp_path / "results").schema.equals(RESULTS_SCHEMA)
-    assert len(pq.read_table(tmp_path / "errors")) == 0
-    assert Run.at(str(tmp_path)).record["counts"] == {"scored": 0, "errors": 0}
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(GladError, match="damaged"):
-        _ = Run.at(str(tmp_path)).record
+def test_the_first_shard_has_both_datasets_even_if_one_has_no_row(tmp_path):
+    stage = ResultsWriter(Run.at(str(tmp_path)), 4, 1, "staging/1-a")
+    stage(pa.Table.from_pylist([failed("a")], schema=SCORED_SCHEMA))
+    assert pq.read_table(tmp_path / "staging/1-a/results").schema.equals(RESULTS_SCHEMA)
+    assert len(pq.read_table(tmp_path / "staging/1-a/results")) == 0
+    assert len(pq.read_table(tmp_path / "staging/1-a/errors")) == 1
