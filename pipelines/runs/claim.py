@@ -192,8 +192,11 @@ def claim(run: Run, generation: int, prepare: Callable[[str], Plan]) -> Plan:
         with suppress(StorageError):  # what went wrong first is what the user is to hear
             _discard(run, listing)
         raise
-    # From here on an error does not say that this plan is not in force: the server may have created it nevertheless.
-    plan = _put_in_force(run, replace(prepared, generation=generation, base=generation))
+    try:
+        plan = _put_in_force(run, replace(prepared, generation=generation, base=generation))
+    except GladError:  # not after a StorageError: the server may have put this plan in force nevertheless
+        _discard(run, listing)
+        raise
     if plan.listing != listing:
         _discard(run, listing)
     return plan
