@@ -3,10 +3,12 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from cluster import s3
 from cluster.storage import Storage, StorageError, absolute, join, local_path
 
 
@@ -160,3 +162,44 @@ def test_a_cache_that_cannot_be_written_is_named(storage, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file/cache: a file is in the way"):
         storage.fetch(str(tmp_path / "bundle"), tmp_path / "file" / "cache")
+
+
+@pytest.mark.parametrize("location", ["file://host/x.png", "file://relative.png", "/x\0.png", "s3://b/x\0", "://x", ""])
+def test_what_names_no_path_of_this_machine_is_refused(location):
+    with pytest.raises(StorageError) as error:
+        absolute(location)
+    assert str(error.value).isprintable()
+
+
+def test_a_file_uri_holds_any_byte_and_no_query():
+    assert local_path("file:///a%FF%23#b?c") == "/a\udcff##b?c"
+    assert local_path("file://localhost/x") == "/x"
+    assert absolute("/data/a:/s3:/x") == "/data/a:/s3:/x"
+    assert absolute("s3+url://bucket/a%0A%25.png") == "s3://bucket/a\n%.png"
+
+
+def test_what_no_key_can_name_is_said(storage, monkeypatch):
+    listed = [("a.png", 1, '"1"'), ("a.png/", 2, '"2"'), (".hidden/b.png", 3, '"3"'), ("c//d.png", 4, '"4"')]
+    monkeypatch.setattr(s3, "keys", lambda *_, **__: iter(listed))
+    entries = list(storage.entries("s3://bucket/x", prefix="x/"))
+    assert [entry.path for entry in entries] == ["x/a.png", "x/a.png/", "x/c//d.png"]
+    assert [entry.problem is None for entry in entries] == [True, False, True]
+
+
+def test_links_to_folders_are_followed_only_in_archives(storage, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "x").write_text("1")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "there")
+    (tmp_path / "here" / "loop").symlink_to(tmp_path / "here")
+    assert list(storage.walk(str(tmp_path / "here"))) == []  # a sweep must not delete what others own
+    assert list(storage.walk(str(tmp_path / "here"), follow=True)) == [("link/x", 1)]
+    assert [entry.path for entry in storage.entries(str(tmp_path / "here"))] == ["link/x", "loop"]
+
+
+def test_a_deep_tree_is_walked(storage, tmp_path):
+    subprocess.run(["mkdir", "-p", f"{tmp_path}/{'a/' * 1200}"], check=True)  # deeper than Python's stack
+    assert list(storage.entries(str(tmp_path))) == []
+    (tmp_path / "a" / "x").write_text("")
+    assert [entry.path for entry in storage.entries(str(tmp_path))] == ["a/x"]
+    subprocess.run(["rm", "-r", f"{tmp_path}/a"], check=True)
