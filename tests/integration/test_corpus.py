@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from pipelines.archive.uris import path_of
 from pipelines.cli.main import app
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
@@ -128,8 +129,10 @@ def test_every_file_ends_in_exactly_one_place(tmp_path, tiny_bundle):
     lost = pq.read_table(out / "errors").to_pylist()
     ids = [row["image_id"] for row in judged + lost]
     assert len(ids) == len(set(ids)) == json.loads((out / "run.json").read_text())["counts"]["images"]
-    good = {row["uri"] for row in judged}
+    good = {path_of(row["uri"]) if row["uri"].startswith("file:") else row["uri"] for row in judged}
     bad = {row["uri"]: row for row in lost}
+    assert f"{archive}/names/new\nline.png" not in {row["uri"] for row in judged}  # a URI is one line
+    assert bad.keys() >= {f"{archive}/pipe.png"}
     for path, expected in made.items():
         assert (path in good) != (path in bad), path
         if expected is not None:
@@ -141,7 +144,8 @@ def test_every_file_ends_in_exactly_one_place(tmp_path, tiny_bundle):
     assert all(np.isfinite(row["score"]) for row in judged)
     # Members are read where they lie in the shard; no name of theirs is ever a path.
     members = {uri for uri in good | bad.keys() if uri.startswith("tar://")}
-    assert len(members) == 3
+    assert len(members) == 4
+    assert any(uri.startswith("tar://link.png::") for uri in bad)  # it leads out of the tar
     assert not (tmp_path.parent / "escaped.png").exists()
     kinds = {path.removeprefix(str(archive)).split("/")[1] for path in made}
     assert len(kinds) >= 13
