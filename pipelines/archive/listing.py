@@ -244,6 +244,7 @@ def read_manifest(folder: str, listed: Sequence[int], first: int, last: int, sto
         listed: number of rows from each listing task.
 
     Raises:
+        GladError: a part is damaged.
         StorageError: a part is missing or cannot be read.
     """
     tables = []
@@ -252,9 +253,14 @@ def read_manifest(folder: str, listed: Sequence[int], first: int, last: int, sto
         low, high = max(first, start) - start, min(last, end) - start
         for part in range(low // PART_ROWS, -(-high // PART_ROWS) if low < high else 0):
             file = _part(folder, number, part)
-            with clear_errors(file, storage):
-                table = pq.read_table(pa.BufferReader(storage.read(file)), schema=MANIFEST_SCHEMA)
             begins = part * PART_ROWS
+            try:
+                with clear_errors(file, storage):
+                    table = pq.read_table(pa.BufferReader(storage.read(file)), schema=MANIFEST_SCHEMA)
+            except pa.ArrowInvalid:
+                table = MANIFEST_SCHEMA.empty_table()
+            if len(table) != min(PART_ROWS, rows - begins):
+                raise GladError(f"{file}: damaged; give --overwrite to list the archive anew")
             table = table.slice(max(0, low - begins), min(high, begins + PART_ROWS) - max(low, begins))
             column = table.schema.get_field_index("position")
             tables.append(table.set_column(column, "position", pc.add(table["position"], start)))

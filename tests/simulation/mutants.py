@@ -85,15 +85,16 @@ MUTANTS = [
 def broken(mutant: Mutant) -> Iterator[None]:
     """Run the modules of the protocol with the mutant's text in place of the original's."""
     sources = {module: inspect.getsource(module) for module in IN_ORDER}
-    if sources[mutant.module].count(mutant.text) != 1:
-        raise ValueError(f"{mutant.name}: the text is there {sources[mutant.module].count(mutant.text)} times")
+    found = sources[mutant.module].count(mutant.text)
+    if found != 1:
+        raise ValueError(f"{mutant.name}: the text is there {found} times")
+    sources[mutant.module] = sources[mutant.module].replace(mutant.text, mutant.instead)
+    before = {module: dict(vars(module)) for module in IN_ORDER}
     try:
-        _run(sources | {mutant.module: sources[mutant.module].replace(mutant.text, mutant.instead)})
+        for module, source in sources.items():
+            exec(compile(source, str(module.__file__), "exec"), vars(module))
         yield
     finally:
-        _run(sources)
-
-
-def _run(sources: dict[ModuleType, str]) -> None:
-    for module, source in sources.items():
-        exec(compile(source, str(module.__file__), "exec"), vars(module))
+        for module, names in before.items():
+            vars(module).clear()
+            vars(module).update(names)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,16 @@ STEPS = 6000  # until the faults end
 
 
 class Violation(AssertionError):
-    """The protocol has broken its word; the second argument is the trace, if there is one."""
+    """The protocol has broken its word.
+
+    Attributes:
+        kind: ``lost``, ``doubled`` or ``other``.
+        trace: what had happened until then, if it was recorded.
+    """
+
+    def __init__(self, message: str, kind: str = "other", trace: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.kind, self.trace = kind, trace
 
 
 class Id:
@@ -189,7 +198,8 @@ class Scenario:
         images = self.images[record["source"]]
         wanted = [(record["source"], record["run"], row) for row in range(images)]
         if sorted(rows) != wanted:
-            raise Violation(f"a complete run holds {len(rows)} rows of {images} images: {Counter(rows).most_common(2)}")
+            kind = "doubled" if max(Counter(rows).values(), default=0) > 1 else "lost"
+            raise Violation(f"a complete run holds {len(rows)} rows of {images} images", kind)
         scored = sum(len(json.loads(content)[2]) for path, content in found.items() if f"/{RESULTS}/" in path)
         if record["counts"] != {"scored": scored, "errors": images - scored, "images": images}:
             raise Violation(f"run.json says {record['counts']}, {scored} of {images} are results")
@@ -218,7 +228,7 @@ class Scenario:
             for file, size in zip(commit["files"], commit["sizes"], strict=True):
                 places = (f"{OUT}/{file}", f"{OUT}/{commit['staged']}/{file}")
                 if not any(len(self.world.files.get(place, b"")) == size for place in places):
-                    raise Violation(f"{file} of a commit has gone")
+                    raise Violation(f"{file} of a commit has gone", "lost")
 
     def newer_than(self, record: dict[str, Any]) -> bool:
         """Whether a later generation has begun than that which completed a run."""
@@ -303,7 +313,7 @@ class Scenario:
     def check_end(self) -> None:
         data = self.world.files.get(f"{OUT}/run.json")
         if data is None:
-            raise Violation("the run is not complete")
+            raise Violation("the run is not complete", "lost")
         self.check_complete(data)
         plan = claim.find(self.run).plan
         if plan is None or not commits.is_whole(self.run, plan):
@@ -323,7 +333,7 @@ def simulate(seed: int, traced: bool = False) -> list[str]:
     try:
         scenario.play()
     except Violation as violation:
-        raise Violation(f"seed {seed}: {violation}", scenario.world.trace) from violation
+        raise Violation(f"seed {seed}: {violation}", violation.kind, scenario.world.trace) from violation
     except (Endless, ValueError) as error:  # ValueError: files that are no longer whole
-        raise Violation(f"seed {seed}: {error!r}", scenario.world.trace) from error
+        raise Violation(f"seed {seed}: {error!r}", trace=scenario.world.trace) from error
     return scenario.world.trace

@@ -142,3 +142,18 @@ def test_an_empty_folder_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(GladError, match="no images in it"):
         listing.list_remotely(str(tmp_path / "empty"), None, STORAGE, str(tmp_path / "manifest"), False)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", "half", "of other rows"])
+def test_a_damaged_manifest_is_one_line(tmp_path, content):
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(b"x")
+    counts, _ = listed(Archive(str(tmp_path), None, STORAGE, False), tmp_path / "manifest")
+    (part,) = (tmp_path / "manifest").iterdir()
+    data = part.read_bytes()
+    if content == "of other rows":
+        pq.write_table(pq.read_table(part).slice(1), part)
+    else:
+        part.write_bytes(data[: len(data) // 2] if content == "half" else content)
+    with pytest.raises(GladError, match=r"part-00000000.parquet: damaged; give --overwrite"):
+        manifest(tmp_path / "manifest", counts)
