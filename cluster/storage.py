@@ -12,7 +12,7 @@ import stat
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -202,7 +202,10 @@ class Storage(s3.Connection):
         """
         probe = join(folder, f".probe-{uuid.uuid4().hex}")
         try:
-            self.create(probe, b"first")
+            try:
+                self.create(probe, b"first")
+            except StorageError as error:
+                raise StorageError(f"{folder} cannot be written; choose another folder ({error})") from error
             if self.create(probe, b"second"):
                 raise StorageError(
                     f"{folder}: {self.endpoint or 'AWS'} ignores the header If-None-Match: two commands could write "
@@ -210,8 +213,8 @@ class Storage(s3.Connection):
                 )
             self.link(probe, f"{probe}-copy")
         finally:
-            for file in (probe, f"{probe}-copy"):
-                self.delete_file(file)
+            with suppress(StorageError):  # what went wrong first is what the user is to hear
+                self.delete_files([probe, f"{probe}-copy"])
 
     def link(self, source: str, target: str) -> bool:
         """Make the file ``source`` be at ``target`` too, at once and whole; False if there is no ``source``.

@@ -105,7 +105,7 @@ def score(
         compiled=compiled,
     )
     try:
-        with says_if_stopped("the same command continues"):
+        with says_if_stopped(f"the same command {'without --overwrite ' if overwrite else ''}continues"):
             job.score(request, Console())
     except job.TooManyErrors as error:
         fail(str(error), STOPPED)
