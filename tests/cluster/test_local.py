@@ -81,3 +81,25 @@ def test_a_folder_in_the_way_is_an_error_and_leaves_nothing_behind(tmp_path):
     with pytest.raises(OSError, match="not empty"):
         local.publish(tmp_path / "bundle", tmp_path / "models" / "v1", "glad.json")
     assert os.listdir(tmp_path / "models") == ["v1"]
+
+
+def test_what_the_run_protocol_asks_of_a_disk(storage, tmp_path):
+    at = str(tmp_path / "new")
+    storage.check_creates(at)
+    assert list((tmp_path / "new").iterdir()) == []
+    assert not storage.link(f"{at}/none", f"{at}/sub/copy")
+    assert storage.create(f"{at}/a", b"one")
+    assert storage.link(f"{at}/a", f"{at}/sub/copy")
+    assert storage.link(f"{at}/a", f"{at}/sub/copy")
+    assert storage.read_all([f"{at}/a", f"{at}/none", f"{at}/sub/copy"]) == [b"one", None, b"one"]
+    assert storage.holds(f"{at}/a", 3)
+    assert not storage.holds(f"{at}/none", 0)
+    storage.write(f"{at}/a", b"two")
+    storage.link(f"{at}/a", f"{at}/sub/copy")
+    assert storage.read_all([f"{at}/sub/copy"]) == [b"one"]  # what is there is not replaced
+    storage.delete_file(f"{at}/a", only=b"one")
+    assert storage.read_all([f"{at}/a"]) == [b"two"]
+    storage.delete_file(f"{at}/a", only=b"two")
+    storage.delete_files([f"{at}/a", f"{at}/sub/copy"])
+    assert not storage.link(f"{at}/a", f"{at}/sub/copy")
+    assert list((tmp_path / "new/sub").iterdir()) == []

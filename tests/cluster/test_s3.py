@@ -139,3 +139,25 @@ def test_a_large_file_is_copied_in_little_memory(bucket, tmp_path):
     assert int(outcome.stdout) < size / 2
     assert (tmp_path / "copy" / "weights").stat().st_size == size
     Storage.from_environment().delete_folder(f"{bucket}/models/large")
+
+
+@pytest.mark.slow
+def test_what_the_run_protocol_asks_of_a_server(bucket):
+    storage = Storage.from_environment()
+    at = f"{bucket}/protocol"
+    storage.check_creates(at)
+    assert list(storage.walk(at)) == []
+    assert not storage.link(f"{at}/none", f"{at}/copy")
+    assert storage.create(f"{at}/a", b"one")
+    assert not storage.create(f"{at}/a", b"two")
+    assert storage.link(f"{at}/a", f"{at}/copy")
+    assert storage.read_all([f"{at}/a", f"{at}/none", f"{at}/copy"]) == [b"one", None, b"one"]
+    assert storage.holds(f"{at}/copy", 3)
+    assert not storage.holds(f"{at}/copy", 4)
+    assert not storage.holds(f"{at}/none", 0)
+    storage.delete_file(f"{at}/a", only=b"two")
+    storage.delete_file(f"{at}/none", only=b"one")
+    assert storage.read_all([f"{at}/a"]) == [b"one"]
+    storage.delete_file(f"{at}/a", only=b"one")
+    storage.delete_files([f"{at}/copy", f"{at}/none"])
+    assert storage.read_all([f"{at}/a", f"{at}/copy"]) == [None, None]

@@ -132,7 +132,10 @@ def unreliable(endpoint):  # noqa: C901  (a server and its troubles, read in one
             connection.endheaders(body)
             answer = connection.getresponse()
             data = answer.read()
-            self.send(answer.status, dict(answer.getheaders()), data)
+            if answer.status == 412 and faults.get("unconditional"):  # as if it had done what it was asked to
+                self.send(200, {"ETag": '"0"'}, b"")
+            else:
+                self.send(answer.status, dict(answer.getheaders()), data)
             connection.close()
 
         def body(self):
@@ -194,6 +197,19 @@ def test_a_server_that_is_overloaded_and_slow(s3_server, photos_of_a_job, tiny_b
     assert seen["busy"] > 20, seen
     assert seen["slow"] > 10, seen
     check(storage, 40)
+
+
+def test_a_server_that_ignores_conditions_is_refused_before_anything_is_written(
+    s3_server, photos_of_a_job, tiny_bundle, monkeypatch
+):
+    storage, out = fill(s3_server, photos_of_a_job[:1]), "s3://verdicts/unconditional"
+    with unreliable(s3_server["AWS_ENDPOINT_URL"]) as (environment, faults):
+        faults["unconditional"] = True
+        outcome = score(environment, tiny_bundle, monkeypatch, out)
+    assert outcome.exit_code == 2, outcome.output
+    assert outcome.stderr.count("\n") == 1, outcome.stderr
+    assert "ignores the header If-None-Match" in outcome.stderr
+    assert list(storage.walk(out)) == []
 
 
 def test_credentials_that_expire_in_mid_run_and_an_object_that_is_denied(
