@@ -307,7 +307,8 @@ class Storage(s3.Connection):
         filesystem, path = self.resolve(uri)
         with clear_errors(uri, self):
             if filesystem.get_file_info(path).type == pafs.FileType.Directory:
-                filesystem.delete_dir(path)
+                with suppress(FileNotFoundError):  # somebody else has deleted it, or its last file
+                    filesystem.delete_dir(path)
 
     def delete_file(self, uri: str, only: bytes | None = None) -> None:
         """Remove one file; nothing there is fine.

@@ -18,7 +18,7 @@ from cluster import session
 from cluster.storage import StorageError
 from glad_core.errors import GladError
 from pipelines.archive.decode import Reading
-from pipelines.runs.claim import find_own
+from pipelines.runs.claim import Plan, find_own
 from pipelines.runs.commits import Written, commit_shards, complete, is_complete, is_whole
 from pipelines.runs.run import Run
 from pipelines.runs.schema import ERRORS
@@ -54,12 +54,21 @@ def score(request: ScoreRequest, console: Console) -> Counts:
     try:
         _score_missing(job, opened, console)
     except (GladError, StorageError):
-        if not is_complete(job.run, opened.plan):
-            raise  # else another job of this command has finished the run, and deleted what this one had staged
+        if not _completed_by_another(job, opened.plan):
+            raise
     seconds = time.monotonic() - clock
     if not is_complete(job.run, opened.plan):
         _close(job, opened, started, seconds)
     return _report(job.run, console)
+
+
+def _completed_by_another(job: Job, plan: Plan) -> bool:
+    """Whether another job of this command has finished the run, and deleted what this one had staged."""
+    impatient = Run(job.run.location, replace(job.run.storage, attempts=1))  # storage may be what failed
+    try:
+        return is_complete(impatient, plan)
+    except StorageError:
+        return False
 
 
 def _report(run: Run, console: Console) -> Counts:
