@@ -13,12 +13,16 @@ import ctypes, sys
 from pipelines.cli import stopping
 stopping.GRACE = float(sys.argv[1])
 stopping.watch_signals()
-print("ready", flush=True)
 foreign = ctypes.CDLL(None)
 mask = (ctypes.c_ulong * 16)()
 mask[0] = (1 << 1) | (1 << 14)  # SIGINT and SIGTERM go to the other threads, so that nothing interrupts this one
 foreign.pthread_sigmask(0, mask, None)
-foreign.sleep(60)
+print("ready", flush=True)
+while True:
+    try:
+        foreign.sleep(60)
+    except KeyboardInterrupt:  # the signal was quicker than this line
+        pass
 """
 
 
