@@ -17,9 +17,12 @@ foreign = ctypes.CDLL(None)
 mask = (ctypes.c_ulong * 16)()
 mask[0] = (1 << 1) | (1 << 14)  # SIGINT and SIGTERM go to the other threads, so that nothing interrupts this one
 foreign.pthread_sigmask(0, mask, None)
-print("ready", flush=True)
+said = False
 while True:
     try:
+        if not said:
+            said = True
+            print("ready", flush=True)
         foreign.sleep(60)
     except KeyboardInterrupt:  # the signal was quicker than this line
         pass

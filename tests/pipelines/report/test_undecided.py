@@ -35,6 +35,9 @@ def undecided(tmp_path_factory, tiny_bundle):
                 row["anomaly_map"] = np.full(len(row["anomaly_map"]), BAD[number], np.float16)
                 row["steps"] = [step | {"score": BAD[number]} for step in row["steps"]]
         pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), file)
+    record = Path(judged.run.location, "run.json")
+    older = {key: value for key, value in json.loads(record.read_text()).items() if key != "files"}
+    record.write_text(json.dumps(older))
     return judged
 
 
