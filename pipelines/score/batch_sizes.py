@@ -6,7 +6,7 @@ from collections.abc import Container
 from dataclasses import dataclass
 
 from pipelines.archive.listing import PART_ROWS
-from pipelines.runs.commits import Plan
+from pipelines.runs.claim import Plan
 from pipelines.score.actor_plan import ActorPlan
 from pipelines.score.request import Maps
 

@@ -1,10 +1,12 @@
 """The sizes of a job's batches, for archives and clusters of any size."""
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.archive.listing import PART_ROWS
-from pipelines.runs.commits import Plan
+from pipelines.runs.claim import Plan, draft
 from pipelines.score.actor_plan import ActorPlan
 from pipelines.score.batch_sizes import LEAST_STORE, MAX_TASKS, Images, batch_sizes
 
@@ -12,7 +14,7 @@ IMAGES = Images(resolution=128, maps="token", reconstructions=False)
 
 
 def plan_of(images: int, rows_per_shard: int = 8) -> Plan:
-    return Plan(images, duplicates=0, rows_per_shard=rows_per_shard, run="r", listed=(images,))
+    return replace(draft([images], "listing", None, {}, most_rows=512), rows_per_shard=rows_per_shard)
 
 
 def actors_of(actors: int, slots: int = 16, grows: bool = False, decoders: int | None = 2) -> ActorPlan:
