@@ -107,13 +107,13 @@ def _join(ray_address: str, address: str | None) -> None:
     # What Ray's C++ code logs in this process is for Ray's developers, such as the news that Ray Data puts the
     # arguments of its actors into the object store. The logs of Ray's other processes are files.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    import ray  # here, not in the thread: it takes as long as the machine is busy
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
     outcome: Future[None] = Future()
 
     def join() -> None:
         try:
-            import ray
-
-            logging.getLogger("ray").setLevel(logging.ERROR)
             ray._raylet.Config.initialize("")  # type: ignore[attr-defined]  # reads RAY_AUTH_MODE again
             ray._private.worker.print_to_stdstream = _print_trouble  # type: ignore[assignment]
             ray.init(address=ray_address, logging_level=logging.ERROR, log_to_driver=False)

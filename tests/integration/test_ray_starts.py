@@ -55,7 +55,7 @@ class Command:
                 child.kill()
         self.reader.join()
 
-    def wait_for(self, condition, seconds=240):
+    def wait_for(self, condition, seconds=420):
         """Until the condition holds; remembers every child on the way."""
         deadline = time.monotonic() + seconds
         while True:
