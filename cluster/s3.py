@@ -183,6 +183,11 @@ def _failures() -> tuple[type[Exception], ...]:
     return BotoCoreError, ClientError, ResponseParserError, HTTPError
 
 
+def _code(error: Exception) -> str:
+    """The server's word for what is wrong; empty if it did not answer."""
+    return getattr(error, "response", {}).get("Error", {}).get("Code", "")
+
+
 def _of_read(connection: Connection, error: Exception) -> OSError:
     """The error of a read by its kind: FileNotFoundError, PermissionError, ConnectionError, or OSError of the object.
 
@@ -196,7 +201,7 @@ def _of_read(connection: Connection, error: Exception) -> OSError:
     if not isinstance(error, ClientError):
         _forget(connection)  # the machine may have other credentials by now
         return ConnectionError(text)
-    code = error.response.get("Error", {}).get("Code", "")
+    code = _code(error)
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     if code in ABOUT_THE_OBJECT or status == 416:
         return OSError(text)
@@ -278,16 +283,12 @@ def link(connection: Connection, source: str, target: str) -> bool:
     Raises:
         OSError: as the server answers.
     """
-    from botocore.exceptions import BotoCoreError, ClientError
-
     (bucket, _, key), (target_bucket, _, target_key) = source.partition("/"), target.partition("/")
     try:
         _client(connection).copy_object(Bucket=target_bucket, Key=target_key, CopySource={"Bucket": bucket, "Key": key})
-    except ClientError as error:
-        if error.response["Error"]["Code"] in NO_KEY:
+    except _failures() as error:
+        if _code(error) in NO_KEY:
             return False
-        raise OSError(str(error)) from error
-    except BotoCoreError as error:
         raise OSError(str(error)) from error
     return True
 
@@ -301,8 +302,6 @@ def delete(connection: Connection, path: str, only: bytes | None = None) -> None
     Raises:
         OSError: as the server answers.
     """
-    from botocore.exceptions import BotoCoreError, ClientError
-
     bucket, _, key = path.partition("/")
     client = _client(connection)
     condition = {}
@@ -313,11 +312,9 @@ def delete(connection: Connection, path: str, only: bytes | None = None) -> None
                 return
             condition = {"IfMatch": found["ETag"]}
         client.delete_object(Bucket=bucket, Key=key, **condition)
-    except ClientError as error:
-        if error.response["Error"]["Code"] not in (*NO_KEY, "PreconditionFailed", "412"):
+    except _failures() as error:
+        if _code(error) not in (*NO_KEY, "PreconditionFailed", "412"):
             raise OSError(str(error)) from error
-    except BotoCoreError as error:
-        raise OSError(str(error)) from error
 
 
 def publish(connection: Connection, folder: Path, path: str, last: str) -> None:

@@ -13,26 +13,13 @@ class ChangedError(OSError):
     """The file is there, but no longer with the bytes that were listed."""
 
 
-# Of a disk, a network share or this process, not of the one file that was asked for.
-TROUBLE = frozenset(
-    getattr(errno, name)
-    for name in (
-        *("EIO", "ENXIO", "ENODEV", "EBUSY", "EAGAIN", "EINTR", "ESTALE", "ETIMEDOUT", "ENOTCONN", "EHOSTDOWN"),
-        *(
-            "EHOSTUNREACH",
-            "ENETDOWN",
-            "ENETUNREACH",
-            "ECONNRESET",
-            "ECONNREFUSED",
-            "ECONNABORTED",
-            "EPIPE",
-            "ESHUTDOWN",
-        ),
-        *("EREMOTEIO", "ECOMM", "ENOLINK", "EPROTO", "ENOKEY", "EKEYEXPIRED", "EKEYREJECTED"),
-        *("EMFILE", "ENFILE", "ENOMEM", "ENOBUFS"),
-    )
-    if hasattr(errno, name)
+# Of a disk, a network share or this process, not of the one file that was asked for. (Some systems lack some.)
+TROUBLE_NAMES = (
+    "EIO ENXIO ENODEV EBUSY EAGAIN EINTR ESTALE ETIMEDOUT ENOTCONN EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH "
+    "ECONNRESET ECONNREFUSED ECONNABORTED EPIPE ESHUTDOWN EREMOTEIO ECOMM ENOLINK EPROTO ENOKEY EKEYEXPIRED "
+    "EKEYREJECTED EMFILE ENFILE ENOMEM ENOBUFS"
 )
+TROUBLE = frozenset(getattr(errno, name) for name in TROUBLE_NAMES.split() if hasattr(errno, name))
 
 CREDENTIAL_WORDS = (
     "ACCESS_DENIED",
@@ -58,17 +45,18 @@ CREDENTIAL_WORDS = (
 CLOCK_WORDS = ("RequestTimeTooSkewed", "REQUEST_TIME_TOO_SKEWED")
 BUCKET_WORDS = ("NO_SUCH_BUCKET", "NoSuchBucket", "bucket does not exist")
 BUSY_WORDS = (
-    *(
-        "SLOW_DOWN",
-        "SlowDown",
-        "Throttl",
-        "TooManyRequests",
-        "occurred (429)",
-        "RequestTimeout",
-        "RequestLimitExceeded",
-    ),
-    *("SERVICE_UNAVAILABLE", "ServiceUnavailable", "HTTP status 503", "InternalError", "INTERNAL_FAILURE"),
-    *("occurred (429)", "occurred (500)", "occurred (502)", "occurred (503)", "occurred (504)"),
+    "SLOW_DOWN",
+    "SlowDown",
+    "Throttl",
+    "TooManyRequests",
+    "RequestTimeout",
+    "RequestLimitExceeded",
+    "SERVICE_UNAVAILABLE",
+    "ServiceUnavailable",
+    "HTTP status 503",
+    "InternalError",
+    "INTERNAL_FAILURE",
+    *(f"occurred ({status})" for status in (429, 500, 502, 503, 504)),
 )
 NETWORK_WORDS = (
     *("NETWORK_CONNECTION", "Couldn't connect", "Could not connect", "curlCode", "Connection refused"),

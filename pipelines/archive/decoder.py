@@ -56,9 +56,8 @@ class Decoder:
                     return _ask(process, request, data)
                 except ImageError:
                     raise
-                except (
-                    BaseException
-                ) as error:  # the process died, or this thread is ended: the next image needs another
+                # The process died, or this thread is being ended: the next image needs another process.
+                except BaseException as error:
                     self._process = None
                     if _end(process, wait=isinstance(error, OSError | EOFError)) == -signal.SIGXCPU:
                         limit = f"decoding took more than {self._seconds} seconds of CPU time"

@@ -30,7 +30,7 @@ def is_image(path: str) -> bool:
 
 
 class ImageError(Exception):
-    """A file that cannot be decoded. ``kind``: missing, unreadable, empty, not_an_image, damaged, too_large."""
+    """An image that cannot be had. ``kind`` is its error_type, from missing to deadly (docs/troubleshooting.md)."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)

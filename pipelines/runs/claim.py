@@ -100,7 +100,10 @@ _PLAN = TypeAdapter(Plan)
 
 
 class Found(NamedTuple):
-    """The highest generation in a folder, 0 if there is none, and its plan; None if the folder is to be claimed."""
+    """The highest generation in a folder, 0 if there is none, and its plan.
+
+    The plan is None if it is damaged or an older version's, or if the caller is to claim the next generation.
+    """
 
     generation: int
     plan: Plan | None

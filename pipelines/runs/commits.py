@@ -113,7 +113,7 @@ def commit_shards(run: Run, plan: Plan, pieces: Iterable[Written]) -> Iterator[t
         commit = None
         if sum(part.scored + part.errors for part in parts) == plan.rows_of(piece.shard):
             commit, ours = _commit(run, plan, names[piece.shard], open_shards.pop(piece.shard))
-            if not ours and run.has(COMPLETE):
+            if not ours and is_complete(run, plan):
                 return
         yield piece, commit
 
@@ -154,7 +154,7 @@ def is_complete(run: Run, plan: Plan) -> bool:
 def is_whole(run: Run, plan: Plan) -> bool:
     """Whether the run is complete, and the files that run.json counts are there."""
     record = _record(run)
-    return generation_of(record) == plan.generation and run.missing_files(record or {}) is None
+    return generation_of(record) == plan.generation and run.problem_of_files(record or {}) is None
 
 
 def _record(run: Run) -> dict[str, Any] | None:

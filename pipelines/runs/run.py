@@ -127,7 +127,7 @@ class Run:
 
         return full_size_map(torch.from_numpy(anomaly_map)[None], settings)[0].numpy()
 
-    def missing_files(self, record: dict[str, Any]) -> str | None:
+    def problem_of_files(self, record: dict[str, Any]) -> str | None:
         """What is wrong with the files of results/ and errors/, if they are not those that run.json counted."""
         for name, expected in record.get("files", {}).items():  # older versions counted none
             sizes = [size for _, size in self._parts(name)]
@@ -140,7 +140,7 @@ class Run:
         return None
 
     def _check_files(self) -> None:
-        problem = self.missing_files(self.record)
+        problem = self.problem_of_files(self.record)
         if problem is not None:
             raise GladError(problem)
 

@@ -106,20 +106,20 @@ def test_actor_and_driver_killed_then_the_same_command(tmp_path, archive, tiny_b
 
 
 def test_two_drivers_of_which_one_sleeps_until_the_run_is_complete(tmp_path, archive, tiny_bundle):
-    out, log, logs = tmp_path / "out", tmp_path / "log", tmp_path / "sleeper.log"
-    sleeper = start(command(archive, tiny_bundle, out), logs)
+    out, log, sleepers_log = tmp_path / "out", tmp_path / "log", tmp_path / "sleeper.log"
+    sleeper = driver = start(command(archive, tiny_bundle, out), sleepers_log)
     try:
-        wait_for_commits(out, 1, sleeper, logs)
+        wait_for_commits(out, 1, sleeper, sleepers_log)
         sleeper.send_signal(signal.SIGSTOP)  # its actors and writers go on for a while
         driver = start(command(archive, tiny_bundle, out), log)
         assert driver.wait(300) == 0, log.read_text()
         assert "resuming after" in log.read_text()
         complete = (out / "run.json").read_bytes(), content(out)
         sleeper.send_signal(signal.SIGCONT)
-        assert sleeper.wait(300) == 0, logs.read_text()
+        assert sleeper.wait(300) == 0, sleepers_log.read_text()
     finally:
         sleeper.kill()
         driver.kill()
     assert ((out / "run.json").read_bytes(), content(out)) == complete
     assert len(complete[1]) == IMAGES
-    assert f"errors    │ {IMAGES // 40} " in logs.read_text()
+    assert f"errors    │ {IMAGES // 40} " in sleepers_log.read_text()

@@ -203,7 +203,7 @@ class Scenario:
         scored = sum(len(json.loads(content)[2]) for path, content in found.items() if f"/{RESULTS}/" in path)
         if record["counts"] != {"scored": scored, "errors": images - scored, "images": images}:
             raise Violation(f"run.json says {record['counts']}, {scored} of {images} are results")
-        if self.run.missing_files(record) is not None:
+        if self.run.problem_of_files(record) is not None:
             raise Violation("run.json counts other files")
         if (
             self.audited is not None
