@@ -35,6 +35,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/integration"))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # before the tests, whose folders have the same names
 from conftest import make_bucket, make_tiny_bundle, serve_s3
 from test_faults_s3 import unreliable
 

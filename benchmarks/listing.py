@@ -17,6 +17,7 @@ import typer
 from pipeline import long_folder
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # before the tests, whose folders have the same names
 from conftest import find_weed, make_bucket, serve_s3
 
 from cluster import session

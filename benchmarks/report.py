@@ -27,6 +27,7 @@ from PIL import Image
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # before the tests, whose folders have the same names
 from judged_run import finish_run
 
 from pipelines.demo.boards import board_rng, make_board

@@ -129,6 +129,7 @@ def play_all(images: Sequence[Walked]) -> dict[str, dict[str, Any]]:
 def golden_images(folder: Path) -> list[Walked]:
     """The images of the golden cases."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # before the tests, whose folders have the same names
     import test_golden as golden
 
     golden.FOLDER = folder

@@ -23,6 +23,7 @@ from typing import Annotated, Any
 import typer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # before the tests, whose folders have the same names
 from simulation.mutants import MUTANTS, broken
 from simulation.scenario import Violation, simulate
 
