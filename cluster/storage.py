@@ -43,9 +43,10 @@ __all__ = [
 ]
 
 KEY_OF_A_FOLDER = "an object whose key ends with a slash; copy it to a key without"
-# Between two attempts of a read, seconds: drawn from 0 to 1, 2, 4 ... `LONGEST_WAIT`, so that tasks that failed
-# together do not come back together. None begins after `PATIENCE`.
-LONGEST_WAIT, PATIENCE = 12, 90
+# Between two attempts of a read, seconds: from 0.5, 1, 2 ... to twice that, so that tasks that failed together do not
+# come back together, and a patient reader outlasts 50 seconds whatever is drawn. None begins after `PATIENCE`.
+BACK_OFF = {"multiplier": 0.5, "max": 6}
+PATIENCE = 90
 UNKNOWN = Listed()
 READERS = 16  # files read at a time
 
@@ -163,7 +164,7 @@ class Storage(s3.Connection):
         back_end = partial(s3.read, self) if is_s3(uri) else local.read
         persistent = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(self.attempts) | tenacity.stop_after_delay(PATIENCE),
-            wait=tenacity.wait_random_exponential(max=LONGEST_WAIT),
+            wait=tenacity.wait_exponential(**BACK_OFF) + tenacity.wait_random_exponential(**BACK_OFF),
             retry=tenacity.retry_if_exception(is_trouble),
             reraise=True,
         )

@@ -54,9 +54,11 @@ def run_dataflow(
                 yield Written.from_row(row)
     except Exception as error:
         failure = session.root_cause(error, GladError, StorageError)
-    if failure is not None:
-        # Ray ends actors and frees their CPUs once nothing refers to them. Its exceptions do so, in reference cycles.
+    finally:
+        # Ray ends actors and frees their CPUs once nothing refers to them. Reference cycles of its own do so, whether
+        # a process of the job failed or the caller stopped.
         gc.collect()
+    if failure is not None:
         raise failure
 
 

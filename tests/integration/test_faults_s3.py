@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import find_weed, free_ports, make_bucket, photo, s3_environment, start_weed, wait_for_s3
+from conftest import all_cpus_free, find_weed, free_ports, make_bucket, photo, s3_environment, start_weed, wait_for_s3
 from typer.testing import CliRunner
 
 from cluster.storage import Storage, StorageError
@@ -240,6 +240,7 @@ def test_credentials_that_expire_in_mid_run_and_an_object_that_is_denied(
         assert outcome.stderr.count("\n") == 1, outcome.stderr
         assert "refused the credentials" in outcome.stderr
         assert commits(storage, out) > 0
+        assert all_cpus_free()
         faults["answer"] = lambda number, path: answer(number, "/photos/a/007") if "/photos/a/007" in path else None
         expired.clear()
         outcome = score(environment, tiny_bundle, monkeypatch, out)
