@@ -332,10 +332,21 @@ def publish(connection: Connection, folder: Path, path: str, last: str) -> None:
 
 
 def fetch(connection: Connection, path: str, file: Path) -> None:
-    """Copy the object ``path`` (``bucket/key``) to a local file, a chunk at a time.
+    """Copy the object ``path`` (``bucket/key``) to a local file, a chunk at a time: one attempt, one request.
+
+    It goes on where ``file`` ends, so that a broken connection costs nothing twice.
 
     Raises:
         OSError: as the server answers, or the disk.
     """
-    with filesystem(connection).open_input_stream(path) as source, file.open("wb") as target:
-        shutil.copyfileobj(source, target, COPY_CHUNK)
+    bucket, _, key = path.partition("/")
+    with file.open("ab") as target:
+        wanted = {"Range": f"bytes={target.tell()}-"} if target.tell() else {}
+        try:
+            answer = _client(replace(connection, attempts=1)).get_object(Bucket=bucket, Key=key, **wanted)
+            if "ContentRange" not in answer:
+                target.truncate(0)  # the server sends all of it
+            with answer["Body"] as body:
+                shutil.copyfileobj(body, target, COPY_CHUNK)
+        except _failures() as error:
+            raise _of_read(connection, error) from error

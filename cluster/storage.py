@@ -162,13 +162,16 @@ class Storage(s3.Connection):
         """
         _, path = self.resolve(uri)
         back_end = partial(s3.read, self) if is_s3(uri) else local.read
-        persistent = tenacity.Retrying(
+        return self._persistent()(back_end, path, offset, size, listed, most)
+
+    def _persistent(self) -> tenacity.Retrying:
+        """Calls a function again after trouble of the connection or the disk."""
+        return tenacity.Retrying(
             stop=tenacity.stop_after_attempt(self.attempts) | tenacity.stop_after_delay(PATIENCE),
             wait=tenacity.wait_exponential(**BACK_OFF) + tenacity.wait_random_exponential(**BACK_OFF),
             retry=tenacity.retry_if_exception(is_trouble),
             reraise=True,
         )
-        return persistent(back_end, path, offset, size, listed, most)
 
     def open(self, uri: str) -> Any:
         """A file to read from, binary. Raises OSError as the file system does."""
@@ -276,30 +279,19 @@ class Storage(s3.Connection):
             return True
 
     def fetch(self, uri: str, target: Path) -> None:
-        """Copy the files that `walk` lists below ``uri`` to a new local folder: whole or not at all, in little memory.
+        """Copy one file to a new local one, in little memory. After trouble of the connection it goes on where it was.
 
-        Several processes may fetch to one ``target`` at once: the first complete copy stays.
+        Raises:
+            StorageError: ``uri`` cannot be read. OSError: the disk of ``target`` is full.
         """
-        try:
-            with clear_errors(str(target), self), local.whole_folder(target) as partial:
-                for name, _ in self.walk(uri):
-                    if not os.path.normpath(partial / name).startswith(f"{partial}/"):  # an S3 key may say anything
-                        raise StorageError(f"{uri}: the key {name!r} below it leads out of a folder; remove it")
-                    (partial / name).parent.mkdir(parents=True, exist_ok=True)
-                    self._fetch_file(join(uri, name), partial / name)
-        except StorageError:
-            if not target.is_dir():  # else another process was first
-                raise
-
-    def _fetch_file(self, uri: str, target: Path) -> None:
         _, path = self.resolve(uri)
         try:
             if is_s3(uri):
-                s3.fetch(self, path, target)
+                self._persistent()(s3.fetch, self, path, target)
             else:
                 shutil.copyfile(path, target)
         except OSError as error:
-            if is_disk_full(error):  # the copy is to blame, not ``uri``
+            if is_disk_full(error):
                 raise
             raise StorageError(explain(uri, self.endpoint, error)) from error
 

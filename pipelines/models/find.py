@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
+import errno
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from cluster.storage import Storage, absolute, is_s3, join
+from cluster.storage import Storage, StorageError, absolute, explain, is_s3, join
 from glad_core.bundle import glad_json
 from glad_core.bundle.settings import Settings
 from glad_core.errors import GladError
-from pipelines.models import registry
+from pipelines.models import cache, registry
 
 SMALL = "small"
 MOST_FILES = 1000  # looked at in a place that should hold the dozen of a bundle
@@ -57,35 +56,66 @@ def find_models(model: str, storage: Storage) -> Models:
             for name, bundle in bundles.items()
         }
         return Models(bundles, descriptions, tuple(sorted(bundles)))
-    path = local_bundle(model, storage)
-    description = glad_json.read_description(path)
+    description = describe(model, storage)
     categories = tuple(description.category.split(",")) if "," in description.category else ()
-    return Models({"": model if is_s3(model) or model == SMALL else str(path)}, {"": description}, categories)
+    return Models({"": bundle_location(model)}, {"": description}, categories)
+
+
+def bundle_location(model: str) -> str:
+    """What ``--model`` names, in one spelling for every machine: an absolute location, or ``small``, the embedded one.
+
+    Raises:
+        StorageError: an unknown kind of location.
+    """
+    return SMALL if model == SMALL and not Path(SMALL).exists() else absolute(model)
+
+
+def describe(model: str, storage: Storage) -> glad_json.Description:
+    """A bundle's description, checked against the names and sizes of its files. Of s3:// nothing else is read.
+
+    Raises:
+        GladError: no bundle there, or one with other files than it lists. StorageError: S3 cannot be used.
+    """
+    location = bundle_location(model)
+    if not is_s3(location):
+        return glad_json.read_description(SMALL_BUNDLE if location == SMALL else location)
+    return _checked(location, _read_glad_json(location, storage), storage)
 
 
 def local_bundle(model: str, storage: Storage) -> Path:
-    """The folder of a bundle: ``small`` is the embedded one; an s3:// bundle is copied once per machine.
+    """The folder of a bundle on this machine: that of ``small``, a local one, or the copy of an s3:// bundle (`cache`).
 
-    The copy is kept under ``GLAD_CACHE`` (``~/.cache/glad``), named after the bundle's glad.json, so that a changed
-    bundle is copied anew. Only what glad.json lists is there to be copied, so nothing lands outside of the copy.
+    The copy is named after the bundle's glad.json, so that a changed bundle is copied anew.
 
     Raises:
         GladError: no bundle there, or one with files that it does not list. StorageError: S3 or the cache's disk cannot
             be used.
     """
-    if model == SMALL and not Path(SMALL).exists():
-        return SMALL_BUNDLE
-    location = absolute(model)
+    location = bundle_location(model)
     if not is_s3(location):
-        return Path(location)
-    description = join(location, glad_json.GLAD_JSON)
-    if storage.kind(description) != "file":
-        raise GladError(f"{model}: no model bundle there (no {glad_json.GLAD_JSON}); copy one there whole")
-    text = storage.read(description)
-    name = hashlib.sha256(location.encode() + text).hexdigest()[:24]
-    folder = Path(os.environ.get("GLAD_CACHE", "~/.cache/glad")).expanduser() / "bundles" / name
-    if not folder.is_dir():
-        listed = dict(islice(storage.walk(location), MOST_FILES))
-        glad_json.check_files(glad_json.parse_description(text, location), listed, location)
-        storage.fetch(location, folder)
-    return folder
+        return SMALL_BUNDLE if location == SMALL else Path(location)
+    text = _read_glad_json(location, storage)
+    return cache.cached(location, text, lambda: _checked(location, text, storage), storage)
+
+
+def _read_glad_json(location: str, storage: Storage) -> bytes:
+    file = join(location, glad_json.GLAD_JSON)
+    try:
+        return storage.read(file, most=glad_json.MAX_JSON)
+    except FileNotFoundError as error:
+        raise GladError(
+            f"{location}: no model bundle there (no {glad_json.GLAD_JSON}); copy one there whole"
+        ) from error
+    except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise GladError(
+                f"{file}: larger than {glad_json.MAX_JSON} bytes, so not of a bundle; copy it again"
+            ) from error
+        raise StorageError(explain(file, storage.endpoint, error)) from error
+
+
+def _checked(location: str, text: bytes, storage: Storage) -> glad_json.Description:
+    """The description in ``text``, after a look at the names and sizes of the files beside it."""
+    description = glad_json.parse_description(text, location)
+    glad_json.check_files(description, dict(islice(storage.walk(location), MOST_FILES)), location)
+    return description

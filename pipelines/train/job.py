@@ -21,7 +21,7 @@ from cluster.quick_imports import quick_imports
 from cluster.storage import Storage, absolute, join
 from glad_core.bundle.glad_json import GLAD_JSON, read_description
 from glad_core.errors import GladError
-from pipelines.models.find import local_bundle
+from pipelines.models.find import describe
 from pipelines.train.good_images import GoodImage, apply_feedback, good_images
 from pipelines.train.plan import TrainRequest, claim_work, plan_job, with_resources
 from pipelines.train.side_by_side import run_side_by_side, send_event
@@ -104,7 +104,7 @@ def run_training(
 def _survey(job: TrainJob, images: dict[str, list[GoodImage]], events: Any) -> Survey:
     send = partial(send_event, events, job.name, "survey")
     send()
-    description = read_description(local_bundle(job.base, job.storage))
+    description = describe(job.base, job.storage)
     surveyed = survey(images, description.settings["resolution"], job.storage)
     for uri, reason in surveyed.skipped:
         send(warning=f"{uri}: {reason}; skipped")

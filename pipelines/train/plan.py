@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster import session
-from cluster.storage import Storage, StorageError, is_s3, join
-from glad_core.bundle.glad_json import read_description
+from cluster.storage import Storage, StorageError, join
 from glad_core.errors import GladError
 from glad_core.training.recipe import Part, Recipe
-from pipelines.models.find import SMALL, local_bundle
+from pipelines.models.find import bundle_location, describe
 from pipelines.train.pixels import load_textures
 from pipelines.train.spec import TrainJob
 from pipelines.train.survey import DATA_CPUS
@@ -45,8 +44,7 @@ class TrainRequest:
 
 def plan_job(request: TrainRequest, categories: list[str], storage: Storage, *, name: str, work: str) -> TrainJob:
     """The job as far as it is known before the survey of its images; checks the base and the recipe."""
-    base = local_bundle(request.base, storage)
-    description = read_description(base)
+    description = describe(request.base, storage)
     recommended = description.provenance.get("recipe", {}) if request.part == "unet" else PART_RECIPES[request.part]
     options = {name: value for name, value in request.recipe.items() if value is not None}
     recipe = Recipe.parse(recommended | options, f"training recipe of {request.base} with the options given")
@@ -61,10 +59,9 @@ def plan_job(request: TrainRequest, categories: list[str], storage: Storage, *, 
         from glad_core.training.loop import adamw_8bit
 
         adamw_8bit()
-    base_uri = request.base if is_s3(request.base) or request.base == SMALL else str(base)
     return TrainJob(
         name=name,
-        base=base_uri,
+        base=bundle_location(request.base),
         base_id=description.model_id,
         part=request.part,
         recipe=recipe,

@@ -53,10 +53,13 @@ def test_a_bundle_goes_up_and_comes_down_unchanged(bucket, tmp_path):
     assert storage.publish(tmp_path / "made", f"{bucket}/models/v1", "glad.json")
     assert not storage.publish(tmp_path / "made", f"{bucket}/models/v1", "glad.json")
     assert storage.read(f"{bucket}/models/v1/.hidden") == b"x"  # publishing copies everything, walking skips it
-    storage.fetch(f"{bucket}/models/v1", tmp_path / "cache" / "copy")
-    copy = {name: (tmp_path / "cache" / "copy" / name).read_bytes() for name in contents if name != ".hidden"}
-    assert copy == {name: data for name, data in contents.items() if name != ".hidden"}
-    assert not (tmp_path / "cache" / "copy" / ".hidden").exists()
+    for name, data in contents.items():
+        storage.fetch(f"{bucket}/models/v1/{name}", tmp_path / "copy")
+        assert (tmp_path / "copy").read_bytes() == data
+        (tmp_path / "copy").unlink()
+    (tmp_path / "copy").write_bytes(contents["unet/weights"][:-9])  # of a connection that broke
+    storage.fetch(f"{bucket}/models/v1/unet/weights", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == contents["unet/weights"]
 
 
 @pytest.mark.slow
@@ -104,9 +107,8 @@ def test_a_bundle_that_is_gone_or_forbidden_is_one_line(bucket, tmp_path):
         (stranger, f"{bucket}/models/v1", "refused the credentials"),
     ):
         with pytest.raises(StorageError, match=words) as error:
-            reader.fetch(uri, tmp_path / "cache" / "copy")
+            reader.fetch(f"{uri}/glad.json", tmp_path / "copy")
         assert "\n" not in str(error.value)
-        assert list((tmp_path / "cache").iterdir()) == []
 
 
 COPY = """
@@ -121,7 +123,7 @@ storage, folder, uri = Storage.from_environment(), Path(sys.argv[1]), sys.argv[2
 storage.kind(uri)
 before = peak()
 storage.publish(folder, uri, "glad.json")
-storage.fetch(uri, folder.with_name("copy"))
+storage.fetch(f"{uri}/weights", folder.with_name("copy"))
 print(peak() - before)
 """
 
@@ -137,7 +139,7 @@ def test_a_large_file_is_copied_in_little_memory(bucket, tmp_path):
     command = [sys.executable, "-c", COPY, str(tmp_path / "made"), f"{bucket}/models/large"]
     outcome = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     assert int(outcome.stdout) < size / 2
-    assert (tmp_path / "copy" / "weights").stat().st_size == size
+    assert (tmp_path / "copy").stat().st_size == size
     Storage.from_environment().delete_folder(f"{bucket}/models/large")
 
 

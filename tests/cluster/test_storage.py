@@ -122,46 +122,20 @@ def test_local_paths():
     assert local_path("~/x") == os.path.expanduser("~/x")
 
 
-def test_a_fetched_folder_appears_whole_and_without_hidden_files(storage, tmp_path):
-    for name in ("glad.json", "unet/weights", "empty", ".cache/x", "unet/.hidden"):
-        (tmp_path / "bundle" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "bundle" / name).write_text("" if name == "empty" else name)
-    storage.fetch(str(tmp_path / "bundle"), tmp_path / "cache" / "copy")
-    assert list(storage.walk(str(tmp_path / "cache" / "copy"))) == [
-        ("empty", 0),
-        ("glad.json", 9),
-        ("unet/weights", 12),
-    ]
-    storage.fetch(str(tmp_path / "bundle"), tmp_path / "cache" / "copy")  # somebody was first: theirs stays
-    assert os.listdir(tmp_path / "cache") == ["copy"]
+def test_a_full_disk_is_the_target_s_fault_and_everything_else_the_source_s(storage, tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("a")
+    storage.fetch(str(tmp_path / "a"), tmp_path / "copy")
+    assert (tmp_path / "copy").read_text() == "a"
+    failures: list[OSError] = [OSError("AWS Error ACCESS_DENIED"), OSError(errno.ENOSPC, "No space left on device")]
 
+    def fails(source, target):
+        raise failures.pop(0)
 
-def test_a_fetch_that_fails_leaves_nothing(storage, tmp_path, monkeypatch):
-    (tmp_path / "bundle").mkdir()
-    for name in ("a", "b"):
-        (tmp_path / "bundle" / name).write_text(name)
-    copy = shutil.copyfile
-    for failure, words in (
-        (OSError(errno.ENOSPC, "No space left on device"), r"cache/copy: no space left on that disk"),
-        (OSError("AWS Error ACCESS_DENIED"), r"bundle/b: AWS Error ACCESS_DENIED"),
-    ):
-
-        def fails_at_b(source, target, failure=failure):
-            copy(source, target)
-            if source.endswith("b"):
-                raise failure
-
-        monkeypatch.setattr(shutil, "copyfile", fails_at_b)
-        with pytest.raises(StorageError, match=words):
-            storage.fetch(str(tmp_path / "bundle"), tmp_path / "cache" / "copy")
-        assert os.listdir(tmp_path / "cache") == []
-
-
-def test_a_cache_that_cannot_be_written_is_named(storage, tmp_path):
-    (tmp_path / "bundle").mkdir()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="file/cache: a file is in the way"):
-        storage.fetch(str(tmp_path / "bundle"), tmp_path / "file" / "cache")
+    monkeypatch.setattr(shutil, "copyfile", fails)
+    with pytest.raises(StorageError, match=r"/a: AWS Error ACCESS_DENIED"):
+        storage.fetch(str(tmp_path / "a"), tmp_path / "copy")
+    with pytest.raises(OSError, match="No space"):
+        storage.fetch(str(tmp_path / "a"), tmp_path / "copy")
 
 
 @pytest.mark.parametrize("location", ["file://host/x.png", "file://relative.png", "/x\0.png", "s3://b/x\0", "://x", ""])

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from glad_core.bundle.glad_json import update_settings, verify
 from glad_core.bundle.settings import Settings
 from glad_core.errors import GladError
 from pipelines.models import registry
-from pipelines.models.find import SMALL_BUNDLE, find_models, local_bundle
+from pipelines.models.find import SMALL_BUNDLE, describe, find_models, local_bundle
 
 STORAGE = Storage()
 
@@ -54,20 +55,22 @@ def test_a_bundle_on_s3_is_copied_once_and_anew_when_it_changes(tiny_bundle, tmp
     with pytest.raises(GladError, match="no model bundle there"):
         local_bundle(location, storage)
     storage.publish(tiny_bundle, location, "glad.json")
+    assert find_models(location, storage).bundles == {"": location}
+    assert describe(f"{location}/", storage) == verify(tiny_bundle)
+    assert not (tmp_path / "cache").exists()  # for a description nobody copies weights
     folder = local_bundle(location, storage)
     assert verify(folder) == verify(tiny_bundle)
     assert folder.parent == tmp_path / "cache" / "bundles"
     before = (folder / "glad.json").stat().st_mtime_ns
     assert local_bundle(f"{location}/", storage) == folder
     assert (folder / "glad.json").stat().st_mtime_ns == before
-    assert find_models(location, storage).bundles == {"": location}
 
     changed = local_copy(folder, tmp_path / "changed")
     update_settings(changed, Settings.parse({"threshold": 9.0}, "test"), {})
     storage.delete_folder(location)
     storage.publish(changed, location, "glad.json")
     assert verify(local_bundle(location, storage)).settings["threshold"] == 9.0
-    assert len(list(folder.parent.iterdir())) == 2  # and nothing half-copied
+    assert len([path for path in folder.parent.iterdir() if path.is_dir()]) == 2  # and nothing half-copied
 
 
 @pytest.mark.parametrize("key", ["/evil", "unet//config.json", "a/../../evil", "a\\b", "a\nb", "unet/evil.bin"])
@@ -75,17 +78,16 @@ def test_a_key_that_is_not_the_bundles_is_told_before_anything_is_copied(key, ti
     monkeypatch.setenv("GLAD_CACHE", str(tmp_path / "cache"))
     keys = [*STORAGE.walk(str(tiny_bundle)), (key, 1)]
     monkeypatch.setattr(Storage, "walk", lambda self, uri: iter(keys))
-    monkeypatch.setattr(Storage, "kind", lambda self, uri: "file")
-    monkeypatch.setattr(Storage, "read", lambda self, uri: (tiny_bundle / "glad.json").read_bytes())
-    with pytest.raises(GladError, match=r"not listed in glad\.json") as caught:
-        local_bundle("s3://bucket/bundle", STORAGE)
-    assert str(caught.value).isprintable()
-    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(Storage, "read", lambda self, uri, most: (tiny_bundle / "glad.json").read_bytes())
+    monkeypatch.setattr(Storage, "fetch", lambda self, uri, target: pytest.fail("copied"))
+    for use in (local_bundle, describe):
+        with pytest.raises(GladError, match=r"not listed in glad\.json") as caught:
+            use("s3://bucket/bundle", STORAGE)
+        assert str(caught.value).isprintable()
 
 
 def local_copy(folder: Path, target: Path) -> Path:
-    STORAGE.fetch(str(folder), target)
-    return target
+    return Path(shutil.copytree(folder, target))
 
 
 def test_an_unreachable_s3_is_one_line(tmp_path, monkeypatch):
