@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 BENCHMARKS = calibration chaos demo_figures inference_memory metrics pipeline report resume search simulate throughput training training_memory
 
-.PHONY: help demo check test bench docs audit small-model
+.PHONY: help demo check test bench lock docs audit small-model
 .NOTPARALLEL:
 
 help: ## this list
@@ -36,6 +36,10 @@ FORCE:
 
 small-model: .venv/installed ## train the bundled model from nothing, hours on 2 cores
 	$(BIN)/python -m pipelines.small_model
+
+lock: .venv/installed ## requirements.lock: the versions of a cluster's machines; LOCK=--upgrade for newer ones
+	$(BIN)/uv pip compile --quiet --no-config --extra aws --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+		--custom-compile-command "make lock" --no-annotate $(LOCK) --output-file requirements.lock pyproject.toml
 
 docs: .venv/installed ## docs/settings.md, from the code
 	$(BIN)/python docs/settings.py

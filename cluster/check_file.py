@@ -1,30 +1,43 @@
-"""Checks of a cluster file before a machine is started: Ray's own schema, and whatever lets strangers in."""
+"""Checks of a cluster file before a machine is started: Ray's own schema, versions, and whatever lets strangers in."""
 
 from __future__ import annotations
 
-import ipaddress
+import io
 import logging
+import re
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from contextlib import redirect_stdout
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 import yaml
 
+from cluster.check_aws import aws_problems, gpu_notes
 from cluster.check_kubernetes import check_manifests
+from cluster.check_versions import open_versions
 from cluster.session import SessionError
 
-EXAMPLES = ("203.0.113.0/24", "123456789012")  # in the shipped ray_cluster.yaml; they belong to nobody
+# In the shipped files; they belong to nobody. Image, security group, network, account, registry, buckets.
+EXAMPLES = ("ami-0123456789abcdef0", "sg-0123456789abcdef0", "123456789012", "registry.example.com", "s3://your-")
 
 
-def check_cluster_file(path: Path) -> tuple[list[str], list[str]]:
-    """All problems of a file for ``ray up`` or KubeRay, and the example values still in it; a line each.
+class Findings(NamedTuple):
+    """What `glad cluster check` says of a file, a line each."""
+
+    problems: list[str]
+    examples: list[str]  # values of the shipped file that are still in it
+    notes: list[str]  # what may be meant
+
+
+def check_cluster_file(path: Path) -> Findings:
+    """What is wrong with a file for ``ray up`` or KubeRay.
 
     Raises:
         SessionError: no such file, or not YAML.
     """
     try:
-        text = path.read_text()
-        documents = [document for document in yaml.safe_load_all(text) if document is not None]
+        documents = [document for document in yaml.safe_load_all(path.read_text()) if document is not None]
     except OSError as error:
         raise SessionError(f"{path}: {error.strerror or error}; name one such as ray_cluster.yaml") from error
     except UnicodeDecodeError as error:
@@ -35,13 +48,15 @@ def check_cluster_file(path: Path) -> tuple[list[str], list[str]]:
         raise SessionError(f"{path}: not YAML{line}: {getattr(error, 'problem', error)}; correct it there") from error
     if not documents or not all(isinstance(document, dict) for document in documents):
         raise SessionError(f"{path}: a cluster file is a table of settings; see ray_cluster.yaml")
+    examples = [f"{example} is the example's: put your own" for example in EXAMPLES if example in str(documents)]
+    if "apiVersion" in documents[0]:
+        return Findings(check_manifests(documents), examples, [])
     config = documents[0]
-    if "apiVersion" in config:
-        return check_manifests(documents, text)
-    problems = [*_ray_problems(config), *_open_starts(config), *_open_networks(config)]
+    problems = [*_ray_problems(config), *_open_starts(config), *aws_problems(config), *_missing_files(config)]
+    problems += open_versions(_with_defaults(config), partial(find_file, config))
     if "aws_secret_access_key" in str(config).lower():
         problems.append("credentials are written in the file: use an instance profile (IamInstanceProfile)")
-    return problems, [f"{example} is the example's: put your own" for example in EXAMPLES if example in text]
+    return Findings(problems, examples, list(gpu_notes(config)))
 
 
 def _ray_problems(config: dict[str, Any]) -> list[str]:
@@ -51,13 +66,28 @@ def _ray_problems(config: dict[str, Any]) -> list[str]:
 
     logging.getLogger("ray.autoscaler._private.util").setLevel(logging.ERROR)
     try:
-        validate_config(prepare_config(config))
+        with redirect_stdout(io.StringIO()):  # warnings of what Docker might not like, without Docker as well
+            validate_config(prepare_config(config))
     except jsonschema.ValidationError as error:
         path = ".".join(str(part) for part in error.absolute_path) or "the file"
         return [f"{path}: {error.message}"]
     except Exception as error:  # any other failure of Ray's preparation is the file's fault as well
         return [" ".join(f"{type(error).__name__}: {error}".split())]
     return []
+
+
+def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """The file with whatever Ray fills in, such as commands that install packages where the file has none."""
+    from ray.autoscaler._private.util import fillout_defaults
+
+    try:
+        return fillout_defaults(config)
+    except Exception:  # `_ray_problems` says why
+        return config
+
+
+def _table(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _open_starts(config: dict[str, Any]) -> Iterator[str]:
@@ -74,20 +104,22 @@ def _open_starts(config: dict[str, Any]) -> Iterator[str]:
                 yield f"{name}: the dashboard listens on {host}; make it 127.0.0.1 and tunnel to it"
 
 
-def _open_networks(config: dict[str, Any]) -> Iterator[str]:
-    """Rules of an AWS security group that let the whole world in."""
-    provider = config.get("provider") or {}
-    if provider.get("type") != "aws":
-        return
-    rules = (provider.get("security_group") or {}).get("IpPermissions") or []
-    if not rules:
-        yield "provider.security_group: none, so Ray opens ssh to the world; name your network"
-    for address in (address for rule in rules for address in rule.get("IpRanges") or []):
-        network = str(address.get("CidrIp"))
-        try:
-            prefix = ipaddress.ip_network(network).prefixlen
-        except ValueError:
-            yield f"provider.security_group: {network} is no network; write 198.51.100.0/24"
-            continue
-        if prefix < 8:
-            yield f"provider.security_group: {network} is the whole world; name your network"
+def _missing_files(config: dict[str, Any]) -> Iterator[str]:
+    """Files to bring to the machines that are not here; Ray fails at them without saying so in words."""
+    for remote, local in _table(config.get("file_mounts")).items():
+        if not Path(str(local)).expanduser().exists():
+            advice = "ray get-auth-token --generate" if "auth_token" in str(local) else "give the command in its folder"
+            yield f"file_mounts.{remote}: no {local} here ({advice})"
+
+
+def find_file(config: dict[str, Any], path: str) -> Path | None:
+    """Where a file that the file_mounts bring to a machine's ``path`` is here; None if they do not."""
+    home = f"/home/{_table(config.get('auth')).get('ssh_user', 'ubuntu')}"
+
+    def absolute(remote: str) -> PurePosixPath:
+        return PurePosixPath(re.sub(r"^(~|\$HOME|\$\{HOME\})(?=/|$)", home, remote))
+
+    for remote, local in _table(config.get("file_mounts")).items():
+        if absolute(path).is_relative_to(absolute(remote)):
+            return Path(str(local)).expanduser() / absolute(path).relative_to(absolute(remote))
+    return None

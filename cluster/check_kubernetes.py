@@ -13,34 +13,30 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from cluster.check_versions import open_versions
 from cluster.session import SessionError
 
 if TYPE_CHECKING:
     from jsonschema import ValidationError
 
 KINDS = ("RayCluster", "RayJob")
-EXAMPLES = ("registry.example.com", "arn:aws:iam::123456789012", "s3://your-")  # in the shipped files
 
 
-def check_manifests(documents: list[dict[str, Any]], text: str) -> tuple[list[str], list[str]]:
-    """All problems of a KubeRay file, and the example values still in it; a line each.
-
-    Args:
-        documents: the YAML documents of the file.
-        text: the file itself.
+def check_manifests(documents: list[dict[str, Any]]) -> list[str]:
+    """All problems of the YAML documents of a KubeRay file; a line each.
 
     Raises:
         SessionError: kubernetes-validate is not installed.
     """
-    problems = []
+    problems: list[str] = []
     for document in map(without_nulls, documents):
         kind = document.get("kind")
         name = f"{kind} {(document.get('metadata') or {}).get('name', '')}".strip()
         lines = ray_problems(document) if kind in KINDS else kubernetes_problems(document)
-        problems += [f"{name}: {line}" for line in lines]
+        problems += [f"{name}: {line}" for line in (*lines, *open_versions(document))]
     if not any(document.get("kind") in KINDS for document in documents):
         problems.append("neither a RayCluster nor a RayJob in it; see cluster/kuberay/")
-    return problems, [f"{example} is the example's: put your own" for example in EXAMPLES if example in text]
+    return problems
 
 
 def without_nulls(value: Any) -> Any:

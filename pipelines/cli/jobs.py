@@ -154,19 +154,18 @@ def retry(job: Job, address: Server = None, wait: Wait = True) -> None:
 def cluster_check(
     file: Annotated[Path, typer.Argument(help="File for `ray up` or KubeRay, such as ray_cluster.yaml")],
 ) -> None:
-    """Find errors in a cluster file (exit code 1), and example values to replace, before any machine starts."""
+    """Find errors in a cluster file, and example values still in it (exit code 1), before any machine starts."""
     from cluster.check_file import check_cluster_file
 
-    problems, examples = check_cluster_file(file)
+    findings = check_cluster_file(file)
     console = Console()
-    for problem in problems:
-        console.print(f"[red]wrong[/red]  {escape(problem)}", highlight=False, soft_wrap=True)
-    for example in examples:
-        console.print(f"[yellow]change[/yellow] {escape(example)}", highlight=False, soft_wrap=True)
-    if problems:
+    kinds = (("[red]wrong[/red] ", findings.problems), ("[yellow]change[/yellow]", findings.examples))
+    for kind, lines in (*kinds, ("note  ", findings.notes)):
+        for line in lines:
+            console.print(f"{kind} {escape(line)}", highlight=False, soft_wrap=True)
+    if findings.problems or findings.examples:
         raise typer.Exit(STOPPED)
-    if not examples:
-        console.print("nothing wrong found", highlight=False)
+    console.print("nothing wrong found", highlight=False)
 
 
 commands.add_typer(jobs_app, name="jobs")

@@ -7,23 +7,59 @@ from typer.testing import CliRunner
 from cluster.check_file import EXAMPLES, check_cluster_file
 from pipelines.cli.main import app
 
-SHIPPED = Path(__file__).parents[2] / "ray_cluster.yaml"
+ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "ray_cluster.yaml"
+
+
+@pytest.fixture(autouse=True)
+def checkout(tmp_path, monkeypatch):
+    """The checkout as the current folder, and a home with a token."""
+    (tmp_path / "home/.ray").mkdir(parents=True)
+    (tmp_path / "home/.ray/auth_token").write_text("x")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(ROOT)
+
+
+def changed(text):
+    """The file with values of one's own in place of the examples."""
+    for example in EXAMPLES:
+        text = text.replace(example, example.replace("0123456789", "9876543210"))
+    return text
 
 
 def test_ray_accepts_the_shipped_file_which_names_what_to_change():
-    problems, unchanged = check_cluster_file(SHIPPED)
-    assert problems == []
-    assert len(unchanged) == len(EXAMPLES)
+    problems, examples, notes = check_cluster_file(SHIPPED)
+    assert (problems, notes) == ([], [])
+    assert [line.split()[0] for line in examples] == [example for example in EXAMPLES if example in SHIPPED.read_text()]
     config = yaml.safe_load(SHIPPED.read_text())
     types = config["available_node_types"]
     assert {name for name, node in types.items() if "InstanceMarketOptions" in node["node_config"]} == {"gpu_spot"}
-    assert all("IamInstanceProfile" in node["node_config"] for node in types.values())
+    assert {name for name, node in types.items() if node["resources"].get("memory") == 0} == {"head"}
 
 
-def broken(change):
-    config = yaml.safe_load(SHIPPED.read_text())
-    change(config)
-    return config
+@pytest.mark.parametrize("name", ["ray_cluster.yaml"])
+def test_every_line_to_change_is_refused_until_it_is_changed(tmp_path, name):
+    text = (ROOT / name).read_text()
+    code = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    marked = [line for line in code if "CHANGE" in line]
+    assert marked == [line for line in code if any(example in line for example in EXAMPLES)]
+    outcome = CliRunner().invoke(app, ["cluster", "check", name])
+    assert outcome.exit_code == 1
+    assert len([line for line in outcome.stdout.splitlines() if line.startswith("change")]) == len(marked)
+    path = tmp_path / "mine.yaml"
+    path.write_text(changed(text))
+    outcome = CliRunner().invoke(app, ["cluster", "check", str(path)])
+    assert (outcome.exit_code, outcome.stdout) == (0, "nothing wrong found\n")
+
+
+def node(config, name="gpu_spot"):
+    return config["available_node_types"][name]["node_config"]
+
+
+def group(config, **rule):
+    config["provider"]["security_group"] = {
+        "IpPermissions": [{"FromPort": 22, "ToPort": 22, "IpProtocol": "tcp"} | rule]
+    }
 
 
 @pytest.mark.parametrize(
@@ -32,9 +68,15 @@ def broken(change):
         (lambda c: c.update(idle_timeout="10"), ["idle_timeout"]),
         (lambda c: c.update(head_node_type="boss"), ["head_node_type"]),
         (lambda c: c["available_node_types"]["gpu_spot"].update(min_workers=99), ["max_workers"]),
-        (lambda c: c["provider"].pop("security_group"), ["security_group", "world"]),
-        (lambda c: rule(c).update(CidrIp="0.0.0.0/0"), ["0.0.0.0/0", "world"]),
-        (lambda c: rule(c).update(CidrIp="my office"), ["my office", "no network"]),
+        (lambda c: node(c).update(ImageId="latest_dlami"), ["gpu_spot", "ImageId", "latest_dlami", "Python 3.6"]),
+        (lambda c: node(c).update(ImageId="LATEST_DLAMI"), ["gpu_spot", "ImageId", "Python 3.6"]),
+        (lambda c: node(c).pop("ImageId"), ["gpu_spot", "ImageId: none", "Python 3.6"]),
+        (lambda c: node(c).update(ImageId="ubuntu-24.04"), ["ImageId", "no id of an image"]),
+        (lambda c: node(c).pop("SecurityGroupIds"), ["gpu_spot", "SecurityGroupIds", "world"]),
+        (lambda c: node(c).pop("IamInstanceProfile"), ["gpu_spot", "IamInstanceProfile"]),
+        (lambda c: group(c, IpRanges=[{"CidrIp": "0.0.0.0/0"}]), ["0.0.0.0/0", "world"]),
+        (lambda c: group(c, Ipv6Ranges=[{"CidrIpv6": "::/0"}]), ["::/0", "world"]),
+        (lambda c: group(c, IpRanges=[{"CidrIp": "my office"}]), ["my office", "no network"]),
         (lambda c: c.update(head_start_ray_commands=["ray start --head"]), ["RAY_AUTH_MODE=token"]),
         (lambda c: c.update(worker_start_ray_commands=[]), ["worker_start_ray_commands"]),
         (
@@ -42,20 +84,45 @@ def broken(change):
             ["dashboard", "0.0.0.0"],
         ),
         (lambda c: c.update(setup_commands=["export AWS_SECRET_ACCESS_KEY=x"]), ["credentials", "IamInstanceProfile"]),
+        (lambda c: c.update(setup_commands=["pip install ray"]), ["setup_commands: ray", "requirements.lock"]),
+        (lambda c: c["available_node_types"]["cpu"].update(worker_setup_commands=["pip install x"]), ["cpu", "x: "]),
+        (lambda c: c.pop("head_setup_commands"), ["head_setup_commands: boto3>=1.4.8"]),  # Ray's own default
+        (lambda c: c.pop("setup_commands"), ["setup_commands: ray[default] @ https"]),
+        (lambda c: c.update(docker={"image": "rayproject/ray", "container_name": "r"}), ["docker.image", "version"]),
+        (lambda c: c["file_mounts"].update({"/home/ubuntu/glad/requirements.lock": "none.lock"}), ["none.lock"]),
+        (lambda c: c["file_mounts"].pop("/home/ubuntu/glad/requirements.lock"), ["cannot be checked", "file_mounts"]),
     ],
 )
-def test_every_mistake_is_one_line_with_its_place(tmp_path, change, words):
+def test_every_mistake_has_a_line_with_its_place(tmp_path, change, words):
+    config = yaml.safe_load(changed(SHIPPED.read_text()))
+    change(config)
     path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump(broken(change)))
+    path.write_text(yaml.safe_dump(config))
     outcome = CliRunner().invoke(app, ["cluster", "check", str(path)])
     assert outcome.exit_code == 1, outcome.output
-    (line,) = [line for line in outcome.stdout.splitlines() if line.startswith("wrong")]
-    for word in words:
-        assert word in line
+    lines = [line for line in outcome.stdout.splitlines() if line.startswith("wrong")]
+    assert any(all(word in line for word in words) for line in lines), outcome.stdout
 
 
-def rule(config):
-    return config["provider"]["security_group"]["IpPermissions"][0]["IpRanges"][0]
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c.update(max_workers=8), "but 8 GPUs may come"),
+        (lambda c: node(c).update(InstanceType="g5.12xlarge"), "but 34 GPUs may come"),
+        (lambda c: c["available_node_types"]["gpu_spot"].update(resources={"GPU": 4}), "but 34 GPUs may come"),
+        (lambda c: node(c).update(InstanceType="g9.xlarge"), "see that it is the GPUs of all g9.xlarge"),
+        (lambda c: c["available_node_types"]["head"]["resources"].pop("gpus_to_come"), "is 0, but 10"),
+    ],
+)
+def test_gpus_to_come_that_do_not_come_are_noted(tmp_path, change, words):
+    config = yaml.safe_load(changed(SHIPPED.read_text()))
+    change(config)
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(config))
+    outcome = CliRunner().invoke(app, ["cluster", "check", str(path)])
+    (line,) = [line for line in outcome.stdout.splitlines() if line.startswith("note")]
+    assert words in line
+    assert outcome.exit_code == 0
 
 
 def test_files_that_are_no_cluster_files(tmp_path):
