@@ -202,6 +202,15 @@ def link(source: str, target: str) -> bool:
     return True
 
 
+def linked(source: str, target: Path) -> bool:
+    """Give a file a second name, if both are on one disk that can do so."""
+    try:
+        os.link(source, target)
+    except OSError:
+        return False
+    return True
+
+
 def _hard_link(source: str | Path, target: str) -> None:
     try:
         os.link(source, target)
@@ -226,7 +235,6 @@ def publish(folder: Path, target: Path, last: str) -> bool:
     try:
         with whole_folder(target) as partial:
             shutil.copytree(folder, partial, dirs_exist_ok=True)
-            partial.chmod(0o755)  # mkdtemp makes it private
     except OSError:
         if not (target / last).is_file():
             raise
@@ -245,6 +253,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         yield partial
+        partial.chmod(0o755)  # mkdtemp makes it private
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

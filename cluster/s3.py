@@ -324,11 +324,34 @@ def publish(connection: Connection, folder: Path, path: str, last: str) -> None:
         OSError: as the server answers.
     """
     names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
-    target = filesystem(connection, background_writes=False)
     for name in [name for name in names if name != last] + [last]:
-        # Not pyarrow.fs.copy_files: of a file smaller than a chunk it drops the error that closing the upload raises.
-        with (folder / name).open("rb") as source, target.open_output_stream(f"{path}/{name}") as upload:
-            shutil.copyfileobj(source, upload, COPY_CHUNK)
+        send(connection, folder / name, f"{path}/{name}")
+
+
+def send(connection: Connection, file: Path, path: str) -> None:
+    """Copy a local file to ``path`` (``bucket/key``), a chunk at a time.
+
+    Raises:
+        OSError: as the server answers.
+    """
+    target = filesystem(connection, background_writes=False)
+    # Not pyarrow.fs.copy_files: of a file smaller than a chunk it drops the error that closing the upload raises.
+    with file.open("rb") as source, target.open_output_stream(path) as upload:
+        shutil.copyfileobj(source, upload, COPY_CHUNK)
+
+
+def copy(connection: Connection, source: str, target: str) -> None:
+    """Copy an object of any size within the server. (One request copies 5 GB at most; s3fs makes several.)
+
+    Raises:
+        OSError: as the server answers.
+    """
+    from botocore.exceptions import BotoCoreError
+
+    try:
+        _creating(connection).cp_file(source, target)
+    except BotoCoreError as error:
+        raise OSError(str(error)) from error
 
 
 def fetch(connection: Connection, path: str, file: Path) -> None:

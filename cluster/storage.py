@@ -10,7 +10,7 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -277,6 +277,40 @@ class Storage(s3.Connection):
                 return local.publish(folder, Path(path), last)
             s3.publish(self, folder, path, last)
             return True
+
+    def assemble(self, uri: str, sources: Mapping[str, str], last: str, data: bytes, linked: bool = False) -> bool:
+        """Make the folder ``uri`` of copies of files: whole or not at all, with the file ``last`` after all others.
+
+        Args:
+            sources: location of each file, by its name in the new folder.
+            data: content of the file ``last``.
+            linked: on one disk link the files instead, for a folder that is deleted soon.
+
+        Returns:
+            False if ``last`` is there already, so that somebody else was first.
+        """
+        if self.kind(join(uri, last)) == "file":
+            return False
+        _, path = self.resolve(uri)
+        with clear_errors(uri, self):
+            if is_s3(uri):
+                for name, source in sources.items():
+                    self._copy_to_s3(source, f"{path}/{name}")
+                return s3.create(self, f"{path}/{last}", data)
+            with local.whole_folder(Path(path)) as partial:
+                for name, source in sources.items():
+                    (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                    if not (linked and not is_s3(source) and local.linked(local_path(source), partial / name)):
+                        self.fetch(source, partial / name)
+                (partial / last).write_bytes(data)
+        return True
+
+    def _copy_to_s3(self, source: str, path: str) -> None:
+        _, source_path = self.resolve(source)
+        if is_s3(source):
+            s3.copy(self, source_path, path)
+        else:
+            s3.send(self, Path(source_path), path)
 
     def fetch(self, uri: str, target: Path) -> None:
         """Copy one file to a new local one, in little memory. After trouble of the connection it goes on where it was.

@@ -207,16 +207,30 @@ def verify(path: str | Path) -> Description:
 
 def update_settings(path: str | Path, settings: Settings, provenance: dict[str, Any]) -> str:
     """Give a bundle new settings, and more provenance; the weights stay. Returns the new model id."""
-    description = read_description(path)
+    description = with_settings(read_description(path), settings, provenance)
+    _write(Path(path), description)
+    return description.model_id
+
+
+def with_settings(description: Description, settings: Settings, provenance: dict[str, Any]) -> Description:
+    """The description of the same weights with new settings, and more provenance."""
     merged = {**description.provenance, **provenance}
-    return write_description(Path(path), settings.model_dump(), description.category, merged).model_id
+    return _describe(settings.model_dump(), description.category, merged, description.files)
 
 
 def write_description(path: Path, settings: dict[str, Any], category: str, provenance: dict[str, Any]) -> Description:
     """Write ``glad.json`` for the files that are in a bundle's folder now, and return it."""
     names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file() and file.name != GLAD_JSON)
     files = {name: FileEntry(size=(path / name).stat().st_size, sha256=_sha256(path / name)) for name in names}
-    description = Description(
+    description = _describe(settings, category, provenance, files)
+    _write(path, description)
+    return description
+
+
+def _describe(
+    settings: dict[str, Any], category: str, provenance: dict[str, Any], files: dict[str, FileEntry]
+) -> Description:
+    return Description(
         schema_version=SCHEMA_VERSION,
         model_id=_model_id(settings, category, files),
         category=category,
@@ -225,10 +239,17 @@ def write_description(path: Path, settings: dict[str, Any], category: str, prove
         versions=versions("glad-ray", "torch", "diffusers", "timm"),
         files=files,
     )
+
+
+def text_of(description: Description) -> bytes:
+    """The content of ``glad.json``."""
+    return (description.model_dump_json(indent=1) + "\n").encode()
+
+
+def _write(path: Path, description: Description) -> None:
     partial = path / f".{GLAD_JSON}.new"
-    partial.write_text(description.model_dump_json(indent=1) + "\n")
+    partial.write_bytes(text_of(description))
     partial.rename(path / GLAD_JSON)  # atomic: a reader sees the old or the new one
-    return description
 
 
 def _model_id(settings: dict[str, Any], category: str, files: dict[str, FileEntry]) -> str:

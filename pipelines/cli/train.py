@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -172,7 +171,7 @@ def retrain(
 @commands.command(epilog="Example: glad calibrate good/ --model bundle --out calibrated --target-fpr 0.01")
 def calibrate(
     model: Annotated[str, typer.Option(help="Bundle to calibrate, local or s3://; 'small' is the built-in one")],
-    out: Annotated[Path, typer.Option(help="Calibrated bundle to write")],
+    out: Annotated[str, typer.Option(help="Calibrated bundle to write, local or s3://")],
     good: Annotated[
         str | None,
         typer.Argument(help="Good images that the model was not trained on: folder, glob, list or tar files"),
@@ -229,4 +228,4 @@ def calibrate(
     )
     with says_if_stopped("nothing was written"):
         model_id = job.calibrate(request, Console())
-    Console().print(f"bundle {model_id} in {escape(str(out))}", highlight=False)
+    Console().print(f"bundle {model_id} in {escape(out)}", highlight=False)

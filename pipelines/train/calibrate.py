@@ -5,11 +5,11 @@ The threshold is set on scores of the scoring job itself, so the same archives a
 
 from __future__ import annotations
 
-import shutil
-import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from cluster import session
-from cluster.storage import Storage, StorageError, absolute, is_s3
-from glad_core.bundle.glad_json import Description, read_description, update_settings
+from cluster.storage import Storage, StorageError, absolute, join
+from glad_core.bundle.glad_json import Description, with_settings
 from glad_core.bundle.model import load_bundle
 from glad_core.bundle.settings import Profile, Settings
 from glad_core.calibration import Calibrator, conformal_quantile, images_needed, judged_images
@@ -30,7 +30,8 @@ from glad_core.foreground import ForegroundMode
 from pipelines.archive.fetch import fetch, neighbours
 from pipelines.archive.picture import ImageError, decode
 from pipelines.archive.sources import list_source
-from pipelines.models.find import SMALL, local_bundle
+from pipelines.models.find import bundle_location, describe, local_bundle
+from pipelines.models.variant import check_free, write_variant
 from pipelines.runs.feedback import require_marks
 from pipelines.runs.query import DECIDED
 from pipelines.runs.run import Run
@@ -48,7 +49,7 @@ class CalibrateRequest:
     source: str | None
     run: str | None
     model: str
-    out: Path
+    out: str
     target_fpr: float
     threshold_only: bool
     foreground_mode: ForegroundMode
@@ -75,30 +76,81 @@ def calibrate(request: CalibrateRequest, console: Console) -> str:
     """
     _check(request)
     storage = Storage.from_environment()
-    base = local_bundle(request.model, storage)
-    read_description(base)
-    with tempfile.TemporaryDirectory(dir=_parent(request.out)) as folder:
-        bundle = Path(folder) / "bundle"
-        shutil.copytree(base, bundle)
-        description = read_description(bundle)
-        settings = Settings.parse(description.settings, str(base))
-        if request.run is None:
-            if not request.threshold_only:
-                settings = _choose_steps(request, base, description, storage, console)
-                update_settings(bundle, settings, {})
-            run = _score(request, bundle, Path(folder) / "run", console)
-        else:
-            run = Run.at(request.run, storage)
-        scores = _read_scores(run, request.feedback)
-        if request.run is not None and scores.model_ids != {description.model_id}:
+    base, out = bundle_location(request.model), absolute(request.out)
+    check_free(out, storage)
+    description = describe(base, storage)
+    settings = Settings.parse(description.settings, base)
+    if request.run is None:
+        with _workplace(out, storage) as work:
+            settings, scores = _judge(request, base, description, settings, work, storage, console)
+    else:
+        scores = _read_scores(Run.at(request.run, storage), request.feedback)
+        if scores.model_ids != {description.model_id}:
             judges = ", ".join(sorted(scores.model_ids))
             raise GladError(f"{request.run} was scored by {judges}, --model is {description.model_id}")
-        threshold = _threshold(scores.good, request.target_fpr)
-        provenance = {"target_fpr": request.target_fpr, "calibration_images": len(scores.good)}
-        model_id = update_settings(bundle, settings.model_copy(update={"threshold": threshold}), provenance)
-        bundle.rename(request.out)
+    threshold = _threshold(scores.good, request.target_fpr)
+    provenance = {"target_fpr": request.target_fpr, "calibration_images": len(scores.good)}
+    calibrated = with_settings(description, settings.model_copy(update={"threshold": threshold}), provenance)
+    write_variant(base, calibrated, out, storage)
     _report(request, settings, scores, threshold, console)
-    return model_id
+    return calibrated.model_id
+
+
+@contextmanager
+def _workplace(out: str, storage: Storage) -> Iterator[str]:
+    """The folder OUT.calibrate for the bundle and the run of the meantime, which the whole cluster can read.
+
+    It is deleted at the end, and what a killed command left of it at the beginning.
+
+    Raises:
+        GladError: it holds something else, or another command has begun anew in it. StorageError: not writable.
+    """
+    work, token = f"{out}.calibrate", uuid.uuid4().hex.encode()
+    claim = join(work, "claim")
+
+    def clear() -> None:
+        for name in ("run", "bundle"):
+            storage.delete_folder(join(work, name))
+        storage.delete_file(claim)  # last: without it nothing says that the folder is ours
+        storage.delete_folder(work)
+
+    if storage.kind(claim) == "file":
+        clear()
+    elif storage.kind(work) == "folder" and next(storage.walk(work), None) is not None:
+        raise GladError(f"{work} is in the way: choose another --out, or move that folder")
+    try:
+        begun = storage.create(claim, token)
+    except StorageError as error:
+        raise StorageError(f"cannot write {work}: choose another --out ({error})") from error
+    try:
+        if begun:
+            yield work
+    finally:
+        alone = storage.read_all([claim])[0] == token
+        if alone:
+            clear()
+    if not alone:
+        raise GladError(f"another `glad calibrate` writes to {work}, so this one stops")
+
+
+def _judge(
+    request: CalibrateRequest,
+    base: str,
+    description: Description,
+    settings: Settings,
+    work: str,
+    storage: Storage,
+    console: Console,
+) -> tuple[Settings, Scores]:
+    """The settings with their denoising steps chosen, unless they are to stay, and the scores that they give."""
+    if not request.threshold_only:
+        settings = _choose_steps(request, base, description, storage, console)
+    bundle = join(work, "bundle")
+    write_variant(base, with_settings(description, settings, {}), bundle, storage, linked=True)
+    assert request.source is not None
+    run = join(work, "run")
+    score(ScoreRequest(request.source, run, model=bundle, seed=request.seed, address=request.address), console)
+    return settings, _read_scores(Run.at(run, storage), with_feedback=False)
 
 
 def _check(request: CalibrateRequest) -> None:
@@ -108,20 +160,10 @@ def _check(request: CalibrateRequest) -> None:
         raise GladError("--feedback needs --run, the run whose alarms were marked in `glad view`")
     if request.run is not None and not request.threshold_only:
         raise GladError("a finished run fixes the denoising steps: add --threshold-only, or give the good images")
-    if request.out.exists():
-        raise GladError(f"{request.out} already exists: choose another --out or remove it")
-
-
-def _parent(out: Path) -> Path:
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise GladError(f"cannot write {out.parent}: {error.strerror}; choose another --out") from error
-    return out.parent
 
 
 def _choose_steps(
-    request: CalibrateRequest, base: Path, description: Description, storage: Storage, console: Console
+    request: CalibrateRequest, base: str, description: Description, storage: Storage, console: Console
 ) -> Settings:
     """T, δ and min_step from up to `STEP_IMAGES` good images, evenly spread over the source.
 
@@ -141,20 +183,18 @@ def _choose_steps(
     actors = plan_actors(session.resources(), ActorWishes(address=request.address), weights)
     gpu = actors.num_gpus > 0
     cpus = max(session.node_cpus()) if request.address is None and not gpu else actors.num_cpus
-    profile = request.profile or Settings.parse(description.settings, str(base)).profile
+    profile = request.profile or Settings.parse(description.settings, base).profile
     console.print(
         f"choosing the denoising steps on {len(few)} of {len(rows)} images, "
         f"{judged_images(len(few), profile) - len(few)} reconstructions on {'a GPU' if gpu else f'{cpus:g} CPUs'}",
         highlight=False,
     )
-    # A location that every machine can read, if the user gave one.
-    bundle = request.model if is_s3(request.model) or request.model == SMALL else str(base)
     task: Any = ray.remote(num_cpus=cpus, num_gpus=actors.num_gpus)(steps_from)
     try:
         with console.status(""):
             chosen, skipped = ray.get(
                 task.remote(
-                    few, bundle, description.model_id, storage, gpu, profile, request.foreground_mode, request.seed
+                    few, base, description.model_id, storage, gpu, profile, request.foreground_mode, request.seed
                 )
             )
     except ray.exceptions.RayError as error:
@@ -193,16 +233,6 @@ def steps_from(
     if not good:
         raise GladError(f"none of the good images can be read; the first: {skipped[0]}")
     return Calibrator(model, profile, foreground_mode, seed=seed).choose_steps(good, names=names), skipped
-
-
-def _score(request: CalibrateRequest, bundle: Path, folder: Path, console: Console) -> Run:
-    """A run of the scoring job over the good images."""
-    assert request.source is not None
-    score(
-        ScoreRequest(request.source, str(folder), model=str(bundle), seed=request.seed, address=request.address),
-        console,
-    )
-    return Run.at(str(folder))
 
 
 def _read_scores(run: Run, with_feedback: bool) -> Scores:

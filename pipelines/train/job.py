@@ -22,6 +22,7 @@ from cluster.storage import Storage, absolute, join
 from glad_core.bundle.glad_json import GLAD_JSON, read_description
 from glad_core.errors import GladError
 from pipelines.models.find import describe
+from pipelines.models.variant import check_free
 from pipelines.train.good_images import GoodImage, apply_feedback, good_images
 from pipelines.train.plan import TrainRequest, claim_work, plan_job, with_resources
 from pipelines.train.side_by_side import run_side_by_side, send_event
@@ -46,8 +47,7 @@ def train(request: TrainRequest, console: Console) -> str:
     if changes:
         console.print(changes, highlight=False, soft_wrap=True)
     job = plan_job(request, list(images), storage, name=" ".join(images), work=f"{out}.train")
-    if storage.kind(out) != "none":
-        raise GladError(f"{out} already exists: choose another --out or remove it")
+    check_free(out, storage)
     claim_work(storage, job.work)
     session.connect(request.address)
     job = with_resources(job, request)

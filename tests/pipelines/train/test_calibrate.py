@@ -3,9 +3,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from cluster.storage import Storage, StorageError
 from glad_core.bundle.glad_json import read_description, verify
 from glad_core.calibration import conformal_quantile
+from glad_core.errors import GladError
 from pipelines.cli.main import app
+from pipelines.train import calibrate
 
 
 def run(*arguments):
@@ -62,3 +65,35 @@ def test_mistakes_are_one_line(tmp_path: Path, tiny_bundle) -> None:
     refused(run("calibrate", tmp_path / "empty", "--model", tiny_bundle, "--out", tmp_path / "x"), "no images in it")
     options = ["--model", tiny_bundle, "--out", tmp_path / "x", "--threshold-only"]
     refused(run("calibrate", "--run", tmp_path, *options), "no finished run")
+
+
+def test_the_folder_of_the_meantime(tmp_path: Path) -> None:
+    storage, out = Storage(), str(tmp_path / "out")
+    work = tmp_path / "out.calibrate"
+    with calibrate._workplace(out, storage) as location:
+        (work / "run").mkdir()
+        (work / "run" / "run.json").write_text("{}")
+        assert location == str(work)
+    assert not work.exists()
+
+    (work / "bundle").mkdir(parents=True)  # of a killed command
+    (work / "bundle" / "glad.json").write_text("{}")
+    (work / "claim").write_text("its own")
+    with calibrate._workplace(out, storage):
+        assert [path.name for path in work.iterdir()] == ["claim"]
+
+    work.mkdir()
+    (work / "notes").write_text("of somebody else")
+    with pytest.raises(GladError, match="is in the way"), calibrate._workplace(out, storage):
+        pytest.fail("used")
+    (work / "notes").unlink()
+
+    def two() -> None:
+        with calibrate._workplace(out, storage), calibrate._workplace(out, storage):
+            pass
+
+    with pytest.raises(GladError, match="another `glad calibrate` writes to"):
+        two()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="choose another --out"), calibrate._workplace(f"{tmp_path}/file/x", storage):
+        pytest.fail("used")
