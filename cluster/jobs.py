@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import shlex
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster import versions
 from cluster.session import QUIET, SessionError
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ def submit(client: JobSubmissionClient, arguments: Sequence[str]) -> str:
         entrypoint=shlex.join(["python", "-m", "pipelines.cli", *arguments]),
         runtime_env={
             "py_modules": [str(root / name) for name in ("glad_core", "pipelines", "cluster")],
-            "env_vars": environment | QUIET,
+            "env_vars": environment | QUIET | {versions.SENT_FROM: json.dumps(versions.installed())},
         },
         metadata={"glad": shlex.join(arguments)},
     )

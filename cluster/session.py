@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from cluster.local_ray import LocalRay
+from cluster.nodes import NotShared, check_nodes
 
 if TYPE_CHECKING:
     from ray.autoscaler.v2.schema import ClusterStatus
@@ -45,14 +47,18 @@ class SessionError(Exception):
     """Ray could not be started or reached. The message is one line with the way out."""
 
 
-def connect(address: str | None = None) -> None:
+def connect(address: str | None = None, reads: Sequence[str] = (), writes: Sequence[str] = ()) -> None:
     """Start Ray on this machine, or join the cluster at ``address`` (``host:port`` or ``auto``); says so on stderr.
 
     An existing session of this process is used as it is. Ray itself handles the authentication token
-    (``RAY_AUTH_MODE``, ``RAY_AUTH_TOKEN_PATH``).
+    (``RAY_AUTH_MODE``, ``RAY_AUTH_TOKEN_PATH``). What of a cluster differs from this machine is said (`check_nodes`).
+
+    Args:
+        reads, writes: absolute locations that tasks on all machines read and write.
 
     Raises:
-        SessionError: nothing answers at ``address``, or Ray cannot be started.
+        SessionError: nothing answers at ``address``, Ray cannot be started, or other machines of the cluster do not
+            have one of the locations.
     """
     os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
     ray: Any = sys.modules.get("ray")  # to import it takes seconds, and the user shall know before
@@ -63,12 +69,28 @@ def connect(address: str | None = None) -> None:
         except Exception as error:  # Ray raises plain ones
             if isinstance(error, SessionError):
                 raise
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = _other_versions(str(error)) or f"{reason}; check --address and the authentication token"
             ray_at = f"the Ray cluster at {address}" if address else "Ray on this machine"
-            raise SessionError(
-                f"cannot use {ray_at}: {reason}; check --address and the authentication token"
-            ) from error
+            raise SessionError(f"cannot use {ray_at}: {reason}") from error
+        if address is not None:
+            try:
+                check_nodes(reads, writes)
+            except NotShared as error:
+                raise SessionError(str(error)) from error
     configure_ray_data()
+
+
+def _other_versions(message: str) -> str | None:
+    """Ray's paragraph about its own version and Python's as a few words; None if ``message`` is another one."""
+    found = re.findall(r"Ray: (\S+)\s+Python: (\S+)", message)
+    if len(found) != 2:
+        return None
+    (ray, python), (own_ray, own_python) = found
+    return (
+        f"it has Ray {ray} and Python {python}, this machine Ray {own_ray} and Python {own_python}: install the same "
+        "here, or send the command with `glad submit`"
+    )
 
 
 def _start() -> str:

@@ -143,13 +143,15 @@ def _judge(
     console: Console,
 ) -> tuple[Settings, Scores]:
     """The settings with their denoising steps chosen, unless they are to stay, and the scores that they give."""
-    if not request.threshold_only:
-        settings = _choose_steps(request, base, description, storage, console)
-    bundle = join(work, "bundle")
-    write_variant(base, with_settings(description, settings, {}), bundle, storage, linked=True)
     assert request.source is not None
-    run = join(work, "run")
-    score(ScoreRequest(request.source, run, model=bundle, seed=request.seed, address=request.address), console)
+    source = absolute(request.source)
+    rows = [] if request.threshold_only else _good_images(source, storage)
+    session.connect(request.address, reads=[base, source], writes=[work])
+    if rows:
+        settings = _choose_steps(request, base, description, rows, storage, console)
+    bundle, run = join(work, "bundle"), join(work, "run")
+    write_variant(base, with_settings(description, settings, {}), bundle, storage, linked=True)
+    score(ScoreRequest(source, run, model=bundle, seed=request.seed, address=request.address), console)
     return settings, _read_scores(Run.at(run, storage), with_feedback=False)
 
 
@@ -162,8 +164,20 @@ def _check(request: CalibrateRequest) -> None:
         raise GladError("a finished run fixes the denoising steps: add --threshold-only, or give the good images")
 
 
+def _good_images(source: str, storage: Storage) -> list[dict[str, Any]]:
+    rows = [row for row in list_source(source, None, storage) if row.get("error_type") is None]
+    if not rows:
+        raise GladError(f"{source}: no images in it; name a folder, glob, list or tar of good images")
+    return rows
+
+
 def _choose_steps(
-    request: CalibrateRequest, base: str, description: Description, storage: Storage, console: Console
+    request: CalibrateRequest,
+    base: str,
+    description: Description,
+    rows: list[dict[str, Any]],
+    storage: Storage,
+    console: Console,
 ) -> Settings:
     """T, δ and min_step from up to `STEP_IMAGES` good images, evenly spread over the source.
 
@@ -171,13 +185,7 @@ def _choose_steps(
     """
     import ray
 
-    assert request.source is not None
-    source = absolute(request.source)
-    rows = [row for row in list_source(source, None, storage) if row.get("error_type") is None]
-    if not rows:
-        raise GladError(f"{source}: no images in it; name a folder, glob, list or tar of good images")
     few = [rows[index] for index in np.linspace(0, len(rows) - 1, min(len(rows), STEP_IMAGES)).round().astype(int)]
-    session.connect(request.address)
     storage = storage.patient()
     weights = sum(entry.size for entry in description.files.values())
     actors = plan_actors(session.resources(), ActorWishes(address=request.address), weights)
