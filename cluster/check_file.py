@@ -50,7 +50,8 @@ def check_cluster_file(path: Path) -> Findings:
         raise SessionError(f"{path}: a cluster file is a table of settings; see ray_cluster.yaml")
     examples = [f"{example} is the example's: put your own" for example in EXAMPLES if example in str(documents)]
     if "apiVersion" in documents[0]:
-        return Findings(check_manifests(documents), examples, [])
+        problems, notes = check_manifests(documents)
+        return Findings(problems, examples, notes)
     config = documents[0]
     problems = [*_ray_problems(config), *_open_starts(config), *aws_problems(config), *_missing_files(config)]
     problems += open_versions(_with_defaults(config), partial(find_file, config))

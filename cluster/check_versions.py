@@ -59,7 +59,7 @@ def _texts(value: Any, place: str = "", name: str = "") -> Iterator[tuple[str, s
             yield from _texts(item, f"{place}.{key}".lstrip("."), str(key))
     elif isinstance(value, list):
         if name in ("command", "args") and all(isinstance(word, str) for word in value):
-            value = [shlex.join(value)]  # the words of one command of a container
+            value = value if len(value) == 1 else [shlex.join(value)]  # the words of one command of a container
         for item in value:
             yield from _texts(item, place, name)
     elif isinstance(value, str):
