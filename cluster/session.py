@@ -303,6 +303,14 @@ def node_cpus() -> list[float]:
     return [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
 
 
+def gpu_nodes() -> list[tuple[float, float]]:
+    """CPUs and GPUs of every living node that has GPUs."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [(node.get("CPU", 0.0), node["GPU"]) for node in nodes if node.get("GPU")]
+
+
 def root_cause(error: BaseException, *kinds: type[Exception]) -> BaseException:
     """The exception of one of ``kinds`` inside Ray's wrappers, for its one line; else ``error`` itself."""
     layer: BaseException | None = error

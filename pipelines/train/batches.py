@@ -1,27 +1,62 @@
-"""The batches of training: Ray Data tasks on free CPUs decode images and put anomalies into them.
+"""The batches of training: processes beside the trainer decode images and put anomalies into them.
 
-The worker with the GPU only takes finished batches. The content of a batch follows from its position in the sample
-order alone (`samples.sample_at`), so a resumed run gets the same batches.
+The process with the GPU only takes finished batches. The content of a batch follows from its position in the sample
+order alone (`samples.sample_at`), so a resumed run gets the same batches, whichever process makes them. The makers are
+plain actors that use CPUs of their trainer's share. Ray Data would divide what all trainers leave over among all
+streams, on each machine by itself and rounded down: with as many streams as a machine has CPUs left, none for each.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from cluster.session import configure_ray_data
-from cluster.storage import Storage
+from cluster import session
+from cluster.quick_imports import quick_imports
+from cluster.storage import Storage, StorageError
+from glad_core.errors import GladError
 from glad_core.training.recipe import Part, Recipe
+from pipelines.archive.picture import ImageError
 from pipelines.train.good_images import GoodImage
 from pipelines.train.pixels import read_picture, texture_pool
-from pipelines.train.survey import DATA_CPUS
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
-PREFETCHED = 4  # batches ready ahead of the step
+AHEAD = 2  # batches asked of each maker, so that it has the next one to make when it hands one over
+MAX_DEATHS = 8  # of a maker, before its trainer gives up
+
+
+class _Maker:
+    """Makes the rows of batches; an actor, with its own cache of decoded images."""
+
+    def __init__(
+        self,
+        images: list[GoodImage],
+        recipe: Recipe,
+        part: Part,
+        resolution: int,
+        storage: Storage,
+        textures: str | None,
+    ) -> None:
+        with quick_imports():
+            import torch
+
+            from glad_core.training import samples
+        torch.set_num_threads(1)
+        self.samples = samples
+        self.images, self.recipe, self.part, self.resolution = images, recipe, part, resolution
+        self.storage, self.textures = storage, textures
+
+    def make(self, positions: range) -> dict[str, np.ndarray]:
+        """The rows of `samples.make_rows` at these positions of the sample order."""
+        chosen = [self.samples.sample_at(self.recipe, position, len(self.images)) for position in positions]
+        uris = [self.images[sample.index].uri for sample in chosen]
+        pixels = [read_picture(self.storage, uri, self.resolution).pixels for uri in uris]
+        pool = texture_pool(self.storage, self.textures, self.resolution) if self.textures else None
+        return self.samples.make_rows(pixels, chosen, self.recipe, self.part, pool)
 
 
 def batches(
@@ -35,41 +70,41 @@ def batches(
     first_step: int,
     rank: int = 0,
     world: int = 1,
+    makers: int = 1,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """This worker's share of every step from ``first_step`` on, in order, as rows of `samples.make_rows`.
 
+    The tensors share Ray's memory and must not be written to.
+
     Args:
         rank, world: this worker among all.
+        makers: processes that make the batches, on this machine.
+
+    Raises:
+        GladError, StorageError, ImageError: an image or a texture cannot be read any more.
     """
-    import ray.data
+    import ray
     import torch
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    configure_ray_data()
     share = recipe.batch_size // world
-    positions = [
-        {"position": step * recipe.batch_size + rank * share + index}
-        for step in range(first_step, recipe.steps)
-        for index in range(share)
-    ]
-    if not positions:
-        return
-
-    def make(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        import torch  # here: Ray Data's own actor also unpickles this function, and need not import what the tasks do
-
-        from glad_core.training import samples
-
-        torch.set_num_threads(1)
-        chosen = [samples.sample_at(recipe, int(position), len(images)) for position in batch["position"]]
-        pixels = [read_picture(storage, images[sample.index].uri, resolution).pixels for sample in chosen]
-        pool = texture_pool(storage, textures, resolution) if textures else None
-        return samples.make_rows(pixels, chosen, recipe, part, pool)
-
-    # Items need no read task, which would ask for a whole CPU. A task makes the rows of two steps.
-    items = ray.data.from_items(positions, override_num_blocks=max(1, len(positions) // (2 * share)))
-    items.context.execution_options.preserve_order = True
-    rows = items.map_batches(make, batch_size=share, num_cpus=DATA_CPUS)
-    # A split is run by an actor of its own: Ray Data's loop would contend with the training loop for the interpreter.
-    stream = rows.streaming_split(1)[0]
-    for batch in stream.iter_batches(batch_size=share, prefetch_batches=PREFETCHED, batch_format="numpy"):
-        yield {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in batch.items()}
+    starts = range(first_step * recipe.batch_size, recipe.steps * recipe.batch_size, recipe.batch_size)
+    waiting = iter(range(start + rank * share, start + (rank + 1) * share) for start in starts)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(_Maker).options(
+        num_cpus=0, max_restarts=MAX_DEATHS, max_task_retries=-1, scheduling_strategy=here
+    )
+    settings = (images, recipe, part, resolution, storage, textures)
+    pool: deque[Any] = deque(actor.remote(*settings) for _ in range(min(makers, len(starts))))  # the next one first
+    pending: deque[Any] = deque()
+    while True:
+        while len(pending) < AHEAD * len(pool) and (positions := next(waiting, None)) is not None:
+            pending.append(pool[0].make.remote(positions))
+            pool.rotate(-1)
+        if not pending:
+            return
+        try:
+            rows = ray.get(pending.popleft())
+        except ray.exceptions.RayTaskError as error:
+            raise session.root_cause(error, GladError, StorageError, ImageError) from error
+        yield {name: torch.from_numpy(values) for name, values in rows.items()}

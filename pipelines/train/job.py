@@ -1,8 +1,8 @@
 """`glad train`: train one part of a bundle on good images with Ray Train, calibrate it, write a new bundle.
 
-`run_training` is the job, top to bottom: survey the images, train, calibrate, deliver. It is a Ray task, so that `glad
-retrain` can run many of them side by side. It resumes from its last checkpoint, whatever was killed: a worker, a node,
-or the command, which the user then gives again.
+`run_training` is the job, top to bottom: survey the images, train, calibrate, deliver. It runs in a thread of the
+command, which `glad retrain` has many of side by side, and leaves all work to Ray's tasks and workers. It resumes from
+its last checkpoint, whatever was killed: a worker, a node, or the command, which the user then gives again.
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ from pipelines.train.good_images import GoodImage, apply_feedback, good_images
 from pipelines.train.plan import TrainRequest, claim_work, plan_job, with_resources
 from pipelines.train.side_by_side import run_side_by_side, send_event
 from pipelines.train.spec import FATAL, IDENTITY, Deliver, Outcome, TrainJob, clear_work
-from pipelines.train.survey import Survey, survey
-
-MAX_FAILURES = 8  # worker groups lost to killed processes and preempted nodes before a run gives up
+from pipelines.train.survey import TASK_MEMORY, Survey, survey
 
 
 def train(request: TrainRequest, console: Console) -> str:
@@ -76,7 +74,7 @@ def run_training(
     events: Any,
     prepare: Prepare | None = None,
 ) -> Outcome:
-    """One training job from images to a delivered bundle. Runs as a Ray task.
+    """One training job from images to a delivered bundle.
 
     Args:
         images: good images by category.
@@ -86,7 +84,6 @@ def run_training(
     """
     import ray
 
-    session.configure_ray_data()
     job = replace(job, storage=job.storage.patient())
     surveyed = _survey(job, images, events)
     job = replace(job, images=surveyed.fit)
@@ -97,7 +94,7 @@ def run_training(
         job = prepared
     _check_identity(job, surveyed)
     checkpoint = _fit(job, events)
-    finishing = ray.remote(num_cpus=job.cpus, num_gpus=job.gpus)(_finish)
+    finishing = ray.remote(num_cpus=job.cpus, num_gpus=job.gpus, memory=TASK_MEMORY)(_finish)
     return ray.get(finishing.remote(job, surveyed, checkpoint, deliver, events))
 
 
@@ -129,43 +126,24 @@ def _check_identity(job: TrainJob, surveyed: Survey) -> None:
 
 
 def _fit(job: TrainJob, events: Any) -> Any:
-    """Run Ray Train with ``job.workers``, resuming if there is a checkpoint; returns the last checkpoint."""
-    from ray import train as ray_train
-    from ray.train.torch import TorchTrainer
+    """Train with ``job.workers``, resuming if there is a checkpoint; returns the last checkpoint."""
+    from pipelines.train.group import run_group
 
-    filesystem, path = job.storage.resolve(job.work)
-    folder, _, name = path.rpartition("/")
-    trainer = TorchTrainer(
-        _work,
-        train_loop_config={"job": job, "events": events},
-        scaling_config=ray_train.ScalingConfig(
-            num_workers=job.workers,
-            use_gpu=job.gpus > 0,
-            resources_per_worker={"CPU": job.cpus} | ({"GPU": job.gpus} if job.gpus else {}),
-        ),
-        run_config=ray_train.RunConfig(
-            name=name,
-            storage_path=folder,
-            storage_filesystem=filesystem,
-            failure_config=ray_train.FailureConfig(max_failures=MAX_FAILURES),
-            checkpoint_config=ray_train.CheckpointConfig(num_to_keep=2),
-        ),
-    )
     try:
-        result = trainer.fit()
+        checkpoint = run_group(_work, {"job": job, "events": events}, job)
     except Exception as error:
         reason = _fatal(job) or " ".join(str(error).split())[:300]
         raise GladError(f"{job.name}: training failed: {reason}") from error
     fatal = _fatal(job)
     if fatal is not None:
         raise GladError(f"{job.name}: {fatal}")
-    if result.checkpoint is None:
+    if checkpoint is None:
         raise GladError(f"{job.name}: training left no checkpoint in {job.work}; give the same command again")
-    return result.checkpoint
+    return checkpoint
 
 
-# These two are in this light module since Ray's controller and the waiting task unpickle them as well: they would
-# import for seconds what only the worker needs.
+# These two are in this light module since the command's own process has them as well: it would import for seconds what
+# only a worker needs.
 
 
 def _work(config: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from pipelines.train.spec import TrainJob
 from pipelines.train.survey import DATA_CPUS
 
 LEAST_CPUS = 0.25  # of a worker
+MOST_MAKERS = 4  # that one GPU can use: each makes tens of images a second
 # The recipes of `glad train --part dino` and `--part vae`; the UNet's is in the base bundle.
 PART_RECIPES: dict[str, dict[str, Any]] = {
     "dino": {"steps": 300, "batch_size": 8, "learning_rate": 1e-5, "weight_decay": 0.0},
@@ -86,7 +87,8 @@ def claim_work(storage: Storage, work: str) -> None:
 def with_resources(job: TrainJob, request: TrainRequest, parallel: int = 1) -> TrainJob:
     """The job with its share of the connected cluster, if ``parallel`` such jobs run at a time.
 
-    One GPU per worker if there are GPUs or the request is for cuda; otherwise a share of the CPUs (`cpu_share`).
+    One GPU per worker if there are GPUs or the request is for cuda, with CPUs beside it (`gpu_share`); otherwise a
+    share of the CPUs (`cpu_share`).
 
     Raises:
         GladError: more than this machine has. A cluster may grow, so nothing is refused there.
@@ -96,7 +98,8 @@ def with_resources(job: TrainJob, request: TrainRequest, parallel: int = 1) -> T
     if request.device == "cuda" or (request.device is None and gpus):
         if job.workers > gpus and not grows:
             raise GladError(f"{job.workers} workers need as many GPUs, this machine has {gpus:g}: lower --workers")
-        return replace(job, cpus=1.0, gpus=1.0, device="cuda")
+        cpus, makers = gpu_share(session.gpu_nodes())
+        return replace(job, cpus=cpus, gpus=1.0, makers=makers, device="cuda")
     if request.device is not None:
         _check_device(request.device)
     share = cpu_share(session.node_cpus(), job.workers * parallel)
@@ -106,6 +109,22 @@ def with_resources(job: TrainJob, request: TrainRequest, parallel: int = 1) -> T
             "lower the number of workers"
         )
     return replace(job, cpus=max(share, LEAST_CPUS), device=request.device or "cpu")
+
+
+def gpu_share(nodes: list[tuple[float, float]]) -> tuple[float, int]:
+    """CPUs of a worker with a GPU, and how many of its batches' makers they hold.
+
+    Every GPU of the cluster can have as many: one for the worker itself, the others for makers, with `DATA_CPUS`
+    reserved on each node. A node with fewer than two CPUs a GPU still has one maker, which shares.
+
+    Args:
+        nodes: CPUs and GPUs of every node that has GPUs; empty if they are still to come, with two CPUs each at least.
+    """
+    share = min(((cpus - DATA_CPUS) / gpus for cpus, gpus in nodes), default=2.0)
+    if share < 2:
+        return max(LEAST_CPUS, math.floor(share * 100) / 100), 1
+    makers = min(MOST_MAKERS, int(share) - 1)
+    return 1.0 + makers, makers
 
 
 def cpu_share(nodes: list[float], workers: int) -> float:

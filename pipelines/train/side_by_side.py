@@ -1,9 +1,14 @@
-"""Training jobs side by side: each is a Ray task that sends events about its progress, and all are shown live."""
+"""Training jobs side by side: each is a thread that waits for its workers; events about their progress are shown live.
+
+Threads of this one process, since a process for each category would take more memory than a cluster's head has.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,8 +20,8 @@ from cluster import session
 from cluster.storage import StorageError
 from glad_core.errors import GladError
 
-MAX_RETRIES = 8  # of a job whose node died
 LINE_EVERY = 10.0  # seconds between two lines of a job, if there is no terminal
+LOOK_EVERY = 0.2  # seconds between two looks at what the jobs have sent
 
 Job = Callable[[Any], Any]  # takes the queue of its events; called again, it resumes
 
@@ -29,7 +34,7 @@ def send_event(
 
 
 def run_side_by_side(jobs: Mapping[str, Job], parallel: int, console: Console) -> dict[str, Any]:
-    """Run jobs as Ray tasks, at most ``parallel`` at a time, and show what each is doing.
+    """Run jobs in threads, at most ``parallel`` at a time, and show what each is doing.
 
     A live line per job in a terminal, plain lines otherwise. Returns each job's result, or the exception that ended it.
     """
@@ -100,34 +105,41 @@ class _Lines:
 
 
 def _run_all(jobs: Mapping[str, Job], parallel: int) -> Iterator[dict[str, Any]]:
-    """Run ``jobs`` as Ray tasks; yields their events, the last of each job being ``done`` or ``failed``."""
-    import ray
-    from ray.util.queue import Empty, Queue
+    """Run ``jobs`` in threads; yields their events, the last of each job being ``done`` or ``failed``."""
+    from ray.util.queue import Queue
 
-    # The task itself mostly waits for others. If its node dies, it resumes elsewhere from the job's checkpoint.
-    task = ray.remote(num_cpus=0, max_retries=MAX_RETRIES)(_call)
     events = Queue(actor_options={"num_cpus": 0})
     waiting, running = list(jobs.items()), {}  # type: ignore[var-annotated]
     while waiting or running:
         while waiting and len(running) < parallel:
             name, job = waiting.pop(0)
-            running[task.remote(job, events)] = name
-        try:
-            yield events.get(timeout=0.2)
-            continue
-        except Empty:
-            pass
-        for ref in ray.wait(list(running), timeout=0)[0]:
-            name = running.pop(ref)
-            try:
-                yield _last_event(name, "done", ray.get(ref))
-            except Exception as error:
+            running[name] = _in_thread(job, events)
+        time.sleep(LOOK_EVERY)
+        # Before the events are taken, so that those of a finished job come before its end.
+        finished = [name for name, outcome in running.items() if outcome.done()]
+        yield from events.get_nowait_batch(events.qsize())
+        for name in finished:
+            outcome = running.pop(name)
+            error = outcome.exception()
+            if error is None:
+                yield _last_event(name, "done", outcome.result())
+            else:
                 yield _last_event(name, "failed", session.root_cause(error, GladError, StorageError))
+
+
+def _in_thread(job: Job, events: Any) -> Future[Any]:
+    """The result of a job to come. Its thread does not keep the process alive: a stop need not wait for it."""
+    outcome: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(job(events))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="glad-train").start()
+    return outcome
 
 
 def _last_event(name: str, state: str, outcome: Any) -> dict[str, Any]:
     return {"job": name, "state": state, "done": 0, "total": 0, "note": "", "warning": "", "outcome": outcome}
-
-
-def _call(job: Job, events: Any) -> Any:
-    return job(events)

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 from cluster.storage import Storage, join, local_path
 from glad_core.training.recipe import Part, Recipe
 from pipelines.train.good_images import GoodImage
-from pipelines.train.survey import Survey
+from pipelines.train.survey import TASK_MEMORY, Survey
 
 # In a run's folder; FATAL says why trying again is pointless.
 IDENTITY, FATAL, METRICS, TENSORBOARD = "identity.json", "fatal.txt", "metrics", "tensorboard"
-CHECKPOINT, FINAL = "checkpoint.pt", "final.safetensors"  # in each of its checkpoints; FINAL in the last
+CHECKPOINT, FINAL = "checkpoint.pt", "final.safetensors"  # in each of its checkpoints; in the last one FINAL instead
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class TrainJob:
 
     ``base_id`` is the model id of the bundle ``base`` when the job began. ``categories`` are those of ``images``;
     several share one model. ``work`` is the run's folder, local or S3. ``cpus``
-    and ``gpus`` are per worker.
+    and ``gpus`` are per worker, and so are ``makers``, the processes that make its batches.
     """
 
     name: str
@@ -44,11 +44,18 @@ class TrainJob:
     workers: int
     cpus: float = 1.0
     gpus: float = 0.0
+    makers: int = 1
     device: str = "cpu"
 
     @property
     def threads(self) -> int:
-        return max(1, int(self.cpus))
+        """Threads of PyTorch; beside a GPU most of the CPUs are for the makers."""
+        return 1 if self.gpus else max(1, int(self.cpus))
+
+    @property
+    def worker_resources(self) -> dict[str, float]:
+        """What each worker asks Ray for; its makers are part of it."""
+        return {"CPU": self.cpus, "memory": TASK_MEMORY} | ({"GPU": self.gpus} if self.gpus else {})
 
     def identity(self, surveyed: Survey) -> dict[str, Any]:
         """Everything that decides the resulting bundle; runs of equal identity are the same run."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
 
 from cluster.storage import Storage, StorageError
 from glad_core.errors import GladError
@@ -13,7 +12,9 @@ from pipelines.archive.picture import ImageError, decode
 from pipelines.train.good_images import GoodImage
 from pipelines.train.pixels import read_picture
 
-DATA_CPUS = 0.5  # of a task that decodes images or makes anomalies
+DATA_CPUS = 0.5  # of a task that decodes images
+# Bytes that every process of a run asks Ray for: a machine that declares no memory for work, as a head may, gets none.
+TASK_MEMORY = 500_000_000
 BATCH = 32  # images decoded in one call
 HELD_OUT_SHARE, HELD_OUT_MAX = 0.1, 40  # of a category's images
 
@@ -34,7 +35,7 @@ class Survey:
 
 
 def survey(candidates: dict[str, list[GoodImage]], resolution: int, storage: Storage) -> Survey:
-    """Decode every image once, in Ray Data tasks.
+    """Decode every image once, in Ray tasks.
 
     Held out is a tenth of each category, at least one image and at most 40. The choice depends on the images' names, so
     that an image mostly stays on its side when others are added.
@@ -67,16 +68,16 @@ def survey(candidates: dict[str, list[GoodImage]], resolution: int, storage: Sto
 
 def _examine(uris: list[str], resolution: int, storage: Storage) -> dict[str, dict[str, str]]:
     """Digest, size and reason of failure of every image, by URI."""
-    import ray.data
+    import ray
 
-    def stage(batch: dict[str, Any]) -> dict[str, Any]:
-        near = [{"uri": str(uri)} for uri in batch["uri"]]
-        rows = [_examine_one(storage, row, near, resolution) for row in near]
-        return {"uri": batch["uri"]} | {name: [row[name] for row in rows] for name in rows[0]}
+    def examine(batch: list[str]) -> list[dict[str, str]]:
+        near = [{"uri": uri} for uri in batch]
+        return [_examine_one(storage, row, near, resolution) for row in near]
 
-    items = ray.data.from_items([{"uri": uri} for uri in uris], override_num_blocks=max(1, len(uris) // BATCH))
-    rows = items.map_batches(stage, batch_size=BATCH, num_cpus=DATA_CPUS)
-    return {row["uri"]: row for row in rows.iter_rows()}
+    task = ray.remote(num_cpus=DATA_CPUS, memory=TASK_MEMORY)(examine)
+    batches = [uris[start : start + BATCH] for start in range(0, len(uris), BATCH)]
+    rows = ray.get([task.remote(batch) for batch in batches])
+    return dict(zip(uris, (row for batch in rows for row in batch), strict=True))
 
 
 def _examine_one(storage: Storage, row: Row, near: list[Row], resolution: int) -> dict[str, str]:
