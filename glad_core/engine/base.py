@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import torch
 
@@ -60,12 +61,16 @@ class Queue(ABC):
 
     def admit(self) -> None:
         """Move waiting images to ``entering``, as many as the limit allows."""
-        free = self.limit - len(self.in_flight())
-        self.entering += [self.waiting.popleft() for _ in range(max(0, min(len(self.waiting), free)))]
+        self.entering += [self.waiting.popleft() for _ in range(len(self.at_work()) - len(self.in_flight()))]
 
     def in_flight(self) -> list[Request]:
         """The requests that return to the queue after a failure."""
         return self.entering
+
+    def at_work(self) -> list[Request]:
+        """The requests that the next piece of work is about: those in flight and those that it admits."""
+        in_flight = self.in_flight()
+        return in_flight + list(islice(self.waiting, max(0, self.limit - len(in_flight))))
 
     @abstractmethod
     def work(self) -> list[Verdict]:

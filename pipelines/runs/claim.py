@@ -31,7 +31,7 @@ from glad_core.errors import GladError
 from pipelines.runs.run import Run
 from pipelines.runs.schema import COMMITS, COMPLETE, ERRORS, MANIFEST, PLAN, RESULTS
 
-SHARDS = 50  # that an archive is cut into, as long as a shard gets no larger than a manifest file
+SHARDS = 50  # that an archive is cut into, as long as a shard gets no larger than it may
 LEAST_ROWS = 8  # images of a shard
 CLEARED = b"{}\n"  # what is left of the plan of a run that has been overwritten and deleted
 
@@ -73,22 +73,13 @@ class Plan:
         """Number of images in a shard; the last one may have fewer."""
         return min(self.rows_per_shard, self.images - shard * self.rows_per_shard)
 
-    def stretches(self, done: Container[int], longest: int) -> list[tuple[int, int]]:
-        """Manifest positions of the shards that are not ``done``, as (first, last + 1), none longer than ``longest``.
-
-        ``longest`` is a multiple of ``rows_per_shard``; stretches are cut at its multiples.
-        """
-        stretches: list[tuple[int, int]] = []
-        for shard in range(self.shards):
-            if shard in done:
-                continue
-            first = shard * self.rows_per_shard
-            end = first + self.rows_of(shard)
-            if stretches and stretches[-1][1] == first and first % longest:
-                stretches[-1] = (stretches[-1][0], end)
-            else:
-                stretches.append((first, end))
-        return stretches
+    def stretches(self, done: Container[int]) -> list[tuple[int, int]]:
+        """Manifest positions of each shard that is not ``done``, as (first, last + 1)."""
+        return [
+            (shard * self.rows_per_shard, shard * self.rows_per_shard + self.rows_of(shard))
+            for shard in range(self.shards)
+            if shard not in done
+        ]
 
     def commit_names(self) -> list[str]:
         """Name of every shard's commit, in order. Each is created once, in the generation that first scores it."""
@@ -117,14 +108,16 @@ def draft(
     most_rows: int,
     duplicates: int = 0,
     blank: int = 0,
+    shards: int = SHARDS,
 ) -> Plan:
     """Cut a listed archive into shards: small ones to show progress in a small archive, files worth opening in a large.
 
     Args:
-        most_rows: rows of a manifest file.
+        most_rows: of a shard; a power of two that divides the rows of a manifest file.
+        shards: that it should be cut into, as long as they are of 8 to ``most_rows`` images.
     """
     images = sum(listed)
-    wished = max(LEAST_ROWS, images // SHARDS)
+    wished = max(LEAST_ROWS, images // shards)
     rows = min(most_rows, 1 << (wished.bit_length() - 1))
     return Plan(images, duplicates, blank, rows, tuple(listed), listing, memory, identity, uuid4().hex[:12])
 

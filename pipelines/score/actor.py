@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -18,17 +19,24 @@ import pyarrow as pa
 from PIL import Image
 
 from cluster.quick_imports import quick_imports
-from cluster.storage import Storage
+from cluster.storage import Storage, StorageError
 from glad_core.bundle.settings import Precision
 from glad_core.engine.process import set_up
 from glad_core.engine.search import Search
+from glad_core.errors import GladError
 from pipelines.models.find import Models, local_bundle
 from pipelines.runs.schema import SCORED_SCHEMA
 from pipelines.score.actor_metrics import ActorMetrics
+from pipelines.score.actor_plan import gpu_slots
 from pipelines.score.engine_thread import EngineThread
+from pipelines.score.faults import step_aside
 from pipelines.score.request import Maps
+from pipelines.score.suspects import Suspects
 
 OVERFLOW = "score it with --precision off, else with another bundle"
+DEADLY = "the process that judged it died twice with no other image at work"
+STAGE = "an actor"  # in what users read
+TELL_EVERY = 10.0  # seconds
 KEPT_MODELS = 4  # bundles an actor holds at a time
 
 logger = logging.getLogger("glad.actor")
@@ -38,9 +46,11 @@ logger = logging.getLogger("glad.actor")
 class ActorSettings:
     """Everything an actor needs.
 
-    ``slots`` is the number of images in flight, ``threads`` the actor's share of the machine's CPUs. ``run`` is the
-    run's id, for metrics and log lines. With ``memory``, the location of a patch memory (`patch_memory`), images are
-    judged by their nearest good patches and not by reconstruction.
+    ``slots`` is the number of images in flight, None for what the GPU's memory holds; ``threads`` and ``gpu`` are the
+    actor's share of the machine's CPUs and of a GPU. ``run`` is the run's id, for metrics and log lines. With
+    ``memory``, the location of a patch memory (`patch_memory`), images are judged by their nearest good patches and not
+    by reconstruction. ``faults`` is the job's `faults.Faults`, None outside of one. A job that has the machine
+    ``alone`` stops if storage fails, since there is no other machine to go to.
     """
 
     models: Models
@@ -48,14 +58,16 @@ class ActorSettings:
     seed: int
     maps: Maps
     reconstructions: bool
-    gpu: bool
+    gpu: float
     threads: int
-    slots: int = 8
+    slots: int | None = 8
     search: Search | None = None
     precision: Precision = "off"
     compiled: bool = False
     memory: str | None = None
     run: str = ""
+    faults: Any = None
+    alone: bool = True
 
 
 class GladActor:
@@ -67,28 +79,53 @@ class GladActor:
         self.memory: Any = None
         self.failure: Exception | None = None
         self.metrics = ActorMetrics(settings.run)
+        self.name = _name()
+        self.told = 0.0
+        suspects = Suspects(self.name if settings.faults else None)
         try:
+            if settings.faults:
+                settings.faults.starts.remote(f"{STAGE} {self.name}")
             self._prepare()
+            self._tell()
             logger.info("actor ready", extra={"run": settings.run})
         except Exception as error:  # raised by the first call: here Ray would restart the actor for ever, and hide it
-            self.failure = error
-        self.thread = EngineThread()
+            self.failure = self._failure(error)
+        self.thread = EngineThread(suspects)
 
     async def __call__(self, rows: pa.Table) -> AsyncIterator[pa.Table]:
         if self.failure is not None:
             raise self.failure
-        decoded = {row["image_id"]: row for row in rows.to_pylist()}
-        failed = [_error(row) for row in decoded.values() if row["error_type"] is not None]
-        judged = await asyncio.gather(*(self._judge(row) for row in decoded.values() if row["error_type"] is None))
+        images = rows["image"]
+        decoded = rows.drop_columns(["image"]).to_pylist()
+        failed = [_error(row) for row in decoded if row["error_type"] is not None]
+        judged = await asyncio.gather(
+            *(self._judge(row, images[number]) for number, row in enumerate(decoded) if row["error_type"] is None)
+        )
         for row in failed + judged:
             self.metrics.count(row)
         self.metrics.set_occupancy([engine.occupancy for engine in self.engines.values()])
         yield pa.Table.from_pylist(failed + judged, schema=SCORED_SCHEMA)
 
+    def _failure(self, error: Exception) -> Exception:
+        """The error that is to end the job. If it concerns this process alone, the process ends instead."""
+        faults, alone = self.settings.faults, self.settings.alone
+        if faults is None or isinstance(error, GladError) or (alone and isinstance(error, StorageError)):
+            return error
+        try:
+            step_aside(faults, STAGE, self.name, error)
+        except (GladError, StorageError) as final:
+            return final
+
+    def _tell(self) -> None:
+        """Tell the job, not too often, that this process works."""
+        if self.settings.faults and time.monotonic() - self.told > TELL_EVERY:
+            self.told = time.monotonic()
+            self.settings.faults.works.remote(f"{STAGE} {self.name}")
+
     def _prepare(self) -> None:
         # diffusers imports these packages if it finds them, and peft imports transformers; an actor needs none.
         with quick_imports("transformers", "peft", "scipy"):
-            set_up(self.settings.gpu, self.settings.threads)
+            set_up(bool(self.settings.gpu), self.settings.threads)
         if self.settings.memory is not None:
             from pipelines.score.patch_memory import read_memory
 
@@ -116,22 +153,28 @@ class GladActor:
         device = "cuda" if settings.gpu else "cpu"
         begun_with = settings.models.descriptions[key].model_id
         model = load_bundle(path, device=device, autocast=AUTOCAST[settings.precision], model_id=begun_with)
+        slots = settings.slots or _gpu_slots(settings.gpu, model.settings.resolution)
         if self.memory is not None:
-            return NearestEngine(model, self.memory.patches, settings.slots)
-        return Engine(model, settings.slots, settings.seed, settings.search, settings.compiled)
+            return NearestEngine(model, self.memory.patches, slots)
+        return Engine(model, slots, settings.seed, settings.search, settings.compiled)
 
-    async def _judge(self, row: dict[str, Any]) -> dict[str, Any]:
-        """One output row for one decoded row."""
+    async def _judge(self, row: dict[str, Any], image: pa.BinaryScalar) -> dict[str, Any]:
+        """One output row for one decoded row and its pixels."""
         from glad_core.verdict import NotFinite, Request
 
+        if self.thread.suspects.guilty(row["image_id"]):
+            return _error(row | {"stage": "score", "error_type": "deadly", "message": DEADLY})
         key = self.settings.models.key(row["category"])
         if key is None:
             known = ", ".join(self.settings.models.categories)
             message = f"no model for category '{row['category']}'; there are {known}"
             return _error(row | {"stage": "score", "error_type": "no_model", "message": message})
-        engine = self._engine(key)
+        try:
+            engine = self._engine(key)
+        except Exception as error:
+            raise self._failure(error) from error
         side = engine.model.settings.resolution
-        pixels = np.frombuffer(row["image"], np.uint8).reshape(side, side, 3)
+        pixels = np.frombuffer(image.as_buffer(), np.uint8).reshape(side, side, 3)
         try:
             detection = await self.thread.judge(engine, Request(row["image_id"], pixels, row["category"]))
         except NotFinite as error:
@@ -139,6 +182,7 @@ class GladActor:
         except Exception as error:
             reason = " ".join(str(error).split())[:500]
             return _error(row | {"stage": "score", "error_type": type(error).__name__, "message": reason})
+        self._tell()
         return self._result(engine.model, row, detection)
 
     def _result(self, model: Any, row: dict[str, Any], detection: Any) -> dict[str, Any]:
@@ -177,6 +221,21 @@ class GladActor:
             return anomaly_map
         full = full_size_map(torch.from_numpy(anomaly_map)[None].float(), model.settings)
         return full[0].numpy().astype(np.float16)
+
+
+def _gpu_slots(share: float, resolution: int) -> int:
+    """Images in flight that the actor's share of its GPU holds beside the weights that it has loaded."""
+    import torch
+
+    total = torch.cuda.get_device_properties(0).total_memory
+    return gpu_slots(share * total, torch.cuda.memory_allocated(), resolution)
+
+
+def _name() -> str:
+    """The actor's id in Ray, which it keeps when it is started anew; empty outside of Ray."""
+    import ray
+
+    return ray.get_runtime_context().get_actor_id() or "" if ray.is_initialized() else ""
 
 
 def _error(row: dict[str, Any]) -> dict[str, Any]:

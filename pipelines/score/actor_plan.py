@@ -11,7 +11,10 @@ TASKS_SHARE = 0.5  # CPUs kept free for decoding and writing
 CPU_SHARE = 0.75  # of a core per CPU actor: two actors and two tasks fit on two cores
 MODEL_COPIES = 3  # memory of one actor, as multiples of the weights on disk: float32 from float16, and activations
 CPU_SLOTS = 16  # images in flight: more make a UNet call no faster, since its weights are read once for all of them
-GPU_SLOTS = 8  # full-size networks and 8 images of 512 x 512 take 17 GB in float32
+GPU_SLOTS = 8  # planned for; an actor takes as many as its GPU holds
+MOST_GPU_SLOTS = 16
+GPU_SHARE = 0.9  # of a GPU's memory; the rest is for what PyTorch cannot reuse
+GPU_IMAGE = 1.6e9  # bytes per image of 512 x 512 in flight, in float32: 8 of them and the weights (4.2 GB) take 17 GB
 ACTOR_MEMORY = 2**30  # bytes that torch and Ray take before any weights
 
 
@@ -35,7 +38,7 @@ class ActorPlan:
     """``actors`` processes with ``num_cpus`` and ``num_gpus`` each, computing with ``threads`` threads.
 
     Each has ``slots`` images in flight. ``decoders`` tasks decode at a time; None leaves their number to Ray Data. If
-    the plan ``grows``, Ray Data adds actors while images wait and the cluster has room.
+    the plan ``grows``, Ray Data adds actors while images wait and the cluster has room, ``most`` as far as is known.
     """
 
     actors: int
@@ -45,6 +48,7 @@ class ActorPlan:
     slots: int
     decoders: int | None
     grows: bool = False
+    most: int = 1
 
     def describe(self) -> str:
         share = f"{self.num_gpus:g} GPU" if self.num_gpus else f"{self.num_cpus:g} CPU"
@@ -86,7 +90,20 @@ def plan_actors(available: dict[str, float], wishes: ActorWishes, weights: int) 
     slots = wishes.batch_size or (GPU_SLOTS if num_gpus else CPU_SLOTS)
     # One for every core left, no more: each is a process, and processes that start beside the actors slow them down.
     decoders = None if grows else max(actors, int(cpus - actors * num_cpus))
-    return ActorPlan(actors, num_cpus, num_gpus, max(1, round(num_cpus)), slots, decoders, grows)
+    most = max(actors, int(session.gpus(available) / num_gpus)) if grows and num_gpus else actors
+    return ActorPlan(actors, num_cpus, num_gpus, max(1, round(num_cpus)), slots, decoders, grows, most)
+
+
+def gpu_slots(memory: float, weights: float, resolution: int) -> int:
+    """Images in flight of an actor on a GPU, at least one.
+
+    Args:
+        memory: the actor's share of the GPU's memory, bytes.
+        weights: bytes of it that networks take.
+        resolution: R, pixels.
+    """
+    free = GPU_SHARE * memory - weights
+    return max(1, min(MOST_GPU_SLOTS, int(free / (GPU_IMAGE * (resolution / 512) ** 2))))
 
 
 def _fitting(available: dict[str, float], num_cpus: float, num_gpus: float, weights: int) -> int:

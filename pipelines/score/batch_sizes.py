@@ -1,4 +1,7 @@
-"""How much of an archive each stage of the scoring job takes at a time. Plain arithmetic, without Ray."""
+"""How much of an archive each stage of the scoring job takes at a time. Plain arithmetic, without Ray.
+
+A shard of the manifest goes through the job whole: one block of decoded images, one call of an actor, one write.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,17 @@ from collections.abc import Container
 from dataclasses import dataclass
 
 from pipelines.archive.listing import PART_ROWS
-from pipelines.runs.claim import Plan
+from pipelines.runs.claim import LEAST_ROWS, SHARDS, Plan
 from pipelines.score.actor_plan import ActorPlan
 from pipelines.score.request import Maps
 
-SHARDS_PER_TASK = 8  # decoded by one task, up to `IMAGES_PER_TASK` images
-IMAGES_PER_TASK = 128
-MAX_TASKS = 10_000  # decoding tasks; in a huge archive each takes several stretches
-MAX_IMAGES_PER_BLOCK = 64
-BLOCKS = 400  # that the blocks of a large archive are sized for, since each costs Ray a task
+SHARD_BYTES = 64 * 2**20  # of the decoded images of a shard
+SHARDS_PER_ACTOR = 25  # so that the last shards of a job keep all actors busy
+MAX_TASKS = 10_000  # decoding tasks; in a huge archive each takes several shards
 LEAST_STORE = 64 * 2**20  # bytes of Ray's object store for one job
-CALLS = 8  # batches at work in an actor at a time
-WRITERS = 2  # processes that write results, no more than there are GLAD actors
+LEAST_CALLS = 2  # at work in an actor at a time: while one ends, the next fills the slots
+ACTORS_PER_WRITER = 8
+FULL_BLOCK = 0.75  # of the bytes of a shard: a block of that size leaves a task, and is not cut
 
 
 @dataclass(frozen=True)
@@ -44,26 +46,30 @@ class BatchSizes:
     """What each stage takes at a time.
 
     Attributes:
-        stretches: manifest positions (first, last + 1) that are decoded in one go.
+        stretches: manifest positions (first, last + 1) of the shards that are missing.
         tasks: decoding tasks that the stretches are shared out to.
         actors: GLAD actors at the start.
-        images_per_call: images of one call of an actor.
-        block_bytes: size of the blocks in which decoded images leave a task.
+        block_bytes: size at which decoded images leave a task.
         calls: calls at work in an actor at a time.
         calls_in_flight: calls that an actor has or that wait for it.
-        writers: writing processes.
+        writers: writing processes at most.
         store_bytes: limit of Ray's object store for the job; None for Ray's own.
     """
 
     stretches: list[tuple[int, int]]
     tasks: int
     actors: int
-    images_per_call: int
     block_bytes: int
     calls: int
     calls_in_flight: int
     writers: int
     store_bytes: float | None
+
+
+def rows_and_shards(resolution: int, actors: ActorPlan) -> tuple[int, int]:
+    """The most images of a shard, a power of two, and the shards that an archive should at least be cut into."""
+    fitting = max(LEAST_ROWS, min(PART_ROWS, SHARD_BYTES // (resolution**2 * 3)))
+    return 1 << (fitting.bit_length() - 1), max(SHARDS, SHARDS_PER_ACTOR * actors.most)
 
 
 def batch_sizes(plan: Plan, done: Container[int], actors: ActorPlan, images: Images, alone: bool) -> BatchSizes:
@@ -72,53 +78,35 @@ def batch_sizes(plan: Plan, done: Container[int], actors: ActorPlan, images: Ima
     Args:
         alone: the job has Ray for itself, on this machine.
     """
-    per_task = min(IMAGES_PER_TASK, SHARDS_PER_TASK * plan.rows_per_shard)
-    missing = sum(plan.rows_per_shard for shard in range(plan.shards) if shard not in done)
-    # No more actors than batches.
-    first = min(actors.actors, -(-missing // actors.slots))
-    # A call is at most one batch of the engine. It is less in a small archive, or the actor that is ready first would
-    # take all of it. A pool that grows shall leave something for the actors to come.
-    per_call = min(actors.slots, -(-missing // (first * (2 * CALLS if actors.grows else CALLS))))
-    # A block is one call, so that actors start at once and results arrive steadily; in a large archive several.
-    per_block = max(per_call, min(MAX_IMAGES_PER_BLOCK, plan.images // BLOCKS))
-    calls = max(2, CALLS * per_call // per_block)
-    # A pool grows while every actor has as many calls in flight as it may. Twice as many as are at work, so that images
+    rows = plan.rows_per_shard
+    stretches = plan.stretches(done)
+    first = min(actors.actors, len(stretches))  # no more actors than shards
+    # Small shards in small archives: several are needed to fill the slots of an actor.
+    calls = max(LEAST_CALLS, -(-2 * actors.slots // rows))
+    # A pool grows while every actor has as many calls in flight as it may. Twice as many as are at work, so that shards
     # waiting for an actor count as a backlog.
     in_flight = 2 * calls if actors.grows else calls
-    stretches = _stretches(plan, done, per_task)
     store_bytes = None
     if alone and actors.decoders is not None:
-        rounds = -(-len(stretches) // MAX_TASKS)
-        ahead = actors.decoders * per_task * rounds + 2 * first * in_flight * per_block
-        store_bytes = _store_bytes(images, plan.rows_per_shard, ahead)
+        store_bytes = _store_bytes(images, rows, actors.decoders + 2 * first * in_flight)
     return BatchSizes(
         stretches=stretches,
         tasks=min(len(stretches), MAX_TASKS),
         actors=first,
-        images_per_call=per_call,
-        block_bytes=per_block * images.decoded_bytes,
+        block_bytes=int(FULL_BLOCK * rows * images.decoded_bytes),
         calls=calls,
         calls_in_flight=in_flight,
-        writers=WRITERS if actors.grows else min(WRITERS, first),
+        writers=-(-actors.most // ACTORS_PER_WRITER),
         store_bytes=store_bytes,
     )
-
-
-def _stretches(plan: Plan, done: Container[int], longest: int) -> list[tuple[int, int]]:
-    """Missing stretches of the manifest, none across two of its files and none longer than ``longest``."""
-    return [
-        (start, min(start + longest, end))
-        for first, end in plan.stretches(done, PART_ROWS)
-        for start in range(first, end, longest)
-    ]
 
 
 def _store_bytes(images: Images, rows_per_shard: int, ahead: int) -> float:
     """Bytes of Ray's object store that a job may take; each of its three stages gets about a third.
 
-    Enough for ``ahead`` decoded images, and for the results of two shards more than writers work on. Without a limit,
-    decoding would run on while actors start, slow them down, and fill the store with gigabytes nobody waits for.
+    Enough for ``ahead`` decoded shards, and for the results of four. Without a limit, decoding would run on while
+    actors start, slow them down, and fill the store with gigabytes nobody waits for.
     """
-    decoded = 3 * ahead * images.decoded_bytes
-    judged = 3 * (WRITERS + 2) * rows_per_shard * images.judged_bytes
+    decoded = 3 * ahead * rows_per_shard * images.decoded_bytes
+    judged = 3 * 4 * rows_per_shard * images.judged_bytes
     return max(LEAST_STORE, decoded, judged)

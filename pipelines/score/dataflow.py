@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pyarrow as pa
 
@@ -23,19 +23,21 @@ from pipelines.runs.write import ResultsWriter, new_staging
 from pipelines.score.actor import ActorSettings, GladActor
 from pipelines.score.actor_plan import ActorPlan
 from pipelines.score.batch_sizes import BatchSizes, Images, batch_sizes
+from pipelines.score.faults import step_aside
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
+TASK_MEMORY = 2**29  # bytes that a decoding task or a writer asks for, in a cluster: a shard, and what it is made from
 ELSEWHERE = 3  # images from all over the archive that are read to see whether storage works
 
 
 def run_dataflow(
-    run: Run, plan: Plan, done: Collection[int], reading: Reading, actor: ActorSettings, actors: ActorPlan, alone: bool
+    run: Run, plan: Plan, done: Collection[int], reading: Reading, actor: ActorSettings, actors: ActorPlan
 ) -> Generator[Written]:
-    """Score the shards that are not ``done``; yields what was written, piece by piece.
+    """Score the shards that are not ``done``; yields what was written, piece by piece, in any order.
 
-    Closing the generator, or an exception, ends the actors. The job has Ray ``alone`` if no cluster address was given.
+    Closing the generator, or an exception, ends the actors.
 
     Raises:
         GladError, StorageError: from any of its processes.
@@ -43,12 +45,12 @@ def run_dataflow(
     if len(done) == plan.shards:
         return
     sides = [settings.resolution for settings in actor.models.settings().values()]
-    sizes = batch_sizes(plan, done, actors, Images(max(sides), actor.maps, actor.reconstructions), alone)
+    sizes = batch_sizes(plan, done, actors, Images(max(sides), actor.maps, actor.reconstructions), actor.alone)
     failure: BaseException | None = None
     staged = new_staging(plan.generation)
     try:
         # The dataset is bound to no name in this function: a reference to it would keep its actors alive.
-        rows: Any = iter(dataflow(run, plan, staged, reading, actor, actors, sizes, alone).iter_rows())
+        rows: Any = iter(dataflow(run, plan, staged, reading, actor, actors, sizes).iter_rows())
         with closing(rows):
             for row in rows:
                 yield Written.from_row(row)
@@ -70,39 +72,36 @@ def dataflow(
     actor: ActorSettings,
     actors: ActorPlan,
     sizes: BatchSizes,
-    alone: bool,
 ) -> Dataset:
-    """The chain. Only a row per piece of a shard reaches the driver, so its memory hardly grows with the archive."""
+    """The chain. A shard goes through it as one block, whichever is ready first: order would have all wait for one.
+
+    Only a row per piece of a shard reaches the driver, so its memory hardly grows with the archive.
+    """
     import ray.data
 
-    # 1 list: stretches of the manifest that are still to be scored : (first, last + 1) each. No CPU, it is a list.
-    stretches = ray.data.from_items(
-        [{"first": first, "last": last} for first, last in sizes.stretches], override_num_blocks=sizes.tasks
-    )
-    options = stretches.context.execution_options
-    # In the manifest's order, so that a shard's images come together and are written together.
-    options.preserve_order = True
-    # A block leaves a task once it is full. (`repartition` would be clearer, but its task needs a whole CPU, and the
-    # actors have them.)
-    stretches.context.target_max_block_size = sizes.block_bytes
-    if sizes.store_bytes is not None:
-        options.resource_limits = ray.data.ExecutionResources(object_store_memory=sizes.store_bytes)
+    # 1 list: shards of the manifest that are still to be scored : (first, last + 1) each. No CPU, it is a list.
+    shards = _missing_shards(sizes)
+    # A cluster's head has no memory to give, so that its tasks run elsewhere. One machine gives whatever it has.
+    memory = None if actor.alone else TASK_MEMORY
 
-    # 2 decode: a stretch of the manifest : rows with pixels or an error (`DECODED_SCHEMA`).
+    # 2 decode: a shard of the manifest : rows with pixels or an error (`DECODED_SCHEMA`).
     # On one machine the number of tasks is planned and they ask for no CPU: Ray Data counts whole CPUs of what actors
     # leave, and would decode one at a time on two cores. In a cluster they ask, or they would be placed on a head
     # without CPUs.
-    decoded = stretches.map_batches(
-        list_and_decode(run, plan, reading, resolution_of(actor.models), sizes.images_per_call),
+    decoded = shards.map_batches(
+        list_and_decode(run, plan, reading, actor),
         batch_size=1,
         batch_format="pyarrow",
-        num_cpus=0 if alone else TASK_CPUS,
+        num_cpus=0 if actor.alone else TASK_CPUS,
+        memory=memory,
         compute=ray.data.TaskPoolStrategy(size=actors.decoders),
     )
 
     # 3 reconstruct: decoded rows : results or errors (`SCORED_SCHEMA`). One GPU, or a share of the cores, per actor.
-    # Several calls in an actor at a time, so that its engine always has an image for a free slot.
-    pool: dict[str, Any] = {"min_size": 1, "initial_size": sizes.actors} if actors.grows else {"size": sizes.actors}
+    # Several calls in an actor at a time, so that its engine always has an image for a free slot. As many actors as
+    # there is room for, more when machines come. If one dies, Ray starts it anew wherever there is room and repeats its
+    # calls; nobody waits for them meanwhile.
+    pool: dict[str, Any] = {"min_size": sizes.actors} if actors.grows else {"size": sizes.actors}
     judged = decoded.map_batches(
         GladActor,
         fn_constructor_args=(actor,),
@@ -111,7 +110,7 @@ def dataflow(
             max_concurrent_calls_per_actor=sizes.calls,
             max_tasks_in_flight_per_actor=sizes.calls_in_flight,
         ),
-        batch_size=sizes.images_per_call,
+        batch_size=None,
         batch_format="pyarrow",
         num_cpus=actors.num_cpus,
         num_gpus=actors.num_gpus,
@@ -119,21 +118,66 @@ def dataflow(
 
     # 4 write: results and errors : files, and a row for each shard that they belong to (`WRITTEN_SCHEMA`).
     # No CPU: decoding tasks hold theirs to the end, and a write that waits for one would hold up the commits. Actors,
-    # since Ray may end a task's process soon after it, and starting one takes seconds of a core.
+    # since Ray may end a task's process soon after it, and starting one takes seconds of a core. More of them when
+    # shards wait to be written.
     return judged.map_batches(
-        ResultsWriter,
-        fn_constructor_args=(run, plan.rows_per_shard, plan.generation, staged),
-        batch_size=plan.rows_per_shard,
+        Writer,
+        fn_constructor_args=(ResultsWriter(run, plan.rows_per_shard, plan.generation, staged), actor),
+        batch_size=None,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=sizes.writers),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=sizes.writers),
         num_cpus=0,
+        memory=memory,
     )
 
 
+def _missing_shards(sizes: BatchSizes) -> Dataset:
+    """The rows (first, last) of the missing shards, and how Ray Data is to run what follows."""
+    import ray.data
+    from ray.data.context import AutoscalingConfig
+
+    shards = ray.data.from_items(
+        [{"first": first, "last": last} for first, last in sizes.stretches], override_num_blocks=sizes.tasks
+    )
+    shards.context.target_max_block_size = sizes.block_bytes
+    # An actor that has loaded gigabytes is not ended for want of work: its first shards may be late.
+    shards.context.autoscaling_config = AutoscalingConfig(actor_pool_util_downscaling_threshold=-1)
+    if sizes.store_bytes is not None:
+        limit = ray.data.ExecutionResources(object_store_memory=sizes.store_bytes)
+        shards.context.execution_options.resource_limits = limit
+    return shards
+
+
+class Writer:
+    """The writing stage: a `ResultsWriter` that leaves a machine from which it cannot write."""
+
+    def __init__(self, write: ResultsWriter, actor: ActorSettings) -> None:
+        self.write, self.actor = write, actor
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        try:
+            return self.write(rows)
+        except StorageError as error:
+            _move_away("writing", self.actor, error)
+
+
+def _move_away(stage: str, actor: ActorSettings, error: StorageError) -> NoReturn:
+    """Have Ray repeat this process's work on another machine, if the job may have one.
+
+    Raises:
+        StorageError: it has none, or no process gets on.
+    """
+    import ray
+
+    if actor.alone or actor.faults is None:
+        raise error
+    step_aside(actor.faults, stage, ray.get_runtime_context().get_node_id(), error)
+
+
 def list_and_decode(
-    run: Run, plan: Plan, reading: Reading, resolution: Callable[[str | None], int], rows_per_table: int
+    run: Run, plan: Plan, reading: Reading, actor: ActorSettings
 ) -> Callable[[pa.Table], Iterator[pa.Table]]:
-    """A stage: stretches of the manifest in, decoded rows out, at most ``rows_per_table`` at a time."""
+    """A stage: shards of the manifest in, a table of decoded rows out for each."""
     manifest = run.path(MANIFEST, plan.listing)
 
     def elsewhere() -> Iterator[dict[str, Any]]:
@@ -141,13 +185,14 @@ def list_and_decode(
             first = (plan.images - 1) * part // (ELSEWHERE - 1)
             yield from read_manifest(manifest, plan.listed, first, first + 1, run.storage).to_pylist()
 
-    decode = fetch_and_decode(run.storage, resolution, reading, elsewhere)
+    decode = fetch_and_decode(run.storage, resolution_of(actor.models), reading, elsewhere)
 
-    def stage(stretches: pa.Table) -> Iterator[pa.Table]:
-        for stretch in stretches.to_pylist():
-            rows = read_manifest(manifest, plan.listed, stretch["first"], stretch["last"], run.storage)
-            for start in range(0, len(rows), rows_per_table):
-                yield decode(rows.slice(start, rows_per_table))
+    def stage(shards: pa.Table) -> Iterator[pa.Table]:
+        try:
+            for shard in shards.to_pylist():
+                yield decode(read_manifest(manifest, plan.listed, shard["first"], shard["last"], run.storage))
+        except StorageError as error:
+            _move_away("decoding", actor, error)
 
     return stage
 

@@ -9,14 +9,22 @@ import queue
 import threading
 from typing import Any
 
+from pipelines.score.suspects import Suspects
+
 logger = logging.getLogger("glad.actor")
 
 
 class EngineThread(threading.Thread):
-    """Runs engines until the process ends: images enter by `judge`, their verdicts settle futures."""
+    """Runs engines until the process ends: images enter by `judge`, their verdicts settle futures.
 
-    def __init__(self) -> None:
+    Images that were at work when this process died before are judged with nothing else in flight (`Suspects`).
+    """
+
+    def __init__(self, suspects: Suspects) -> None:
         super().__init__(daemon=True, name="glad-engine")
+        self.suspects = suspects
+        self.suspect: tuple[Any, Any, Any] | None = None  # has arrived, waits until nothing is in flight
+        self.alone = False  # a suspect is in flight
         self.arrived: queue.SimpleQueue[tuple[Any, Any, Any]] = queue.SimpleQueue()
         self.callbacks: dict[Any, Any] = {}  # by request
         self.engines: dict[int, Any] = {}  # with images in flight, by identity
@@ -42,6 +50,7 @@ class EngineThread(threading.Thread):
         try:
             while True:
                 self._submit_arrived()
+                self.suspects.note([r.image_id for engine in self.engines.values() for r in engine.at_work()])
                 self._tick()
         except BaseException:
             # The device no longer answers. Ray starts another actor and gives it the rows.
@@ -49,16 +58,26 @@ class EngineThread(threading.Thread):
             os._exit(1)
 
     def _submit_arrived(self) -> None:
-        """Submit what has arrived; wait for an arrival if no image is in flight."""
-        while not self.arrived.empty() or not self.engines:
-            engine, request, callback = self.arrived.get()
-            try:
-                engine.submit(request)
-            except Exception as error:
-                callback(error)
-                continue
-            self.callbacks[request] = callback
-            self.engines[id(engine)] = engine
+        """Submit what has arrived, up to a suspect; wait for an arrival if nothing is in flight."""
+        while not self.alone and self.suspect is None and not (self.arrived.empty() and self.engines):
+            arrival = self.arrived.get()
+            if self.suspects.suspected(arrival[1].image_id):
+                self.suspect = arrival
+            else:
+                self._submit(*arrival)
+        if self.suspect is not None and not self.engines:
+            suspect, self.suspect, self.alone = self.suspect, None, True
+            self._submit(*suspect)
+
+    def _submit(self, engine: Any, request: Any, callback: Any) -> None:
+        try:
+            engine.submit(request)
+        except Exception as error:
+            self.alone = False
+            callback(error)
+            return
+        self.callbacks[request] = callback
+        self.engines[id(engine)] = engine
 
     def _tick(self) -> None:
         for engine in list(self.engines.values()):
@@ -66,3 +85,6 @@ class EngineThread(threading.Thread):
                 self.callbacks.pop(request)(verdict)
             if not engine.busy:
                 del self.engines[id(engine)]
+        if not self.engines:
+            self.alone = False
+            self.suspects.note([])

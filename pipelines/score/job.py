@@ -23,6 +23,7 @@ from pipelines.runs.commits import Written, commit_shards, complete, is_complete
 from pipelines.runs.run import Run
 from pipelines.runs.schema import ERRORS
 from pipelines.score.dataflow import run_dataflow
+from pipelines.score.faults import news, start_faults
 from pipelines.score.open_run import Job, Opened, actor_settings, check, open_run
 from pipelines.score.progress import Progress
 from pipelines.score.record import print_counts, run_record
@@ -98,10 +99,13 @@ def _score_missing(job: Job, opened: Opened, console: Console) -> None:
     log, totals = _log(opened), _totals(commits.values())
     reading = Reading(job.source, request.decode_seconds)
     waiting_for = partial(session.waiting_for, actors.num_cpus, actors.num_gpus)
-    alone = request.address is None
+    faults = start_faults()
+    settings = actor_settings(job, opened, faults)
     with (
-        Progress(console, plan.images, totals["scored"] + totals["errors"], waiting_for) as progress,
-        closing(run_dataflow(run, plan, set(commits), reading, actor_settings(job, opened), actors, alone)) as pieces,
+        Progress(
+            console, plan.images, totals["scored"] + totals["errors"], waiting_for, partial(news, faults)
+        ) as progress,
+        closing(run_dataflow(run, plan, set(commits), reading, settings, actors)) as pieces,
     ):
         for piece, commit in commit_shards(run, plan, pieces):
             totals = {name: count + getattr(piece, name) for name, count in totals.items()}

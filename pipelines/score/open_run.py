@@ -11,7 +11,7 @@ from cluster.storage import Storage, StorageError, absolute
 from glad_core.engine.search import search_of
 from glad_core.errors import GladError
 from pipelines.archive import sources
-from pipelines.archive.listing import PART_ROWS, list_remotely
+from pipelines.archive.listing import list_remotely
 from pipelines.models.find import Models, find_models
 from pipelines.runs.claim import Found, Plan, claim, draft, memory_file
 from pipelines.runs.commits import Written, recover
@@ -19,6 +19,7 @@ from pipelines.runs.run import Run
 from pipelines.runs.schema import MANIFEST
 from pipelines.score.actor import KEPT_MODELS, ActorSettings
 from pipelines.score.actor_plan import ActorPlan, plan_actors
+from pipelines.score.batch_sizes import rows_and_shards
 from pipelines.score.record import identity
 from pipelines.score.request import ScoreRequest
 
@@ -85,8 +86,8 @@ def open_run(job: Job, found: Found) -> Opened:
     return Opened(plan, actors, commits)
 
 
-def actor_settings(job: Job, opened: Opened) -> ActorSettings:
-    """The settings of every actor of the job."""
+def actor_settings(job: Job, opened: Opened, faults: Any) -> ActorSettings:
+    """The settings of every actor of the job, whose `faults.Faults` these are."""
     request, actors = job.request, opened.actors
     return ActorSettings(
         models=job.models,
@@ -94,14 +95,16 @@ def actor_settings(job: Job, opened: Opened) -> ActorSettings:
         seed=request.seed,
         maps=request.maps,
         reconstructions=request.reconstructions,
-        gpu=actors.num_gpus > 0,
+        gpu=actors.num_gpus,
         threads=actors.threads,
-        slots=actors.slots,
+        slots=request.batch_size if actors.num_gpus else actors.slots,
         search=request.search,
         precision=request.precision,
         compiled=request.compiled,
         memory=opened.memory(job.run),
         run=opened.plan.run,
+        faults=faults,
+        alone=request.address is None,
     )
 
 
@@ -119,7 +122,9 @@ def _list(job: Job, actors: ActorPlan, listing: str) -> Plan:
     memory = memory_file(listing) if request.good is not None else None
     if memory is not None:
         _remember(job, actors, run.path(memory))
-    return draft(listed.rows, listing, memory, job.identity, PART_ROWS, listed.duplicates, listed.blank)
+    resolution = max(settings.resolution for settings in job.models.settings().values())
+    most_rows, shards = rows_and_shards(resolution, actors)
+    return draft(listed.rows, listing, memory, job.identity, most_rows, listed.duplicates, listed.blank, shards)
 
 
 def _remember(job: Job, actors: ActorPlan, file: str) -> None:

@@ -20,13 +20,19 @@ class Progress:
     ``kept`` images are committed; the user is told if the job is stopped.
 
     If no image is finished for `SILENCE` seconds, it prints the line that ``waiting_for`` returns, and again whenever
-    that line has changed.
+    that line has changed. It prints the lines that ``news`` returns in any case.
     """
 
     def __init__(
-        self, console: Console, images: int, before: int = 0, waiting_for: Callable[[], str | None] = lambda: None
+        self,
+        console: Console,
+        images: int,
+        before: int = 0,
+        waiting_for: Callable[[], str | None] = lambda: None,
+        news: Callable[[], list[str]] = list,
     ) -> None:
-        self.console, self.images, self.before, self.waiting_for = console, images, before, waiting_for
+        self.console, self.images, self.before = console, images, before
+        self.waiting_for, self.news = waiting_for, news
         self.kept = before
         self.started = self.last_line = self.last_image = time.monotonic()
         self.ended = threading.Event()
@@ -72,6 +78,8 @@ class Progress:
     def _explain_silence(self) -> None:
         printed = None
         while not self.ended.wait(SILENCE / 4):
+            for line in self.news():
+                self.console.print(f"{line}; it is started anew, and the others go on", highlight=False, soft_wrap=True)
             if time.monotonic() - self.last_image < SILENCE:
                 printed = None
                 continue

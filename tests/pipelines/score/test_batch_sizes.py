@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.archive.listing import PART_ROWS
-from pipelines.runs.claim import Plan, draft
+from pipelines.runs.claim import LEAST_ROWS, Plan, draft
 from pipelines.score.actor_plan import ActorPlan
-from pipelines.score.batch_sizes import LEAST_STORE, MAX_TASKS, Images, batch_sizes
+from pipelines.score.batch_sizes import LEAST_STORE, MAX_TASKS, SHARD_BYTES, Images, batch_sizes, rows_and_shards
 
 IMAGES = Images(resolution=128, maps="token", reconstructions=False)
 
@@ -18,7 +18,7 @@ def plan_of(images: int, rows_per_shard: int = 8) -> Plan:
 
 
 def actors_of(actors: int, slots: int = 16, grows: bool = False, decoders: int | None = 2) -> ActorPlan:
-    return ActorPlan(actors, 0.75, 0.0, 1, slots, None if grows else decoders, grows)
+    return ActorPlan(actors, 0.75, 0.0, 1, slots, None if grows else decoders, grows, actors)
 
 
 @given(
@@ -38,26 +38,36 @@ def test_every_missing_image_is_decoded_once_and_no_size_is_zero(images, rows, a
     assert all(first // PART_ROWS == (last - 1) // PART_ROWS for first, last in sizes.stretches)
     assert 1 <= sizes.tasks <= min(MAX_TASKS, len(sizes.stretches))
     assert 1 <= sizes.actors <= actors
-    assert 1 <= sizes.images_per_call <= slots
-    assert sizes.block_bytes >= sizes.images_per_call * 128 * 128 * 3
+    # A whole shard leaves a decoding task as one block: it is as large as a block, and not so large that Ray cuts it.
+    assert sizes.block_bytes < rows * IMAGES.decoded_bytes < 1.5 * sizes.block_bytes
+    assert sizes.calls * rows >= 2 * slots
     assert sizes.calls_in_flight >= sizes.calls >= 2
     # Ray Data enlarges a pool only if so many calls are in flight.
     assert not grows or sizes.calls_in_flight >= 1.75 * sizes.calls
-    assert 1 <= sizes.writers <= max(2, sizes.actors)
+    assert 1 <= sizes.writers <= actors
 
 
 def test_a_small_archive_is_shared_out_to_all_actors():
     sizes = batch_sizes(plan_of(64), set(), actors_of(2), IMAGES, alone=True)
-    assert (sizes.actors, sizes.images_per_call, sizes.calls) == (2, 4, 8)
+    assert (sizes.actors, sizes.calls_in_flight) == (2, 4)  # the first to be ready takes half of the eight shards
     assert batch_sizes(plan_of(8), set(), actors_of(4), IMAGES, alone=True).actors == 1
     assert batch_sizes(plan_of(64), set(range(7)), actors_of(4), IMAGES, alone=True).actors == 1
 
 
-def test_a_large_archive_has_blocks_of_several_calls():
-    sizes = batch_sizes(plan_of(100_000, 512), set(), actors_of(2, slots=8), IMAGES, alone=True)
-    assert sizes.images_per_call == 8
-    assert sizes.block_bytes == 64 * 128 * 128 * 3
-    assert sizes.calls == 2
+def test_shards_are_bounded_by_bytes_and_enough_for_all_actors():
+    for resolution in (32, 128, 256, 512, 1024, 4096):
+        rows, _ = rows_and_shards(resolution, actors_of(2))
+        assert PART_ROWS % rows == 0
+        assert rows == LEAST_ROWS or rows * resolution**2 * 3 <= SHARD_BYTES
+        assert rows == PART_ROWS or 2 * rows * resolution**2 * 3 > SHARD_BYTES
+    assert rows_and_shards(512, actors_of(2)) == (64, 50)
+    assert rows_and_shards(512, actors_of(48)) == (64, 1200)
+    assert rows_and_shards(512, replace(actors_of(1, grows=True), most=100))[1] == 2500
+
+
+def test_writers_follow_the_actors():
+    for actors, writers in ((1, 1), (8, 1), (9, 2), (48, 6), (400, 50)):
+        assert batch_sizes(plan_of(10_000), set(), actors_of(actors), IMAGES, alone=False).writers == writers
 
 
 def test_the_object_store_is_limited_only_on_this_machine():
@@ -66,4 +76,4 @@ def test_the_object_store_is_limited_only_on_this_machine():
     small = batch_sizes(plan, set(), actors, Images(32, "token", False), alone=True).store_bytes
     large = batch_sizes(plan, set(), actors, Images(512, "full", True), alone=True).store_bytes
     assert small == LEAST_STORE
-    assert large > 3 * 2 * 128 * 512 * 512 * 3  # both decoding tasks' images, three times
+    assert large == 3 * (2 + 2 * 2 * 2) * 16 * 512 * 512 * 3  # decoders and twice the actors
