@@ -72,7 +72,8 @@ They are stored in the bundle's `glad.json` under `settings`; `glad bundle inspe
 RECIPE = """\
 ## A training recipe
 
-The first of these that has a value wins: an option of `glad train`, `provenance.recipe` in the base bundle's
+The first of these that has a value wins: `glad retrain --settings` for a category, an option of `glad train` or `glad
+retrain`, `provenance.recipe` in the base bundle's
 `glad.json`, the default below. `--precision` sets `autocast`, `--ema` sets `ema_decay`, `--no-anomalies` sets
 `anomaly_probability` to 0. `--part dino` and `--part vae` have recipes of their own instead of the base bundle's
 (`PART_RECIPES` in `pipelines/train/plan.py`).

@@ -28,15 +28,40 @@ def read(path: Path, ctx: typer.Context) -> dict[str, Any]:
         GladError: no such file, no YAML, an unknown section or key (with the nearest known one), or a wrong value.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
         raise GladError(f"{path}: {reason}; name a YAML file with the options of commands") from error
+    return _section(parse(text, str(path)), ctx.command, ctx, str(path), "")
+
+
+def parse(text: str | bytes, file: str) -> dict[str, Any]:
+    """The table that a YAML file holds; an empty file holds an empty one.
+
+    Raises:
+        GladError: no YAML, or no table.
+    """
+    try:
+        content = yaml.load(text, _Loader)  # a SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
-        raise GladError(f"{path}: not YAML{line}: {getattr(error, 'problem', error)}; correct it there") from error
-    return _section(content or {}, ctx.command, ctx, str(path), "")
+        raise GladError(f"{file}: not YAML{line}: {getattr(error, 'problem', error)}; correct it there") from error
+    if not isinstance(content or {}, dict):
+        raise GladError(f"{file}: it has to be a table of names and values")
+    return content or {}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a name that is there twice is a mistake; by itself the second would silently win."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        names = set()
+        for key, _ in node.value:
+            if key.value in names:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is there twice", key.start_mark)
+            names.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _section(content: Any, command: Any, ctx: typer.Context, file: str, parents: str) -> dict[str, Any]:
@@ -59,18 +84,18 @@ def _section(content: Any, command: Any, ctx: typer.Context, file: str, parents:
         if key not in known:
             raise GladError(f"{file}: unknown key '{parents}{name}'{did_you_mean(key, known)}")
         if value is not None:
-            _check(value, known[key], ctx, f"{file}: {parents}{name}")
+            check(value, known[key], ctx, f"{file}: {parents}{name}")
             values[known[key].name] = value
     return values
 
 
-def _check(value: Any, parameter: Any, ctx: typer.Context, key: str) -> None:
-    """Raise GladError, beginning with ``key``, unless click accepts the value."""
+def check(value: Any, parameter: Any, ctx: typer.Context, key: str) -> Any:
+    """The value as the command gets it. Raises GladError, beginning with ``key``, unless click accepts it."""
     is_flag = getattr(parameter, "is_flag", False)
     if isinstance(value, list | dict) or isinstance(value, bool) != is_flag:
         raise GladError(f"{key}: '{value}' is not {'true or false' if is_flag else 'one value of the right kind'}")
     try:
-        parameter.process_value(ctx, value)
+        return parameter.process_value(ctx, value)
     except typer.BadParameter as error:
         raise GladError(f"{key}: '{value}': {error.message}") from error
 

@@ -32,7 +32,20 @@ Server = Annotated[
 Job = Annotated[str, typer.Argument(help="Id of the job, raysubmit_...")]
 Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Print the job's output until it ends")]
 # Parameters of commands that hold a location, which the nodes of a cluster have to find as well.
-LOCATIONS = ("source", "dataset", "out", "model", "base", "good", "run", "textures", "exclude", "include", "storage")
+LOCATIONS = (
+    "source",
+    "dataset",
+    "out",
+    "model",
+    "base",
+    "good",
+    "run",
+    "textures",
+    "exclude",
+    "include",
+    "storage",
+    "settings",
+)
 
 
 @commands.command(epilog="Example: glad submit -- score s3://photos/line-4 --out s3://verdicts/monday")

@@ -7,6 +7,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from glad_core.bundle.settings import Precision
+from glad_core.training.recipe import Optimizer, Part
+
 Device = Literal["cpu", "cuda", "mps"]
 Promote = Literal["always", "gate", "never"]
 
@@ -21,6 +24,40 @@ BatchSize = Annotated[
     int | None, typer.Option(min=1, help="Images per training step; default: the base bundle's recipe")
 ]
 LearningRate = Annotated[float | None, typer.Option(min=0, help="Learning rate; default: the base bundle's recipe")]
+PartChoice = Annotated[
+    Part, typer.Option(help="Network to train: unet denoises; dino compares images; vae encodes them")
+]
+MicroBatch = Annotated[
+    int | None, typer.Option(min=1, help="Images in memory at once per worker; default: its share of --batch-size")
+]
+PrecisionChoice = Annotated[
+    Precision | None,
+    typer.Option(help="Number format of matrix products: off is float32; default: the base bundle's recipe"),
+]
+GradientCheckpointing = Annotated[
+    bool | None, typer.Option("--gradient-checkpointing", help="Use less memory, take a third more time")
+]
+OptimizerChoice = Annotated[
+    Optimizer | None,
+    typer.Option(help="adamw8bit needs bitsandbytes and a GPU; default: the base bundle's recipe"),
+]
+Ema = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Decay of a moving average of the weights; default: the base bundle's recipe"),
+]
+Anomalies = Annotated[
+    bool,
+    typer.Option(
+        "--anomalies/--no-anomalies", help="Train with synthetic anomalies, or a plain diffusion model to compare"
+    ),
+]
+Exclude = Annotated[
+    str | None,
+    typer.Option(help="Results over the good images: leave out those confirmed as anomalous in `glad view`"),
+]
+Include = Annotated[
+    str | None, typer.Option(help="Results of any run: add the images marked as false alarms in `glad view`")
+]
 Textures = Annotated[
     str | None, typer.Option(help="Folder of pictures to cut synthetic anomalies from; default: each image itself")
 ]

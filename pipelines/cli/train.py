@@ -8,16 +8,25 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from glad_core.bundle.settings import Precision, Profile
+from glad_core.bundle.settings import Profile
 from glad_core.errors import GladError
-from glad_core.training.recipe import Optimizer, Part
+from pipelines.cli import category_file
 from pipelines.cli.errors import STOPPED
 from pipelines.cli.options import (
     Address,
+    Anomalies,
     Base,
     BatchSize,
     DeviceChoice,
+    Ema,
+    Exclude,
+    GradientCheckpointing,
+    Include,
     LearningRate,
+    MicroBatch,
+    OptimizerChoice,
+    PartChoice,
+    PrecisionChoice,
     Promote,
     Seed,
     Steps,
@@ -31,6 +40,7 @@ commands = typer.Typer()
 
 @commands.command(epilog="Example: glad train mvtec --category screw --out bundle")
 def train(
+    ctx: typer.Context,
     dataset: Annotated[
         str,
         typer.Argument(help="Dataset (MVTec-AD, VisA), or the folder of one category with good images in train/good"),
@@ -40,44 +50,19 @@ def train(
         str | None, typer.Option(help="Category within the folder; a,b,c or all: one model for several")
     ] = None,
     base: Base = "small",
-    part: Annotated[
-        Part, typer.Option(help="Network to train: unet denoises; dino compares images; vae encodes them")
-    ] = "unet",
+    part: PartChoice = "unet",
     steps: Steps = None,
     batch_size: BatchSize = None,
     learning_rate: LearningRate = None,
-    micro_batch: Annotated[
-        int | None, typer.Option(min=1, help="Images in memory at once per worker; default: its share of --batch-size")
-    ] = None,
-    precision: Annotated[
-        Precision | None,
-        typer.Option(help="Number format of matrix products: off is float32; default: the base bundle's recipe"),
-    ] = None,
-    gradient_checkpointing: Annotated[
-        bool | None, typer.Option("--gradient-checkpointing", help="Use less memory, take a third more time")
-    ] = None,
-    optimizer: Annotated[
-        Optimizer | None,
-        typer.Option(help="adamw8bit needs bitsandbytes and a GPU; default: the base bundle's recipe"),
-    ] = None,
-    ema: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="Decay of a moving average of the weights; default: the base bundle's recipe"),
-    ] = None,
+    micro_batch: MicroBatch = None,
+    precision: PrecisionChoice = None,
+    gradient_checkpointing: GradientCheckpointing = None,
+    optimizer: OptimizerChoice = None,
+    ema: Ema = None,
     textures: Textures = None,
-    exclude: Annotated[
-        str | None,
-        typer.Option(help="Results over the good images: leave out those confirmed as anomalous in `glad view`"),
-    ] = None,
-    include: Annotated[
-        str | None, typer.Option(help="Results of any run: add the images marked as false alarms in `glad view`")
-    ] = None,
-    anomalies: Annotated[
-        bool,
-        typer.Option(
-            "--anomalies/--no-anomalies", help="Train with synthetic anomalies, or a plain diffusion model to compare"
-        ),
-    ] = True,
+    exclude: Exclude = None,
+    include: Include = None,
+    anomalies: Anomalies = True,
     target_fpr: TargetFpr = 0.05,
     seed: Seed = 0,
     workers: Annotated[int, typer.Option(min=1, help="Processes that train together, on one GPU each")] = 1,
@@ -88,24 +73,12 @@ def train(
     from pipelines.train.job import train as run
     from pipelines.train.plan import TrainRequest
 
-    recipe = {
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "micro_batch": micro_batch,
-        "autocast": precision,
-        "gradient_checkpointing": gradient_checkpointing,
-        "optimizer": optimizer,
-        "ema_decay": ema,
-        "anomaly_probability": None if anomalies else 0.0,
-        "seed": seed,
-    }
     request = TrainRequest(
         dataset=dataset,
         category=category,
         base=base,
         out=out,
-        recipe=recipe,
+        recipe=category_file.recipe(ctx.params),
         part=part,
         textures=textures,
         device=device,
@@ -122,14 +95,28 @@ def train(
 
 @commands.command(epilog="Example: glad retrain mvtec --out s3://bucket/models --promote gate")
 def retrain(
+    ctx: typer.Context,
     dataset: Annotated[str, typer.Argument(help="Dataset in the layout of MVTec-AD or VisA, local or s3://")],
     out: Annotated[str, typer.Option(help="Model registry to write to: a folder, local or s3://")],
     categories: Annotated[str, typer.Option(help="Categories to train: all, or a,b,c")] = "all",
+    settings: Annotated[
+        str | None,
+        typer.Option(help="YAML file, local or s3://, with options of single categories, which win over those here"),
+    ] = None,
     base: Base = "small",
+    part: PartChoice = "unet",
     steps: Steps = None,
     batch_size: BatchSize = None,
     learning_rate: LearningRate = None,
+    micro_batch: MicroBatch = None,
+    precision: PrecisionChoice = None,
+    gradient_checkpointing: GradientCheckpointing = None,
+    optimizer: OptimizerChoice = None,
+    ema: Ema = None,
     textures: Textures = None,
+    exclude: Exclude = None,
+    include: Include = None,
+    anomalies: Anomalies = True,
     target_fpr: TargetFpr = 0.05,
     promote: Annotated[
         Promote, typer.Option(help="New versions to put into use; gate: those that detect no worse than the current")
@@ -149,21 +136,24 @@ def retrain(
     from pipelines.train import retrain as job
     from pipelines.train.plan import TrainRequest
 
-    recipe = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
     request = TrainRequest(
         dataset=dataset,
         category=categories,
         base=base,
         out=out,
-        recipe=recipe,
+        recipe=category_file.recipe(ctx.params),
+        part=part,
         textures=textures,
         device=device,
         workers=workers_per_category,
         target_fpr=target_fpr,
         address=address,
+        exclude=exclude,
+        include=include,
     )
+    by_category = category_file.read(settings, ctx) if settings else {}
     with says_if_stopped("the same command trains what is missing"):
-        succeeded = job.retrain(job.RetrainRequest(request, max_parallel, promote, margin), Console())
+        succeeded = job.retrain(job.RetrainRequest(request, max_parallel, promote, margin, by_category), Console())
     if not succeeded:
         raise typer.Exit(STOPPED)
 

@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from glad_core.bundle.glad_json import Description, read_description
 from glad_core.bundle.model import Model, is_half, load_bundle, load_vit, save_derived
 from glad_core.calibration import Calibrator, judged_images
+from glad_core.errors import GladError
 from pipelines.models.find import local_bundle
+from pipelines.train.failure import out_of_memory
 from pipelines.train.pixels import read_pixels
 from pipelines.train.side_by_side import send_event
 from pipelines.train.spec import FINAL, Deliver, Outcome, TrainJob
@@ -22,7 +24,23 @@ from pipelines.train.survey import Survey
 
 
 def finish(job: TrainJob, surveyed: Survey, checkpoint: Any, deliver: Deliver, events: Any) -> Outcome:
-    """Make the bundle from a run's last checkpoint, calibrate and deliver it. Runs as a Ray task."""
+    """Make the bundle from a run's last checkpoint, calibrate and deliver it. Runs as a Ray task.
+
+    Raises:
+        GladError: the device has too little memory, or a number is not finite.
+    """
+    try:
+        return _finish(job, surveyed, checkpoint, deliver, events)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise GladError(
+            f"{job.name}: the device has too little memory to calibrate what was trained; the training is kept: give "
+            "the same command again with --device cpu"
+        ) from error
+
+
+def _finish(job: TrainJob, surveyed: Survey, checkpoint: Any, deliver: Deliver, events: Any) -> Outcome:
     torch.set_num_threads(job.threads)
     base = local_bundle(job.base, job.storage)
     model = load_bundle(base, job.device, model_id=job.base_id)

@@ -6,7 +6,8 @@ again trains only what is missing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,9 +18,11 @@ from rich.table import Table
 
 from cluster import session
 from cluster.storage import Storage, absolute, join
+from glad_core.errors import GladError
+from pipelines.archive import layouts
 from pipelines.models import registry
 from pipelines.models.find import local_bundle
-from pipelines.train.good_images import good_images
+from pipelines.train.good_images import apply_feedback, good_images
 from pipelines.train.job import run_training
 from pipelines.train.pixels import read_pixels
 from pipelines.train.plan import TrainRequest, claim_work, plan_job, with_resources
@@ -35,12 +38,22 @@ WORK = ".work"  # in the registry: runs under way; a leading dot, so it is no ca
 
 @dataclass(frozen=True)
 class RetrainRequest:
-    """The options of `glad retrain`; ``train`` are those it shares with `glad train`, whose ``out`` is the registry."""
+    """The options of `glad retrain`; ``train`` are those it shares with `glad train`, whose ``out`` is the registry.
+
+    ``by_category`` holds what a file says of single categories: fields of ``train`` that win over the common ones; a
+    ``recipe`` is added to the common one.
+    """
 
     train: TrainRequest
     max_parallel: int | None = None
     promote: Literal["always", "gate", "never"] = "gate"
     margin: float = 0.02
+    by_category: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def of(self, category: str) -> TrainRequest:
+        """The request to train one category."""
+        own = dict(self.by_category.get(category, {}))
+        return replace(self.train, recipe=self.train.recipe | own.pop("recipe", {}), **own)
 
 
 def retrain(request: RetrainRequest, console: Console) -> bool:
@@ -52,7 +65,10 @@ def retrain(request: RetrainRequest, console: Console) -> bool:
     storage = Storage.from_environment()
     home = absolute(request.train.out)
     images = good_images(request.train.dataset, request.train.category or "all", storage)
-    jobs = {name: plan_job(request.train, [name], storage, name=name, work="") for name in images}
+    images, changes = apply_feedback(images, request.train.exclude, request.train.include, storage)
+    if changes:
+        console.print(changes, highlight=False, soft_wrap=True)
+    jobs = _plan(request, images, storage)
     claim_work(storage, join(home, WORK))
     session.connect(request.train.address)
     parallel = parallel_jobs(request, session.resources(), len(jobs))
@@ -66,6 +82,23 @@ def retrain(request: RetrainRequest, console: Console) -> bool:
     outcomes = run_side_by_side(tasks, parallel, console)
     _print_outcomes(outcomes, console)
     return not any(isinstance(outcome, BaseException) for outcome in outcomes.values())
+
+
+def _plan(request: RetrainRequest, images: Collection[str], storage: Storage) -> dict[str, TrainJob]:
+    """The job of every category. A category that only the file knows must be one of the dataset that is not trained."""
+    others = [name for name in request.by_category if name not in images]
+    if others:
+        try:
+            layouts.good_images(request.train.dataset, ",".join(others), storage)
+        except GladError as error:
+            raise GladError(f"--settings names a category that there is not: {error}") from error
+    jobs = {}
+    for name in images:
+        try:
+            jobs[name] = plan_job(request.of(name), [name], storage, name=name, work="")
+        except GladError as error:
+            raise GladError(f"{name}: {error}" if name in request.by_category else str(error)) from error
+    return jobs
 
 
 def _print_outcomes(outcomes: dict[str, Any], console: Console) -> None:
