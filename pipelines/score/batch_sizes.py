@@ -82,7 +82,7 @@ def batch_sizes(plan: Plan, done: Container[int], actors: ActorPlan, images: Ima
     stretches = plan.stretches(done)
     first = min(actors.actors, len(stretches))  # no more actors than shards
     # Small shards in small archives: several are needed to fill the slots of an actor.
-    calls = max(LEAST_CALLS, -(-2 * actors.slots // rows))
+    calls = max(LEAST_CALLS, -(-3 * actors.slots // rows))
     # A pool grows while every actor has as many calls in flight as it may. Twice as many as are at work, so that shards
     # waiting for an actor count as a backlog.
     in_flight = 2 * calls if actors.grows else calls
