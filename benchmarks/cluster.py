@@ -23,6 +23,7 @@ import importlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
@@ -213,10 +214,25 @@ def both_occupancies(folder: Path) -> dict[str, float]:
     return figures
 
 
+def of_script(name: str, *keys: str) -> Callable[[Path], dict[str, Any]]:
+    """Figures that another script of this folder measures."""
+
+    def measure(folder: Path) -> dict[str, Any]:
+        words = [sys.executable, str(here / f"{name}.py"), "--json"]
+        output = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
+        figures = json.loads(output.splitlines()[-1])
+        return {key: figures[key] for key in keys}
+
+    return measure
+
+
 MEASURES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "occupancy": both_occupancies,
     "lost_gpu": lost_gpu,
     "bad_actor": bad_actor,
+    "requests": of_script("requests", "requests_per_image"),
+    "writers": of_script("writers", "writer_images_per_second_512"),
+    "retrain": of_script("retrain", "stream_cpus_min", "retrain_40_ok"),
     "null_actors": null_actors,
 }
 

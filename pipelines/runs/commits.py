@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,6 +29,7 @@ from pipelines.runs.claim import Plan, check_in_force, mark_cleared, numbered, o
 from pipelines.runs.run import Run, generation_of, parse_record
 from pipelines.runs.schema import COMMITS, COMPLETE, ERRORS, FILE, MANIFEST, RECORD, RESULTS, STAGING
 
+MOST_COMMITS = 32  # under way at a time
 ATTEMPT = re.compile(rf"{STAGING}/(\d+)-[0-9a-f]+")
 
 
@@ -96,26 +99,56 @@ def read_commits(run: Run, plan: Plan) -> dict[int, Written]:
     return {shard: commit for shard, commit in _read(run, plan).items() if commit is not None}
 
 
-def commit_shards(run: Run, plan: Plan, pieces: Iterable[Written]) -> Iterator[tuple[Written, Written | None]]:
+def commit_shards(
+    run: Run, plan: Plan, pieces: Iterable[Written], pool: Executor | None = None
+) -> Iterator[tuple[Written, Written | None]]:
     """Commit each shard when its last piece has been written, and publish its files.
 
     Yields every piece, with the commit that it completed. If another job has committed a shard meanwhile, that commit
     holds, and our files of it are deleted at the end. If another job has completed the run, this ends.
+
+    Args:
+        pool: commits shards side by side, since a commit on S3 is half a dozen requests, one after the other.
 
     Raises:
         GladError: another command has begun anew in the folder; committed files have been deleted.
     """
     open_shards: dict[int, list[Written]] = {}
     names = plan.commit_names()
-    for piece in pieces:
-        parts = open_shards.setdefault(piece.shard, [])
-        parts.append(piece)
-        commit = None
-        if sum(part.scored + part.errors for part in parts) == plan.rows_of(piece.shard):
-            commit, ours = _commit(run, plan, names[piece.shard], open_shards.pop(piece.shard))
+    under_way: deque[tuple[Written, Future[tuple[Written, bool]] | None]] = deque()
+
+    def finished(at_most: int) -> Iterator[tuple[Written, Written | None]]:
+        while under_way and (len(under_way) > at_most or under_way[0][1] is None or under_way[0][1].done()):
+            piece, future = under_way.popleft()
+            commit, ours = future.result() if future is not None else (None, True)
             if not ours and is_complete(run, plan):
-                return
-        yield piece, commit
+                raise _Completed
+            yield piece, commit
+
+    try:
+        for piece in pieces:
+            parts = open_shards.setdefault(piece.shard, [])
+            parts.append(piece)
+            future = None
+            if sum(part.scored + part.errors for part in parts) == plan.rows_of(piece.shard):
+                future = _submit(pool, _commit, run, plan, names[piece.shard], open_shards.pop(piece.shard))
+            under_way.append((piece, future))
+            yield from finished(MOST_COMMITS)
+        yield from finished(0)
+    except _Completed:
+        return
+
+
+class _Completed(Exception):
+    """Another job has completed the run."""
+
+
+def _submit(pool: Executor | None, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    if pool is not None:
+        return pool.submit(function, *arguments)
+    done: Future[Any] = Future()
+    done.set_result(function(*arguments))
+    return done
 
 
 def complete(run: Run, plan: Plan, commits: Mapping[int, Written], record: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -28,6 +29,8 @@ from pipelines.score.open_run import Job, Opened, actor_settings, check, open_ru
 from pipelines.score.progress import Progress
 from pipelines.score.record import print_counts, run_record
 from pipelines.score.request import Counts, ScoreRequest, TooManyErrors
+
+COMMITTERS = 8  # threads
 
 
 def score(request: ScoreRequest, console: Console) -> Counts:
@@ -106,8 +109,9 @@ def _score_missing(job: Job, opened: Opened, console: Console) -> None:
             console, plan.images, totals["scored"] + totals["errors"], waiting_for, partial(news, faults)
         ) as progress,
         closing(run_dataflow(run, plan, set(commits), reading, settings, actors)) as pieces,
+        ThreadPoolExecutor(COMMITTERS) as pool,
     ):
-        for piece, commit in commit_shards(run, plan, pieces):
+        for piece, commit in commit_shards(run, plan, pieces, pool):
             totals = {name: count + getattr(piece, name) for name, count in totals.items()}
             progress.update(totals["scored"] + totals["errors"], totals["anomalies"], totals["errors"])
             if commit is not None:
