@@ -25,7 +25,7 @@ def local_path(uri: str) -> str:
         StorageError: another kind of URI, one of another machine, or no path at all.
     """
     scheme = SCHEME.match(uri)
-    if scheme and scheme.group() != "file://":
+    if (scheme and scheme.group() != "file://") or re.match("s3:|file:/?[^/]", uri):
         raise StorageError(f"{uri}: unknown kind of location; use a local path, file:// or s3://")
     path = uri
     if scheme:

@@ -82,6 +82,8 @@ def explain(uri: str, endpoint: str | None, error: OSError) -> str:
         return f"{uri}: permission denied; choose a location you may read and write"
     if isinstance(error, NotADirectoryError | FileExistsError):
         return f"{uri}: a file is in the way; choose another folder"
+    if isinstance(error, IsADirectoryError):
+        return f"{uri}: a folder is in the way; name a file"
     if error.errno in TROUBLE:
         return f"{uri}: {error.strerror}; give the same command again when that disk or this machine works"
     return f"{uri}: {text}"

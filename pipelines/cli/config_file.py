@@ -133,7 +133,7 @@ def _effective(command: Any, ctx: Any, words: list[str], names: list[str]) -> li
                 "command": " ".join(names),
                 "setting": key_of(parameter),
                 "value": ctx.params[parameter.name],
-                "from": _origin(ctx, parameter),
+                "from": origin(ctx, parameter.name),
             }
             for parameter in _settable(command)
         ]
@@ -149,8 +149,9 @@ def _effective(command: Any, ctx: Any, words: list[str], names: list[str]) -> li
     return rows
 
 
-def _origin(ctx: Any, parameter: Any) -> str:
-    return ORIGINS[ctx.get_parameter_source(parameter.name).name]
+def origin(ctx: Any, parameter: str) -> str:
+    """Where a parameter of a command has its value from, a value of `ORIGINS`."""
+    return ORIGINS[ctx.get_parameter_source(parameter).name]
 
 
 def _check_words(command: Any, ctx: Any, words: list[str], name: str) -> None:
@@ -161,5 +162,5 @@ def _check_words(command: Any, ctx: Any, words: list[str], name: str) -> None:
         if flag.startswith("--") and flag not in known:
             raise GladError(f"{name}: no option {flag}{did_you_mean(flag, sorted(known))}")
     for parameter in _settable(command):
-        if _origin(ctx, parameter) != "default" and ctx.params[parameter.name] is None:
+        if origin(ctx, parameter.name) != "default" and ctx.params[parameter.name] is None:
             raise GladError(f"{name}: the value of '{key_of(parameter)}' does not fit; see `glad {name} --help`")

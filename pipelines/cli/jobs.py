@@ -14,6 +14,7 @@ from rich.table import Table
 
 from cluster import jobs
 from glad_core.errors import GladError
+from pipelines.cli.config_file import origin
 from pipelines.cli.errors import STOPPED
 from pipelines.cli.options import Json, print_json
 from pipelines.cli.stopping import says_if_stopped
@@ -33,19 +34,11 @@ Job = Annotated[str, typer.Argument(help="Id of the job, raysubmit_...")]
 Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Print the job's output until it ends")]
 # Parameters of commands that hold a location, which the nodes of a cluster have to find as well.
 LOCATIONS = (
-    "source",
-    "dataset",
-    "out",
-    "model",
-    "base",
-    "good",
-    "run",
-    "textures",
-    "exclude",
-    "include",
-    "storage",
-    "settings",
+    *("source", "dataset", "out", "model", "base", "good", "run", "textures", "exclude", "include", "storage"),
+    *("results", "first", "second", "plain", "settings"),
 )
+# Commands without Ray that read results where they are: a job on one machine of the cluster.
+READERS = ("drift", "report", "show")
 
 
 @commands.command(epilog="Example: glad submit -- score s3://photos/line-4 --out s3://verdicts/monday")
@@ -56,7 +49,7 @@ def submit(
     wait: Wait = True,
 ) -> None:
     """Run a command on a cluster as a Ray job and print its output. Credentials are not sent."""
-    words = check(command, ctx.find_root().command)
+    words = check(command, ctx.find_root())
     console = Console()
     with jobs.job_client(address) as client:
         job = jobs.submit(client, words)
@@ -71,22 +64,24 @@ def submit(
 def check(command: list[str], root: Any) -> list[str]:
     """The words of a command that can run as a job, with the option to use the cluster it runs on.
 
+    Options that this machine's glad.yaml and environment set are added, since the cluster has neither.
+
     Args:
-        root: the `glad` command group.
+        root: the context of the `glad` command group.
 
     Raises:
         GladError: no such command, one that starts no job, or a location that the cluster would not find.
     """
     submittable = {
         name: known
-        for name, known in root.commands.items()
-        if name != "submit" and any(parameter.name == "address" for parameter in known.params)
+        for name, known in root.command.commands.items()
+        if name in READERS or (name != "submit" and any(parameter.name == "address" for parameter in known.params))
     }
     name, *rest = command
     if name not in submittable:
         raise GladError(f"'{name}' cannot be submitted: give one of {', '.join(sorted(submittable))} after --")
-    context = submittable[name].make_context(f"glad {name}", list(rest))  # raises if an option is wrong
-    if context.params["address"] is not None:
+    context = submittable[name].make_context(name, list(rest), parent=root)  # raises if an option is wrong
+    if "address" in context.params and origin(context, "address") == "flag":
         raise GladError("a job runs on the cluster it is submitted to: give --address before --, not after it")
     for parameter in LOCATIONS:
         location = str(context.params.get(parameter) or "")
@@ -96,7 +91,22 @@ def check(command: list[str], root: Any) -> list[str]:
                 f"{location}: the cluster does not know this folder; give an s3:// location or the full path of a "
                 "folder that all its machines share"
             )
-    return [*command, "--address", "auto"]
+    words = [*command, *_words_from_elsewhere(context)]
+    return words if name in READERS else [*words, "--address", "auto"]
+
+
+def _words_from_elsewhere(context: Any) -> list[str]:
+    """The options of a command that are neither given on the command line nor defaults, as words."""
+    words = []
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name)
+        if origin(context, parameter.name) not in ("environment", "file") or parameter.name == "address":
+            continue
+        if getattr(parameter, "is_flag", False):
+            words += (parameter.opts if value else parameter.secondary_opts)[:1]
+        elif value is not None:
+            words += [f"{parameter.opts[0]}={value}"] if parameter.param_type_name == "option" else [str(value)]
+    return words
 
 
 def _follow(client: JobSubmissionClient, job: str, console: Console) -> bool:

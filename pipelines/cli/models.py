@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pipelines.cli.options import Json, print_json
+from pipelines.cli.options import Json, on_this_machine, print_json
 
 commands = typer.Typer()
 registries = typer.Typer(no_args_is_help=True, help="List a model registry and change which versions are in use.")
@@ -72,7 +72,7 @@ def registry_rollback(registry: Registry, category: RegistryCategory) -> None:
 )
 def bundle_create(
     diffusion: Annotated[str, typer.Argument(help="Stable Diffusion: a folder in diffusers format, or a hub id")],
-    out: Annotated[Path, typer.Option(help="Bundle to write")],
+    out: Annotated[Path, typer.Option(help="Bundle to write", callback=on_this_machine)],
     features: Annotated[
         str, typer.Option(help="Network that compares images: a vision transformer's name in timm")
     ] = "vit_base_patch8_224.dino",
@@ -89,9 +89,11 @@ def bundle_create(
     "import-unet", epilog="Example: glad bundle import-unet bundle checkpoint-8000/pytorch_model.bin --out screw"
 )
 def bundle_import_unet(
-    base: Annotated[Path, typer.Argument(help="Bundle to take everything else from")],
-    checkpoint: Annotated[Path, typer.Argument(help="The authors' checkpoint-*/pytorch_model.bin")],
-    out: Annotated[Path, typer.Option(help="Bundle to write")],
+    base: Annotated[Path, typer.Argument(help="Bundle to take everything else from", callback=on_this_machine)],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="The authors' checkpoint-*/pytorch_model.bin", callback=on_this_machine)
+    ],
+    out: Annotated[Path, typer.Option(help="Bundle to write", callback=on_this_machine)],
     preset: Preset = None,
     category: Annotated[str, typer.Option(help="What the model judges")] = "",
 ) -> None:

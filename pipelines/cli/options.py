@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -68,6 +70,13 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of all random numbers")]
 DeviceChoice = Annotated[
     Device | None, typer.Option(help="Device to train on; default: cuda if there is a GPU, else cpu")
 ]
+
+
+def on_this_machine(path: Path | None) -> Path | None:
+    """The check of an option for a local path: the folder that `Path` makes of s3://bucket is never meant."""
+    if path is not None and re.match("[A-Za-z0-9+.-]{2,}:/", str(path)):
+        raise typer.BadParameter(f"'{path}' is on no disk: give a local path here, and copy to or from S3 yourself")
+    return path
 
 
 def print_json(result: dict[str, Any] | list[dict[str, Any]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,7 +9,7 @@ from rich.console import Console
 
 from glad_core.errors import GladError
 from pipelines.cli.errors import STOPPED
-from pipelines.cli.options import Json, Results, print_json
+from pipelines.cli.options import Address, Json, Results, print_json
 from pipelines.cli.stopping import says_if_stopped
 
 commands = typer.Typer()
@@ -21,7 +20,7 @@ datasets = typer.Typer(no_args_is_help=True, help="Check datasets with ground tr
 def show(
     results: Results,
     top: Annotated[int, typer.Option(min=1, max=200, help="Number of images to show, highest scores first")] = 20,
-    out: Annotated[Path, typer.Option(help="PNG file to write")] = Path("sheet.png"),
+    out: Annotated[str, typer.Option(help="PNG file to write, local or s3://")] = "sheet.png",
 ) -> None:
     """Draw a contact sheet of a run: image, reconstruction, heat map, score and the denoising step it stopped at."""
     from pipelines.report.contact_sheet import show as draw
@@ -32,7 +31,7 @@ def show(
 @commands.command(epilog="Example: glad report results --out report.html")
 def report(
     results: Results,
-    out: Annotated[Path, typer.Option(help="HTML page to write")] = Path("report.html"),
+    out: Annotated[str, typer.Option(help="HTML page to write, local or s3://")] = "report.html",
     dataset: Annotated[str | None, typer.Option(help="Dataset with ground truth, as for `glad evaluate`")] = None,
     top: Annotated[int, typer.Option(min=1, max=2000, help="Number of images to show, most anomalous first")] = 500,
 ) -> None:
@@ -57,7 +56,9 @@ def view(
 def evaluate(
     results: Results,
     dataset: Annotated[str, typer.Option(help="Dataset with ground truth, in MVTec-AD's or VisA's layout")],
-    out: Annotated[Path | None, typer.Option(help="Folder for metrics.csv, metrics.md and metrics.json")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Folder for metrics.csv, metrics.md and metrics.json, local or s3://")
+    ] = None,
     pro_limit: Annotated[
         float,
         typer.Option(min=0.001, max=1, help="Largest false-positive rate that counts for PRO, the per-region overlap"),
@@ -66,13 +67,16 @@ def evaluate(
         int | None,
         typer.Option(min=2, help="Number of even thresholds for PRO (200 in published code); default: every score"),
     ] = None,
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Compare a run with ground truth: the paper's metrics by category, beside the published figures."""
     from pipelines.evaluate.tables import evaluate as run
 
     console = Console(stderr=as_json)
-    metrics = run(results, dataset, console, out=out, pro_limit=pro_limit, pro_thresholds=pro_thresholds)
+    metrics = run(
+        results, dataset, console, out=out, address=address, pro_limit=pro_limit, pro_thresholds=pro_thresholds
+    )
     if as_json:
         print_json(metrics)
 
@@ -81,7 +85,7 @@ def evaluate(
 def drift(
     first: Annotated[str, typer.Argument(help="Results of a finished run, such as one over calibration images")],
     second: Annotated[str, typer.Argument(help="Results of another, such as tonight's")],
-    out: Annotated[Path | None, typer.Option(help="PNG file to write, with both distributions")] = None,
+    out: Annotated[str | None, typer.Option(help="PNG file to write, local or s3://, with both distributions")] = None,
     alpha: Annotated[float, typer.Option(min=0, max=1, help="Accepted probability of a false alarm")] = 0.01,
     as_json: Json = False,
 ) -> None:
@@ -100,9 +104,12 @@ def ablate(
     dataset: Annotated[str, typer.Argument(help="Dataset with ground truth, or the folder of one category")],
     model: Annotated[str, typer.Option(help="Bundle trained with synthetic anomalies")],
     plain: Annotated[str, typer.Option(help="Bundle trained without them: glad train --no-anomalies")],
-    out: Annotated[Path, typer.Option(help="Folder for the runs and tables; complete runs are not repeated")],
+    out: Annotated[
+        str, typer.Option(help="Folder for the runs and tables, local or s3://; complete runs are not repeated")
+    ],
     category: Annotated[str | None, typer.Option(help="Category within the dataset")] = None,
     seeds: Annotated[str, typer.Option(help="Seeds of the random noise, one run each")] = "0,1,2",
+    address: Address = None,
 ) -> None:
     """Measure what each part of GLAD brings: adaptive steps, training with synthetic anomalies, feature fusion.
 
@@ -115,7 +122,7 @@ def ablate(
     except ValueError as error:
         raise GladError(f"--seeds {seeds}: give whole numbers with commas between, such as 0,1,2") from error
     with says_if_stopped("the same command repeats no complete run"):
-        run(dataset, category, model, plain, numbers, out, Console())
+        run(dataset, category, model, plain, numbers, out, Console(), address)
 
 
 @datasets.command("check", epilog="Example: glad datasets check s3://bucket/mvtec")

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipelines.cli.errors import STOPPED
-from pipelines.cli.options import Json, print_json
+from pipelines.cli.options import Json, on_this_machine, print_json
 from pipelines.cli.stopping import says_if_stopped
 
 commands = typer.Typer()
@@ -21,7 +21,11 @@ configs = typer.Typer(no_args_is_help=True, help="Show the settings in force, fr
 @commands.command(epilog="Example: glad demo --out demo-output")
 def demo(
     out: Annotated[
-        Path, typer.Option(help="Folder for the data, the results, the contact sheet, the report and metrics.json")
+        Path,
+        typer.Option(
+            help="Folder for the data, the results, the contact sheet, the report and metrics.json",
+            callback=on_this_machine,
+        ),
     ] = Path("demo-output"),
 ) -> None:
     """Draw demo data, score it with the built-in model, and show the results."""
@@ -33,7 +37,9 @@ def demo(
 
 @commands.command("demo-data", epilog="Example: glad demo-data demo-data --seed 1")
 def demo_data(
-    out: Annotated[Path, typer.Argument(help="Folder for the pictures, in MVTec-AD's layout")],
+    out: Annotated[
+        Path, typer.Argument(help="Folder for the pictures, in MVTec-AD's layout", callback=on_this_machine)
+    ],
     seed: Annotated[int, typer.Option(help="Seed of the pictures")] = 0,
 ) -> None:
     """Draw the demo data: circuit boards, good ones and four kinds of defect with their masks."""

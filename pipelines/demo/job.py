@@ -27,8 +27,8 @@ def demo(out: Path, console: Console) -> None:
     )
     counts = score(ScoreRequest(dataset, run, reconstructions=True, overwrite=True), console)
     (metrics,) = evaluate(run, dataset, console).values()
-    show(run, 20, sheet, console)
-    report(run, page, Console(quiet=True), dataset=dataset)
+    show(run, 20, str(sheet), console)
+    report(run, str(page), Console(quiet=True), dataset=dataset)
     summary = {
         "i_auroc": metrics["I-AUROC"],
         "p_auroc": metrics["P-AUROC"],

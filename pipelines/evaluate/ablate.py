@@ -6,10 +6,7 @@ Every row is the scoring job with other settings, once per seed; a run that is c
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,15 +14,16 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster import session
-from cluster.storage import Storage
-from glad_core.bundle.glad_json import read_description, update_settings
+from cluster.storage import Storage, absolute, join
+from glad_core.bundle.glad_json import Description, with_settings
 from glad_core.bundle.settings import Settings
 from glad_core.calibration import STRIDE
 from glad_core.errors import GladError
 from pipelines.archive.layouts import read_dataset
 from pipelines.evaluate.tables import COLUMNS, average, published
 from pipelines.evaluate.tally import tally_results
-from pipelines.models.find import local_bundle
+from pipelines.models.find import bundle_location, describe
+from pipelines.models.variant import write_variant
 from pipelines.runs.run import Run
 from pipelines.runs.schema import COMPLETE
 from pipelines.score.job import score
@@ -61,24 +59,35 @@ def rows_of(settings: Settings) -> list[Row]:
 
 
 def ablate(
-    dataset: str, category: str | None, model: str, plain: str, seeds: list[int], out: Path, console: Console
+    dataset: str,
+    category: str | None,
+    model: str,
+    plain: str,
+    seeds: list[int],
+    out: str,
+    console: Console,
+    address: str | None = None,
 ) -> dict[str, dict[str, list[float]]]:
     """Run every row with every seed, print both tables (mean ± standard deviation, per cent) and write them to ``out``.
 
     Args:
         model: bundle trained with synthetic anomalies (ATP).
         plain: the same base trained without (`glad train --no-anomalies`).
+        out: folder, local or s3://.
+        address: Ray cluster; None starts Ray on this machine.
 
     Raises:
         GladError, StorageError, SessionError: no such dataset or bundle; bundles of different resolution.
     """
     storage = Storage.from_environment()
-    bundles = {True: local_bundle(model, storage), False: local_bundle(plain, storage)}
-    settings = {trained: _settings(bundle) for trained, bundle in bundles.items()}
+    out = absolute(out)
+    bundles = {True: bundle_location(model), False: bundle_location(plain)}
+    descriptions = {trained: describe(bundle, storage) for trained, bundle in bundles.items()}
+    settings = {trained: Settings.parse(known.settings, bundles[trained]) for trained, known in descriptions.items()}
     if settings[True].resolution != settings[False].resolution:
         raise GladError(f"{model} and {plain} have different resolutions: train both from the same base")
     examples = read_dataset(dataset, storage)
-    session.connect()
+    session.connect(address, reads=[*bundles.values(), absolute(dataset)], writes=[out])
     values: dict[str, dict[str, list[float]]] = {}
     runs: dict[str, Run] = {}  # by everything that decides the results: rows of both tables may share a run
     for row in rows_of(settings[True]):
@@ -89,49 +98,33 @@ def ablate(
             identity = f"{trained}-{changed.model_dump_json()}-{seed}"
             if identity not in runs:
                 console.print(f"{row.name}, seed {seed}", highlight=False)
-                folder = str(out / "runs" / f"{len(runs):02d}-seed{seed}")
-                _score(dataset, category, bundles[trained], changed, seed, Run.at(folder, storage))
-                runs[identity] = Run.at(folder, storage)  # anew: a run remembers the record that it has read
+                folder = join(out, "runs", f"{len(runs):02d}-seed{seed}")
+                description = with_settings(descriptions[trained], changed, {})
+                request = ScoreRequest(dataset, folder, category=category, seed=seed, address=address, overwrite=True)
+                _score(request, bundles[trained], description, storage)
+                runs[identity] = Run.at(folder, storage)
             metrics = average([tally.metrics() for tally in tally_results(runs[identity], examples).values()])
             for column in COLUMNS:
                 values.setdefault(f"{row.table}: {row.name}", {}).setdefault(column, []).append(metrics[column])
     for table in _tables(values):
         console.print(table)
-    _write(values, out)
+    _write(values, out, storage)
     console.print(f"ablation.json and ablation.md in {out}", highlight=False)
     return values
 
 
-def _settings(bundle: Path) -> Settings:
-    return Settings.parse(read_description(bundle).settings, str(bundle))
-
-
-def _score(dataset: str, category: str | None, base: Path, settings: Settings, seed: int, run: Run) -> None:
-    """Score with ``base`` under other settings; nothing to do if the very same run is complete."""
-    changed = Path(f"{run.location}.bundle")
-    shutil.rmtree(changed, ignore_errors=True)
-    try:
-        changed.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(base, changed, copy_function=_link)
-    except OSError as error:
-        raise GladError(f"{changed}: {error.strerror or error}; choose another --out") from error
-    model_id = update_settings(changed, settings, {})
+def _score(request: ScoreRequest, base: str, description: Description, storage: Storage) -> None:
+    """Score with the weights of ``base`` as ``description`` says; nothing to do if the very same run is complete."""
+    run = Run.at(request.out, storage)
     if run.has(COMPLETE):
-        same_model = run.record["models"][""]["model_id"] == model_id
-        if same_model and run.record["request"]["seed"] == seed:
-            shutil.rmtree(changed)
+        same_model = run.record["models"][""]["model_id"] == description.model_id
+        if same_model and run.record["request"]["seed"] == request.seed:
             return
-    request = ScoreRequest(dataset, run.location, model=str(changed), category=category, seed=seed, overwrite=True)
-    score(request, Console(quiet=True))
-    shutil.rmtree(changed)
-
-
-def _link(source: str, target: str) -> None:
-    """Weights are linked, not copied; glad.json is replaced as a whole, never written into."""
-    try:
-        os.link(source, target)
-    except OSError:  # another file system
-        shutil.copy2(source, target)
+    variant = f"{run.location}.bundle"
+    storage.delete_folder(variant)  # of a killed command
+    write_variant(base, description, variant, storage, linked=True)
+    score(replace(request, model=variant), Console(quiet=True))
+    storage.delete_folder(variant)
 
 
 def _tables(values: dict[str, dict[str, list[float]]]) -> list[Table]:
@@ -152,10 +145,10 @@ def _spread(values: list[float]) -> str:
     return f"{mean:.1f} ± {deviation:.1f}"
 
 
-def _write(values: dict[str, dict[str, list[float]]], out: Path) -> None:
-    (out / "ablation.json").write_text(json.dumps(values, indent=1) + "\n")
+def _write(values: dict[str, dict[str, list[float]]], out: str, storage: Storage) -> None:
+    storage.write(join(out, "ablation.json"), (json.dumps(values, indent=1) + "\n").encode())
     lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     lines += [
         f"| {name} | " + " | ".join(_spread(row[column]) for column in COLUMNS) + " |" for name, row in values.items()
     ]
-    (out / "ablation.md").write_text("\n".join(lines) + "\n")
+    storage.write(join(out, "ablation.md"), ("\n".join(lines) + "\n").encode())

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from cluster import session
-from glad_core.errors import GladError
+from cluster.storage import Storage, absolute, join
 from pipelines.archive.layouts import Example, read_dataset
 from pipelines.evaluate.datasets import published_name
 from pipelines.evaluate.tally import Tally, tally_results
@@ -35,7 +35,8 @@ def evaluate(
     dataset: str,
     console: Console,
     *,
-    out: Path | None = None,
+    out: str | None = None,
+    address: str | None = None,
     pro_limit: float = 0.3,
     pro_thresholds: int | None = None,
 ) -> Metrics:
@@ -43,7 +44,8 @@ def evaluate(
 
     Args:
         location: the run folder.
-        out: folder for metrics.csv, metrics.md and metrics.json; None writes none.
+        address: Ray cluster whose machines count; None starts Ray on this one.
+        out: folder, local or s3://, for metrics.csv, metrics.md and metrics.json; None writes none.
         pro_limit: largest false-positive rate of PRO.
         pro_thresholds: count PRO at this many even thresholds, as the released code does (200), instead of at all.
 
@@ -53,7 +55,7 @@ def evaluate(
     run = Run.at(location)
     _ = run.record  # fails at once if the run is not finished
     examples = read_dataset(dataset, run.storage)
-    session.connect()
+    session.connect(address, reads=[run.location, absolute(dataset)])
     tallies = tally_results(run, examples)
     metrics = {name: tallies[name].metrics(pro_limit, pro_thresholds) for name in sorted(tallies)}
     if len(metrics) > 1:
@@ -64,7 +66,7 @@ def evaluate(
     for table in _published_tables(name, set(tallies)):
         console.print(table)
     if out is not None:
-        _write(metrics, name, out)
+        _write(metrics, name, out, run.storage)
         console.print(f"metrics.csv, metrics.md and metrics.json in {out}", highlight=False)
     return metrics
 
@@ -149,19 +151,19 @@ def _published_tables(dataset: str | None, categories: set[str]) -> Iterable[Tab
         yield table
 
 
-def _write(metrics: Metrics, dataset: str | None, out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        plain = {name: {key: None if np.isnan(v) else v for key, v in row.items()} for name, row in metrics.items()}
-        paper = published()["averages"].get(dataset) if dataset else None
-        (out / "metrics.json").write_text(json.dumps({"ours": plain, "published": paper}, indent=1) + "\n")
-        stream = io.StringIO()
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["category", *next(iter(metrics.values()))])
-        writer.writerows([name, *(f"{value:.6f}" for value in row.values())] for name, row in metrics.items())
-        (out / "metrics.csv").write_text(stream.getvalue())
-        lines = ["| " + " | ".join(HEADERS) + " |", "|" + "---|" * len(HEADERS)]
-        lines += ["| " + " | ".join([name, *_cells(row)]) + " |" for name, row in metrics.items()]
-        (out / "metrics.md").write_text("\n".join(lines) + "\n")
-    except OSError as error:
-        raise GladError(f"{out}: {error.strerror or error}; choose another --out") from error
+def _write(metrics: Metrics, dataset: str | None, out: str, storage: Storage) -> None:
+    plain = {name: {key: None if np.isnan(v) else v for key, v in row.items()} for name, row in metrics.items()}
+    paper = published()["averages"].get(dataset) if dataset else None
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["category", *next(iter(metrics.values()))])
+    writer.writerows([name, *(f"{value:.6f}" for value in row.values())] for name, row in metrics.items())
+    lines = ["| " + " | ".join(HEADERS) + " |", "|" + "---|" * len(HEADERS)]
+    lines += ["| " + " | ".join([name, *_cells(row)]) + " |" for name, row in metrics.items()]
+    texts = {
+        "metrics.json": json.dumps({"ours": plain, "published": paper}, indent=1) + "\n",
+        "metrics.csv": stream.getvalue(),
+        "metrics.md": "\n".join(lines) + "\n",
+    }
+    for name, text in texts.items():
+        storage.write(join(absolute(out), name), text.encode())

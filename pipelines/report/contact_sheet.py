@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ CELL = 1.7  # inches per picture
 PANELS = 3  # input, reconstruction, heat map
 
 
-def show(run_folder: str, top: int, out: Path, console: Console) -> None:
+def show(run_folder: str, top: int, out: str, console: Console) -> None:
     """Write a PNG of the ``top`` highest-scored images of a run, highest first, two to a row.
 
     Raises:
@@ -49,8 +48,8 @@ def show(run_folder: str, top: int, out: Path, console: Console) -> None:
         _input(manifest.get(row["image_id"]), run.storage, run.settings_of(row["category"]).resolution) for row in rows
     ]
     maps = [np.nan_to_num(run.full_map(row), nan=0, posinf=0, neginf=0) for row in rows]
-    save_figure(_sheet(rows, pictures, maps), out)
-    console.print(f"{len(rows)} images in {escape(str(out))}", highlight=False)
+    save_figure(_sheet(rows, pictures, maps), out, run.storage)
+    console.print(f"{len(rows)} images in {escape(out)}", highlight=False)
 
 
 def highest(results: pads.Dataset, top: int) -> tuple[list[dict[str, Any]], int]:

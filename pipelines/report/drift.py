@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from cluster.storage import clear_errors
+from cluster.storage import Storage, clear_errors
 from glad_core.errors import GladError
 from glad_core.image_metrics import pooled_chi_squared
 from pipelines.report.figures import save_figure
@@ -26,17 +25,17 @@ Columns = dict[str, np.ndarray]  # "score" float32 [N] and "step" int16 [N] of o
 
 
 def drift(
-    first: str, second: str, out: Path | None, console: Console, *, alpha: float = 0.01
+    first: str, second: str, out: str | None, console: Console, *, alpha: float = 0.01
 ) -> dict[str, dict[str, Any]]:
     """Print, plot and return how two runs differ, by category.
 
     Args:
         first, second: folders of finished runs.
-        out: PNG file with both distributions; None writes none.
+        out: PNG file, local or s3://, with both distributions; None writes none.
         alpha: accepted probability that runs over like images are reported to differ in any category.
 
     Raises:
-        GladError: no finished run, no category in both, or ``out`` cannot be written.
+        GladError: no finished run, no category in both. StorageError: ``out`` cannot be written.
     """
     columns = []
     for folder in (first, second):
@@ -52,7 +51,7 @@ def drift(
     comparison = {name: compare(columns[0][name], columns[1][name], 2 * len(shared), alpha) for name in shared}
     console.print(_table(comparison, alpha))
     if out is not None:
-        save_figure(_histograms(columns, shared[:CATEGORIES_SHOWN], (first, second)), out)
+        save_figure(_histograms(columns, shared[:CATEGORIES_SHOWN], (first, second)), out, Storage.from_environment())
         console.print(f"plot in {out}", highlight=False)
     return comparison
 

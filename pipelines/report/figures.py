@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import io
 
 from matplotlib.figure import Figure
 
-from glad_core.errors import GladError
+from cluster.storage import Storage, absolute
 
 DOTS_PER_INCH = 110
 
 
-def save_figure(figure: Figure, out: Path) -> None:
-    """Write a figure as PNG and create its folder if necessary.
+def save_figure(figure: Figure, out: str, storage: Storage) -> None:
+    """Write a figure as PNG, local or s3://, and create its folder if necessary.
 
     Figures are made with `Figure`, not with pyplot, which would keep each of them and look for a window system.
 
     Raises:
-        GladError: ``out`` cannot be written.
+        StorageError: ``out`` cannot be written.
     """
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out, dpi=DOTS_PER_INCH, format="png")
-    except OSError as error:
-        raise GladError(f"{out}: {error.strerror or error}; choose another --out") from error
+    stream = io.BytesIO()
+    figure.savefig(stream, dpi=DOTS_PER_INCH, format="png")
+    storage.write(absolute(out), stream.getvalue())

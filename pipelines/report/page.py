@@ -6,7 +6,6 @@ numbers of all images, but pictures of no more than `CHUNK` at a time.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,8 +17,7 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.markup import escape
 
-from cluster.storage import clear_errors
-from glad_core.errors import GladError
+from cluster.storage import absolute, clear_errors
 from pipelines.archive.fetch import FETCH_THREADS
 from pipelines.archive.layouts import read_dataset
 from pipelines.report.cards import STOP_REASONS, HeatScale, make_card
@@ -38,7 +36,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 PARTS = {"style": "report.css", "script": "report.js", "d3": "vendor/d3.min.js", "plot": "vendor/plot.min.js"}
 
 
-def report(run_folder: str, out: Path, console: Console, *, dataset: str | None = None, top: int = 500) -> None:
+def report(run_folder: str, out: str, console: Console, *, dataset: str | None = None, top: int = 500) -> None:
     """Write the page about a finished run: the ``top`` most anomalous images, and totals over all.
 
     Args:
@@ -61,13 +59,13 @@ def report(run_folder: str, out: Path, console: Console, *, dataset: str | None 
             called = truth.verdict(card["uri"], card["anomalous"])
             card["truth"] = called if card["decided"] else "undecided"
     text = render(page | {"cards": cards})
-    _write(text, out)
+    run.storage.write(absolute(out), text.encode())  # in one go: an interrupted command leaves no half page
     unreadable = sum(card["problem"] is not None for card in cards)
     if unreadable:
         console.print(f"[yellow]{unreadable} source images can no longer be read; their cards say why[/yellow]")
     if page["undecided"]:
         console.print(f"[yellow]{page['undecided']} results have no finite score: undecided[/yellow]")
-    contents = f"{len(cards)} of {page['total']} images in {escape(str(out))}, {len(text) / 1e6:.1f} MB"
+    contents = f"{len(cards)} of {page['total']} images in {escape(out)}, {len(text) / 1e6:.1f} MB"
     console.print(f"{contents}; open it in a browser", highlight=False, soft_wrap=True)
 
 
@@ -180,18 +178,3 @@ def _errors(run: Run) -> dict[str, Any]:
         if len(rows) < ERRORS_SHOWN:
             rows += batch.slice(0, ERRORS_SHOWN - len(rows)).to_pylist()
     return {"total": sum(stages.values()), "rows": rows, "stages": dict(stages.most_common())}
-
-
-def _write(text: str, out: Path) -> None:
-    """Replace ``out`` in one go: an interrupted command leaves no half page.
-
-    Raises:
-        GladError: ``out`` cannot be written.
-    """
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(f".{out.name}.{os.getpid()}.part")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(out)
-    except OSError as error:
-        raise GladError(f"{out}: {error.strerror or error}; choose another --out") from error

@@ -12,7 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import photo
+from conftest import make_bucket, photo
+from judged_run import make_judged_run
+
+from cluster.storage import Storage
+from glad_core.bundle.glad_json import read_description
+from pipelines.models.find import describe
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
@@ -25,8 +30,8 @@ def free_port():
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    """A head node's dashboard URL and the environment of one who knows its token."""
+def cluster(s3_server):
+    """A head node's dashboard URL and the environment of one who knows its token. The node has credentials for S3."""
     with tempfile.TemporaryDirectory(prefix="j", ignore_cleanup_errors=True) as name:
         token = Path(name) / "token"
         token.write_text("a-token-that-nobody-guesses-0123456789")
@@ -50,7 +55,10 @@ def cluster():
         log = Path(name) / "log"
         with log.open("wb") as output:
             head = subprocess.Popen(
-                [BIN / "ray", "start", "--head", "--block", *words], env=environment, stdout=output, stderr=output
+                [BIN / "ray", "start", "--head", "--block", *words],
+                env=environment | s3_server | {"GLAD_CACHE": f"{name}/cache"},
+                stdout=output,
+                stderr=output,
             )
         try:
             url = f"http://127.0.0.1:{dashboard}"
@@ -114,6 +122,41 @@ def test_a_job_that_fails_says_so_and_one_that_is_not_there_too(cluster, tmp_pat
     code, _, err = glad(environment, "jobs", "stop", "raysubmit_x", "--address", url)
     assert (code, len(err.splitlines())) == (2, 1)
     assert "no such job" in err
+
+
+def test_a_model_is_calibrated_and_a_page_written_with_everything_on_s3(
+    cluster, s3_server, tiny_bundle, tmp_path, monkeypatch
+):
+    url, environment = cluster
+    environment = environment | {name: s3_server[name] for name in ("AWS_ENDPOINT_URL", "AWS_REGION")}
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    make_bucket(s3_server, "submit")
+    storage, out = Storage.from_environment(), "s3://submit/calibrated"
+    storage.publish(tiny_bundle, "s3://submit/tiny", "glad.json")
+    for index in range(10):
+        with tempfile.TemporaryDirectory() as folder:
+            storage.write(f"s3://submit/good/{index}.png", photo(index, Path(folder) / "x.png").read_bytes())
+    storage.write(f"{out}.calibrate/claim", b"of a command that was killed")
+    storage.write(f"{out}.calibrate/bundle/glad.json", b"half")
+    storage.write(f"{out}/vae/config.json", b"half")
+    words = ["calibrate", "s3://submit/good", "--model", "s3://submit/tiny", "--out", out, "--target-fpr", 0.1]
+    sent = environment | {"GLAD_CALIBRATE_THRESHOLD_ONLY": "true"}
+    code, text, err = glad(sent, "submit", "--address", url, "--", *words)
+    assert code == 0, text + err
+    assert "choosing the denoising steps" not in text  # what the sender's environment asks for
+    assert "from 10 good images" in text
+    description = describe(out, storage)
+    assert description.provenance["calibration_images"] == 10
+    assert description.files == read_description(tiny_bundle).files
+    assert list(storage.walk(f"{out}.calibrate")) == []
+
+    storage.publish(Path(make_judged_run(tmp_path, tiny_bundle).run.location), "s3://submit/run", "run.json")
+    page = "s3://submit/pages/monday.html"
+    code, text, err = glad(environment, "submit", "--address", url, "--", "report", "s3://submit/run", "--out", page)
+    assert code == 0, text + err
+    assert b"</html>" in storage.read(page)
+    assert not Path("s3:").exists()
 
 
 @pytest.mark.parametrize("token", [None, "another-token-of-some-length-0123"])

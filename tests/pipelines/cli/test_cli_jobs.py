@@ -7,21 +7,45 @@ from typer.testing import CliRunner
 
 from cluster import jobs
 from glad_core.errors import GladError
-from pipelines.cli.jobs import LOCATIONS, check
+from pipelines.cli.jobs import LOCATIONS, READERS, check
 from pipelines.cli.main import app
 
 ROOT = typer.main.get_command(app)
+CONTEXT = ROOT.make_context("glad", ["doctor"])
 
 
 def test_a_command_for_the_cluster_gets_the_address_of_the_cluster_it_runs_on():
     words = ["score", "s3://photos", "--out", "/shared/out", "--model", "small"]
-    assert check(words, ROOT) == [*words, "--address", "auto"]
+    assert check(words, CONTEXT) == [*words, "--address", "auto"]
+    words = ["report", "s3://verdicts/monday", "--out", "s3://verdicts/monday.html"]
+    assert check(words, CONTEXT) == words  # it needs no Ray
+
+
+def test_options_of_this_machine_s_file_and_environment_are_sent_along(monkeypatch):
+    monkeypatch.setenv("GLAD_SCORE_BATCH_SIZE", "4")
+    monkeypatch.setenv("GLAD_SCORE_COMPILED", "true")
+    monkeypatch.setenv("GLAD_SCORE_ADDRESS", "10.0.0.1:6379")  # of another way to use a cluster
+    context = ROOT.make_context("glad", ["doctor"])
+    context.default_map = {"score": {"out": "s3://b/o u t", "seed": 3, "reconstructions": True}, "train": {"seed": 1}}
+    words = check(["score", "s3://photos", "--seed", "5"], context)
+    assert words[:4] == ["score", "s3://photos", "--seed", "5"]
+    assert set(words[4:-2]) == {"--out=s3://b/o u t", "--batch-size=4", "--reconstructions", "--compile"}
+    assert words[-2:] == ["--address", "auto"]
+    context.default_map = {"score": {"out": "folder"}}
+    with pytest.raises(GladError, match="folder: the cluster does not know this folder"):
+        check(["score", "s3://photos"], context)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["show", "/results"], "'show' cannot be submitted: give one of calibrate, doctor, retrain, score, train"),
+        (["view", "/results"], "'view' cannot be submitted: give one of ablate, calibrate, doctor, drift, evaluate, "),
+        (["report", "s3://b/run"], "report.html: the cluster does not know this folder"),
+        (["show", "run", "--out", "s3://b/x"], "run: the cluster does not know this folder"),
+        (["evaluate", "s3://b/run", "--dataset", "data"], "data: the cluster does not know this folder"),
+        (["drift", "s3://b/run", "other"], "other: the cluster does not know this folder"),
+        (["ablate", "s3://d", "--model", "/m", "--plain", "p", "--out", "s3://b/o"], "p: the cluster does not know"),
+        (["calibrate", "s3://d", "--model", "small", "--out", "s3:/b/o"], "s3:/b/o: the cluster does not know"),
         (["score", "photos", "--out", "s3://b/out"], "photos: the cluster does not know this folder"),
         (["train", "s3://d", "--out", "s3://b/out", "--exclude", "run"], "run: the cluster does not know this folder"),
         (["score", "/a", "--out", "/b", "--address", "auto"], "give --address before --"),
@@ -29,14 +53,18 @@ def test_a_command_for_the_cluster_gets_the_address_of_the_cluster_it_runs_on():
 )
 def test_what_cannot_run_on_a_cluster_is_not_sent(words, message):
     with pytest.raises(GladError, match=message):
-        check(words, ROOT)
+        check(words, CONTEXT)
     outcome = CliRunner().invoke(app, ["submit", "--address", "http://127.0.0.1:1", "--", *words])
     assert outcome.exit_code == 2
     assert message in outcome.stderr
 
 
 def test_locations_are_parameters_of_commands_that_can_be_submitted():
-    commands = [command for command in ROOT.commands.values() if any(p.name == "address" for p in command.params)]
+    commands = [
+        command
+        for name, command in ROOT.commands.items()
+        if name in READERS or any(p.name == "address" for p in command.params)
+    ]
     assert set(LOCATIONS) <= {parameter.name for command in commands for parameter in command.params}
 
 

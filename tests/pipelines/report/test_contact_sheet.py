@@ -28,11 +28,11 @@ def test_stop_labels() -> None:
 
 def test_a_sheet_has_two_images_in_a_row(tmp_path, tiny_bundle) -> None:
     run, _, rows = make_judged_run(tmp_path, tiny_bundle)
-    show(run.location, 5, tmp_path / "five.png", Console(quiet=True))
-    show(run.location, 1, tmp_path / "one.png", Console(quiet=True))
+    show(run.location, 5, str(tmp_path / "five.png"), Console(quiet=True))
+    show(run.location, 1, str(tmp_path / "one.png"), Console(quiet=True))
     five, one = (Image.open(tmp_path / name).size for name in ("five.png", "one.png"))
     assert five == (2 * one[0], 3 * one[1])
-    show(run.location, 200, tmp_path / "all.png", Console(quiet=True))  # one source is lost
+    show(run.location, 200, str(tmp_path / "all.png"), Console(quiet=True))  # one source is lost
     assert Image.open(tmp_path / "all.png").size[1] == len(rows) // 2 * one[1]
     with pytest.raises(GladError, match="no finished run"):
-        show(str(tmp_path), 5, tmp_path / "none.png", Console(quiet=True))
+        show(str(tmp_path), 5, str(tmp_path / "none.png"), Console(quiet=True))

@@ -64,7 +64,7 @@ def test_the_page_in_a_browser(judged, tmp_path, ray_session) -> None:
         pytest.skip(f"no browser at {CHROMIUM}: apt-get install chromium")
     run, data, rows = judged
     out = tmp_path / "report.html"
-    report(run.location, out, QUIET, dataset=str(data), top=50)
+    report(run.location, str(out), QUIET, dataset=str(data), top=50)
     text = out.read_text()
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", text)
     complaints: list[str] = []
@@ -125,4 +125,4 @@ def test_errors_are_one_line(judged, tmp_path) -> None:
     (tmp_path / "file").write_text("in the way")
     blocked = CliRunner().invoke(app, ["report", judged.run.location, "--out", str(tmp_path / "file" / "report.html")])
     assert blocked.exit_code == 2
-    assert "choose another --out" in blocked.stderr
+    assert "choose another folder" in blocked.stderr
