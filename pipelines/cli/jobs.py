@@ -38,7 +38,7 @@ LOCATIONS = (
     *("results", "first", "second", "plain", "settings"),
 )
 # Commands without Ray that read results where they are: a job on one machine of the cluster.
-READERS = ("drift", "report", "show")
+READERS = ("drift", "show")
 
 
 @commands.command(epilog="Example: glad submit -- score s3://photos/line-4 --out s3://verdicts/monday")

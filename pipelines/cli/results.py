@@ -34,11 +34,15 @@ def report(
     out: Annotated[str, typer.Option(help="HTML page to write, local or s3://")] = "report.html",
     dataset: Annotated[str | None, typer.Option(help="Dataset with ground truth, as for `glad evaluate`")] = None,
     top: Annotated[int, typer.Option(min=1, max=2000, help="Number of images to show, most anomalous first")] = 500,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster that compares with --dataset, host:port or auto; default: this machine"),
+    ] = None,
 ) -> None:
     """Write one self-contained HTML page: a run's totals and its most anomalous images, to filter, sort and print."""
     from pipelines.report.page import report as write
 
-    write(results, out, Console(), dataset=dataset, top=top)
+    write(results, out, Console(), dataset=dataset, top=top, address=address)
 
 
 @commands.command(epilog="Example: glad view s3://verdicts/monday")

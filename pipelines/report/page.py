@@ -17,6 +17,7 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.markup import escape
 
+from cluster import session
 from cluster.storage import absolute, clear_errors
 from pipelines.archive.fetch import FETCH_THREADS
 from pipelines.archive.layouts import read_dataset
@@ -36,11 +37,21 @@ TEMPLATES = Path(__file__).parent / "templates"
 PARTS = {"style": "report.css", "script": "report.js", "d3": "vendor/d3.min.js", "plot": "vendor/plot.min.js"}
 
 
-def report(run_folder: str, out: str, console: Console, *, dataset: str | None = None, top: int = 500) -> None:
+def report(
+    run_folder: str,
+    out: str,
+    console: Console,
+    *,
+    dataset: str | None = None,
+    top: int = 500,
+    address: str | None = None,
+) -> None:
     """Write the page about a finished run: the ``top`` most anomalous images, and totals over all.
 
     Args:
-        dataset: ground truth, as for `glad evaluate`.
+        out: HTML page, local or s3://.
+        dataset: ground truth, as for `glad evaluate`, with which Ray compares the results.
+        address: Ray cluster to do that; None starts Ray on this machine.
 
     Raises:
         GladError, StorageError, SessionError: no finished run, not its dataset, or ``out`` cannot be written.
@@ -53,7 +64,8 @@ def report(run_folder: str, out: str, console: Console, *, dataset: str | None =
         page = summary(run, totals)
         chosen = _most_anomalous(results, totals, top)
         cards = _make_all_cards(run, results, chosen, page["scale"], console)
-    if truth is not None:
+    if truth is not None and dataset is not None:
+        session.connect(address, reads=[run.location, absolute(dataset)])
         page["curves"] = curves(run, truth.examples) if page["total"] else []
         for card in cards:
             called = truth.verdict(card["uri"], card["anomalous"])

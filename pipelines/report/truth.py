@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import roc_curve
 
-from cluster import session
 from pipelines.archive.layouts import Example
 from pipelines.evaluate.tally import Tally, find_example, tally_results
 from pipelines.runs.run import Run
@@ -38,8 +37,7 @@ class Truth:
 
 
 def curves(run: Run, examples: list[Example]) -> list[dict[str, Any]]:
-    """Name, metrics and points of the ROC and PRO curves of each category, counted by Ray tasks."""
-    session.connect()
+    """Name, metrics and points of the ROC and PRO curves of each category, counted by tasks of the connected Ray."""
     tallies = tally_results(run, examples)
     return [_curves_of(name, tallies[name]) for name in sorted(tallies)]
 

@@ -6,6 +6,7 @@ import typer.main
 from typer.testing import CliRunner
 
 from cluster import jobs
+from cluster.check_file import Findings
 from glad_core.errors import GladError
 from pipelines.cli.jobs import LOCATIONS, READERS, check
 from pipelines.cli.main import app
@@ -17,7 +18,7 @@ CONTEXT = ROOT.make_context("glad", ["doctor"])
 def test_a_command_for_the_cluster_gets_the_address_of_the_cluster_it_runs_on():
     words = ["score", "s3://photos", "--out", "/shared/out", "--model", "small"]
     assert check(words, CONTEXT) == [*words, "--address", "auto"]
-    words = ["report", "s3://verdicts/monday", "--out", "s3://verdicts/monday.html"]
+    words = ["show", "s3://verdicts/monday", "--out", "s3://verdicts/monday.png"]
     assert check(words, CONTEXT) == words  # it needs no Ray
 
 
@@ -79,8 +80,9 @@ def test_jobs_are_listed_as_a_table_or_as_json(monkeypatch):
 
 
 def test_a_cluster_file_with_errors_ends_with_1(monkeypatch):
-    for problems, examples, code in ((["no head"], ["region"], 1), ([], ["region"], 0), ([], [], 0)):
-        monkeypatch.setattr("cluster.check_file.check_cluster_file", lambda file, p=problems, e=examples: (p, e))
+    for problems, examples, code in ((["no head"], ["region"], 1), ([], ["region"], 1), ([], [], 0)):
+        findings = Findings(problems, examples, [])
+        monkeypatch.setattr("cluster.check_file.check_cluster_file", lambda file, findings=findings: findings)
         outcome = CliRunner().invoke(app, ["cluster", "check", "x.yaml"])
         assert outcome.exit_code == code
         assert ("no head" in outcome.stdout, "region" in outcome.stdout) == (bool(problems), bool(examples))
