@@ -236,7 +236,8 @@ def forty(work: Path, categories: int) -> dict[str, Any]:
         def watch() -> None:
             while not outcome:
                 time.sleep(10)
-                memory.append(led_megabytes(head))
+                with suppress(psutil.Error):  # the cluster is gone
+                    memory.append(led_megabytes(head))
 
         started = time.monotonic()
         thread = threading.Thread(target=run)

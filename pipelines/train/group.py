@@ -8,6 +8,7 @@ remains is one process of 70 MB, `Meeting`. If the command ends, Ray frees all t
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 from collections.abc import Callable
@@ -42,6 +43,7 @@ def run_group(work: Callable[[dict[str, Any]], None], config: dict[str, Any], jo
         ray.train.TrainingFailedError: with the failure of the last attempt.
     """
     os.environ.update(QUIET)
+    logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # tracebacks of what it then tries again
     filesystem, path = job.storage.resolve(job.work)
     folder, _, name = path.rpartition("/")
     trainer = _Trainer(

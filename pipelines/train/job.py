@@ -129,6 +129,7 @@ def _fit(job: TrainJob, events: Any) -> Any:
     """Train with ``job.workers``, resuming if there is a checkpoint; returns the last checkpoint."""
     from pipelines.train.group import run_group
 
+    send_event(events, job.name, "wait for room")  # until a worker says that it prepares
     try:
         checkpoint = run_group(_work, {"job": job, "events": events}, job)
     except Exception as error:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
@@ -106,9 +106,14 @@ class _Lines:
 
 def _run_all(jobs: Mapping[str, Job], parallel: int) -> Iterator[dict[str, Any]]:
     """Run ``jobs`` in threads; yields their events, the last of each job being ``done`` or ``failed``."""
-    from ray.util.queue import Queue
+    import ray
+    from ray.util.queue import Empty, Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    events = Queue(actor_options={"num_cpus": 0})
+    # On this machine, so that no other's death ends the command.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
+    events = Queue(actor_options=options)
     waiting, running = list(jobs.items()), {}  # type: ignore[var-annotated]
     while waiting or running:
         while waiting and len(running) < parallel:
@@ -117,7 +122,8 @@ def _run_all(jobs: Mapping[str, Job], parallel: int) -> Iterator[dict[str, Any]]
         time.sleep(LOOK_EVERY)
         # Before the events are taken, so that those of a finished job come before its end.
         finished = [name for name, outcome in running.items() if outcome.done()]
-        yield from events.get_nowait_batch(events.qsize())
+        with suppress(Empty):  # if its process died just now
+            yield from events.get_nowait_batch(events.qsize())
         for name in finished:
             outcome = running.pop(name)
             error = outcome.exception()
