@@ -20,8 +20,12 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def aws(monkeypatch, tmp_path):
     """boto3's sessions lead to moto; ssh and rsync are programs that note what they are given."""
+    from moto.ec2.models import instance_types
     from moto.server import ThreadedMotoServer
 
+    # Ray asks for the sizes of all machines that there are, which takes moto a while.
+    few = {name: size for name, size in instance_types.INSTANCE_TYPES.items() if name.startswith(("m6i.", "g5."))}
+    monkeypatch.setattr(instance_types, "INSTANCE_TYPES", few)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     address = "http://{}:{}".format(*server.get_host_and_port())
@@ -84,6 +88,24 @@ def ray_up(tmp_path, group):
     return yaml.safe_load(path.read_text())
 
 
+def started(types, bundle, count=1, **settings):
+    """Machines by kind that Ray's autoscaler starts for ``count`` bundles of resources."""
+    from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
+    from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+    from ray.autoscaler.v2.utils import ResourceRequestUtil
+    from ray.core.generated.autoscaler_pb2 import ResourceRequestByCount
+
+    configs = {
+        name: NodeTypeConfig(
+            name, 0, given["max_workers"], priority=given.get("priority", 0), resources=given["resources"]
+        )
+        for name, given in types.items()
+    }
+    requests = [ResourceRequestByCount(request=ResourceRequestUtil.make(bundle), count=count)]
+    request = SchedulingRequest(True, configs, max_num_nodes=12, resource_requests=requests, **settings)
+    return {launch.instance_type: launch.count for launch in ResourceDemandScheduler(None).schedule(request).to_launch}
+
+
 def instances(client):
     return [machine for reserved in client.describe_instances()["Reservations"] for machine in reserved["Instances"]]
 
@@ -122,6 +144,13 @@ def test_ray_up_makes_what_the_file_says_and_no_more(aws, tmp_path):
         assert workers[name]["SecurityGroups"] == head["SecurityGroups"]
     assert sent["available_node_types"]["gpu_spot"]["resources"]["GPU"] == 1  # what Ray asked of EC2
 
+    # What Ray would start for work of each kind, by the sizes that it asked of EC2.
+    types = sent["available_node_types"]
+    assert started(types, {"CPU": 1, "memory": 1e9}) == {"cpu": 1}
+    assert started(types, {"CPU": 1, "GPU": 1}) == {"gpu_spot": 1}
+    assert started(types, {"GPU": 1}, recoverable_resource_availabilities={"gpu_spot": 0}) == {"gpu_on_demand": 1}
+    assert started(types, {"GPU": 1}, count=50) == {"gpu_spot": 8, "gpu_on_demand": 2}
+
     # Strangers: no group but the stack's and AWS's own, ssh from one network, all else among the machines.
     groups = {found["GroupId"]: found for found in ec2.describe_security_groups()["SecurityGroups"]}
     assert len([found for found in groups.values() if found["GroupName"] != "default"]) == 1
@@ -144,16 +173,15 @@ def test_ray_up_makes_what_the_file_says_and_no_more(aws, tmp_path):
     assert "__pycache__" in log
 
 
-def test_gpus_of_machines_are_those_that_aws_says(aws):
-    import boto3
+def test_gpus_of_machines_are_those_that_aws_says():
+    from moto.ec2.models.instance_types import INSTANCE_TYPES  # as EC2 describes them
 
     from cluster.check_aws import _gpus
 
-    pages = boto3.client("ec2").get_paginator("describe_instance_types").paginate()
-    types = {found["InstanceType"]: found for page in pages for found in page["InstanceTypes"]}
-    known = {name: _gpus({"node_config": {"InstanceType": name}}) for name in types}
+    known = {name: _gpus({"node_config": {"InstanceType": name}}) for name in INSTANCE_TYPES}
     real = {
-        name: sum(gpu["Count"] for gpu in found.get("GpuInfo", {}).get("Gpus", [])) for name, found in types.items()
+        name: sum(gpu["Count"] for gpu in described.get("GpuInfo", {}).get("Gpus", []))
+        for name, described in INSTANCE_TYPES.items()
     }
-    assert {name: (known[name], real[name]) for name in types if known[name] not in (None, real[name])} == {}
-    assert len([name for name in types if known[name]]) > 20
+    assert {name: (known[name], real[name]) for name in real if known[name] not in (None, real[name])} == {}
+    assert len([name for name in real if known[name]]) > 20

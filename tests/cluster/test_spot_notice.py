@@ -1,11 +1,14 @@
 """The notice of AWS, from a server that answers as the metadata service does."""
 
+import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import typer
 from ray.scripts.scripts import drain_node
 
+from cluster import spot_notice
 from cluster.spot_notice import drain_command, is_noticed
 
 
@@ -56,9 +59,36 @@ def test_a_service_that_fails_or_is_not_there_is_no_notice(service):
 
 
 def test_ray_takes_the_command():
-    _, name, *words = drain_command("10.0.0.1:6379")
+    _, name, *words = drain_command("10.0.0.1:6379", "ab12")
     assert name == drain_node.name
     options = drain_node.make_context(name, words).params
-    assert options["address"] == "10.0.0.1:6379"
-    assert options["node_id"] is None  # its own
+    assert (options["address"], options["node_id"]) == ("10.0.0.1:6379", "ab12")
     assert options["deadline_remaining_seconds"] <= 120
+
+
+class Process:
+    def __init__(self, name, *words):
+        self.info = {"name": name, "cmdline": [name, *words]}
+
+
+def test_it_drains_the_node_of_the_raylet_when_the_notice_comes_and_ends_with_ray(service, monkeypatch):
+    address, state = service
+    processes = [Process("python", "--node_id=no"), Process("raylet", "--x=1", "--node_id=ab12")]
+    monkeypatch.setattr(spot_notice.psutil, "process_iter", lambda attributes: processes)
+    commands, rounds = [], iter([404, 500, 200])
+
+    def sleep(seconds):
+        state["status"] = next(rounds)
+
+    def run(command, check):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(spot_notice.time, "sleep", sleep)
+    monkeypatch.setattr(spot_notice.subprocess, "run", run)
+    with pytest.raises(typer.Exit) as end:
+        spot_notice.main("10.0.0.1:6379", address)
+    assert (end.value.exit_code, commands) == (0, [drain_command("10.0.0.1:6379", "ab12")])
+    processes.pop()  # Ray has ended
+    spot_notice.main("10.0.0.1:6379", address)
+    assert len(commands) == 1
