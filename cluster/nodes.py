@@ -38,19 +38,24 @@ def check_nodes(reads: Sequence[str], writes: Sequence[str]) -> None:
     }
     if not others:
         return
-    read = [path for path in reads if not is_s3(path) and os.path.exists(path)]
-    probes = [_probe(path) for path in writes if not is_s3(path)]
+    witnesses = {path: _inside(path) for path in reads if not is_s3(path) and os.path.exists(path)}
+    probes = {path: probe for path in writes if not is_s3(path) and (probe := _probe(path)) is not None}
     try:
-        answers = _ask(others, read + [probe for probe in probes if probe is not None])
+        answers = _ask(others, [*witnesses.values(), *probes.values()])
     finally:
-        for probe in probes:
-            with suppress(OSError):
-                os.unlink(probe or "")
+        for probe in probes.values():
+            os.unlink(probe)
     _compare(answers, others)
-    for path in read:
-        _require(path, [others[node] for node, (_, missing) in answers.items() if path in missing])
-    for path, probe in zip([path for path in writes if not is_s3(path)], probes, strict=True):
-        _require(path, [others[node] for node, (_, missing) in answers.items() if probe in missing])
+    for path, witness in [*witnesses.items(), *probes.items()]:
+        _require(path, [others[node] for node, (_, missing) in answers.items() if witness in missing])
+
+
+def _inside(path: str) -> str:
+    """Something in a folder, which another machine's folder of the same name does not have; else the path itself."""
+    if not os.path.isdir(path):
+        return path
+    with os.scandir(path) as entries:
+        return next((entry.path for entry in entries), path)
 
 
 def _probe(path: str) -> str | None:

@@ -35,10 +35,11 @@ def two_others(monkeypatch):
 
 def test_a_folder_of_this_machine_alone_is_refused(two_others, tmp_path, capsys):
     (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "1.png").touch()  # other machines may have an empty folder of that name
     reads, writes = [str(tmp_path / "in"), "s3://b/x", "small", "*.png"], [str(tmp_path / "new" / "out"), "s3://b/y"]
     nodes.check_nodes(reads, writes)
     assert os.listdir(tmp_path) == ["in"]  # the probe is gone
-    for missing, location in ((".glad-probe", writes[0]), ("/in", reads[0])):
+    for missing, location in ((".glad-probe", writes[0]), ("/in/1.png", reads[0])):
         two_others["paths"] = lambda path, missing=missing: missing not in path
         with pytest.raises(NotShared, match=f"^{location}: 10.0.0.3 of the cluster cannot see it; give an s3://"):
             nodes.check_nodes(reads, writes)
