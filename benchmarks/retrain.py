@@ -93,12 +93,8 @@ def _stream_cpus(machines: list[tuple[int, int]]) -> float:
         training = with_resources(plan_job(request, ["a"], Storage(), name="a", work="/nowhere"), request, GPUS)
         groups = [placement_group([training.worker_resources]) for _ in range(GPUS)]
         ray.get([group.ready() for group in groups], timeout=300)
-        ray.get(ray.remote(num_cpus=DATA_CPUS)(_nothing).remote(), timeout=300)
+        ray.get(ray.remote(num_cpus=DATA_CPUS)(lambda: None).remote(), timeout=300)
         return min(training.cpus - 1, training.makers)  # one is the worker's own
-
-
-def _nothing() -> None:
-    pass
 
 
 class SlowFiles:
