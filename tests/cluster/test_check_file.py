@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,16 @@ def test_files_that_are_no_cluster_files(tmp_path):
         assert outcome.exit_code == 2
         assert outcome.stderr.count("\n") == 1
         assert name in outcome.stderr
+
+
+def test_boto3_that_is_missing_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    (problem,) = [line for line in check_cluster_file(SHIPPED).problems if "boto3" in line]
+    assert "pip install 'glad-ray[aws]'" in problem
+
+
+def test_a_token_that_was_never_made_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "home/.ray/auth_token").unlink()
+    (problem,) = check_cluster_file(SHIPPED).problems
+    assert "auth_token" in problem
+    assert "ray get-auth-token --generate" in problem
