@@ -25,6 +25,7 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # the job draws its own
     "RAY_DATA_USE_OBSTORE": "0",  # with a custom endpoint its downloads silently return null
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that outlives the session would start another Ray
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # tasks without GPUs keep CUDA_VISIBLE_DEVICES
 }
 START_SECONDS = (90.0, 300.0)  # for Ray to start on this machine, at the first attempt and at the second
