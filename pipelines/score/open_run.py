@@ -78,7 +78,10 @@ def open_run(job: Job, found: Found) -> Opened:
     Raises:
         GladError, StorageError, SessionError: one line.
     """
-    session.connect(job.request.address)
+    reads = [job.source, *job.models.bundles.values()]
+    if job.request.good is not None:
+        reads.append(absolute(job.request.good))
+    session.connect(job.request.address, reads=reads, writes=[job.run.location])
     session.warm_up_ray_data()
     actors = plan_actors(session.resources(), job.request.wishes, _weights(job.models))
     plan = found.plan or claim(job.run, found.generation + 1, partial(_list, job, actors))

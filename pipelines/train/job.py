@@ -47,7 +47,7 @@ def train(request: TrainRequest, console: Console) -> str:
     job = plan_job(request, list(images), storage, name=" ".join(images), work=f"{out}.train")
     check_free(out, storage)
     claim_work(storage, job.work)
-    session.connect(request.address)
+    session.connect(request.address, reads=[absolute(request.dataset), job.base], writes=[job.work])
     job = with_resources(job, request)
     deliver = partial(deliver_bundle, storage=storage, out=out)
     outcome = run_side_by_side({job.name: partial(run_training, job, images, deliver)}, 1, console)[job.name]

@@ -70,7 +70,11 @@ def retrain(request: RetrainRequest, console: Console) -> bool:
         console.print(changes, highlight=False, soft_wrap=True)
     jobs = _plan(request, images, storage)
     claim_work(storage, join(home, WORK))
-    session.connect(request.train.address)
+    session.connect(
+        request.train.address,
+        reads=[absolute(request.train.dataset), *{job.base for job in jobs.values()}],
+        writes=[home],
+    )
     parallel = parallel_jobs(request, session.resources(), len(jobs))
     deliver = partial(publish_and_promote, storage=storage, home=home, promote=request.promote, margin=request.margin)
     prepare = partial(find_earlier, storage=storage, home=home)
