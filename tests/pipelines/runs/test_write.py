@@ -1,11 +1,14 @@
+import duckdb
 import numpy as np
+import pandas as pd
+import polars as pl
 import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from pipelines.runs.run import Run
 from pipelines.runs.schema import ERRORS_SCHEMA, FILE, RESULTS_SCHEMA, SCORED_SCHEMA
-from pipelines.runs.write import ResultsWriter, folder_of
+from pipelines.runs.write import ROW_GROUP_BYTES, ResultsWriter, folder_of
 
 
 def scored(image_id, anomalous=True, position=0):
@@ -101,3 +104,38 @@ def test_the_first_shard_has_both_datasets_even_if_one_has_no_row(tmp_path):
     assert pq.read_table(tmp_path / "staging/1-a/results").schema.equals(RESULTS_SCHEMA)
     assert len(pq.read_table(tmp_path / "staging/1-a/results")) == 0
     assert len(pq.read_table(tmp_path / "staging/1-a/errors")) == 1
+
+
+def test_every_reader_gets_the_same_maps_back_from_row_groups_of_bounded_size(tmp_path):
+    maps = [np.random.default_rng(n).standard_normal(512 * 512).astype(np.float16) for n in range(20)]
+    rows = [scored(str(n), position=n) | {"anomaly_map": values} for n, values in enumerate(maps)]
+    rows[7] |= {"reconstruction": b"\x89PNG" * 100}
+    stage = ResultsWriter(Run.at(str(tmp_path)), 32, 1, "staging/1-a")
+    stage(pa.Table.from_pylist(rows, schema=SCORED_SCHEMA))
+    (file,) = (tmp_path / "staging/1-a/results").glob("*.parquet")
+    expected = np.stack(maps)
+    metadata = pq.ParquetFile(file).metadata
+    sizes = [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
+    assert len(sizes) > 1
+    assert max(sizes) <= 1.1 * ROW_GROUP_BYTES
+    in_duckdb = duckdb.sql(f"SELECT anomaly_map, reconstruction FROM '{file}'").fetchnumpy()
+    for column in (
+        pq.read_table(file)["anomaly_map"].to_numpy(),
+        pd.read_parquet(file)["anomaly_map"],
+        pl.read_parquet(file)["anomaly_map"].to_numpy(),
+        in_duckdb["anomaly_map"],
+    ):
+        assert np.array_equal(np.stack(list(column)).astype(np.float16), expected)
+    assert in_duckdb["reconstruction"][7] == b"\x89PNG" * 100
+
+
+def test_rows_in_any_order_keep_theirs_within_a_file(tmp_path):
+    rows = [scored(str(n), position=n) | {"category": "ab"[n % 2]} for n in (5, 0, 3, 2, 1, 4)]
+    rows[2] = failed("3", 3)
+    stage = ResultsWriter(Run.at(str(tmp_path)), 4, 1, "staging/1-a")
+    first, second = stage(pa.Table.from_pylist(rows, schema=SCORED_SCHEMA)).to_pylist()
+    ids = [
+        [pq.read_table(tmp_path / "staging/1-a" / file)["image_id"].to_pylist() for file in shard["files"]]
+        for shard in (first, second)
+    ]
+    assert ids == [[["0", "2"], ["1"], ["3"]], [["5"], ["4"]]]
