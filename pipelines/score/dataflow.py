@@ -110,7 +110,7 @@ def dataflow(
             max_concurrent_calls_per_actor=sizes.calls,
             max_tasks_in_flight_per_actor=sizes.calls_in_flight,
         ),
-        batch_size=None,
+        batch_size=plan.rows_per_shard,  # a block, that is; Ray Data wants a number where there are GPUs
         batch_format="pyarrow",
         num_cpus=actors.num_cpus,
         num_gpus=actors.num_gpus,
