@@ -6,8 +6,8 @@
 The cluster is logical: Ray nodes on this machine that claim to have GPUs, and actors that sleep for as long as a GPU
 would compute (.5 to 1.5 times the mean, by image). All else is the real job: listing, decoding, writing, commits.
 
-occupancy_16, _48          share of the slots of 16 and 48 actors that held an image, from a minute after the first
-                           image to 95 % of the archive
+occupancy_16, _48          share of the slots of 16 and 48 actors that held an image, from a minute after the last
+                           actor's first image (two cores start 48 processes one by one) to 95 % of the archive
 processes_over_actors      processes started for actors, divided by the actors; the larger of both runs
 committed_lag_shards       images judged but not committed, at most, in shards, with one of four GPUs lost at 20 % and
                            not replaced; the bar is lag_limit, two shards per actor
@@ -51,7 +51,7 @@ from pipelines.score import job as score_job
 from pipelines.score.actor import GladActor
 
 SLOTS = 8
-LENGTH = 200.0  # seconds that the jobs of `occupancy` should take
+LENGTH = 260.0  # seconds that the jobs of `occupancy` should take
 STALL = 1.0  # seconds
 QUIET = Console(quiet=True)
 
@@ -101,7 +101,7 @@ def cluster_of(nodes: int, gpus: int) -> Iterator[tuple[Any, list[Any]]]:
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
-        members = [cluster.add_node(num_cpus=gpus + 1, num_gpus=gpus) for _ in range(nodes)]
+        members = [cluster.add_node(num_cpus=gpus / 2 + 0.5, num_gpus=gpus) for _ in range(nodes)]
         session.connect(cluster.address)
         yield cluster, members
     finally:
@@ -130,12 +130,13 @@ def occupancy(folder: Path, nodes: int, gpus: int, seconds: float) -> dict[str, 
     images = int(actors * SLOTS * LENGTH / seconds)
     with cluster_of(nodes, gpus) as (cluster, _):
         run_job(folder, sleeping(folder, seconds), images, cluster.address)
-    found = trace(folder)
-    first, last = found[0, 0] + 60, found[int(0.95 * images), 1]
+    found, starts = trace(folder), [float(file.read_text().split()[0]) for file in folder.glob("*.trace")]
+    first, last = max(starts) + 60, found[int(0.95 * images), 1]
     busy = np.clip(np.minimum(found[:, 1], last) - np.maximum(found[:, 0], first), 0, None).sum()
     return {
         f"occupancy_{actors}": busy / (actors * SLOTS * (last - first)),
         f"processes_{actors}": len(list(folder.glob("started-*"))),
+        f"start_{actors}_seconds": max(starts) - min(starts),
         f"window_{actors}_seconds": last - first,
     }
 
@@ -209,7 +210,8 @@ def both_occupancies(folder: Path) -> dict[str, float]:
     for actors, seconds in ((16, 2.0), (48, 4.0)):
         part = folder / str(actors)
         part.mkdir()
-        figures |= occupancy(part, 4, actors // 4, seconds)
+        figures |= occupancy(part, 2, actors // 2, seconds)
+        print(json.dumps(figures), file=sys.stderr, flush=True)
     figures["processes_over_actors"] = max(figures[f"processes_{actors}"] / actors for actors in (16, 48))
     return figures
 

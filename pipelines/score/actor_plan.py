@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from cluster import session
 from glad_core.errors import GladError
 
+DECODERS = 2  # decoding tasks at a time per actor, in a cluster that grows; each is a process of some 150 MB
 TASKS_SHARE = 0.5  # CPUs kept free for decoding and writing
 CPU_SHARE = 0.75  # of a core per CPU actor: two actors and two tasks fit on two cores
 MODEL_COPIES = 3  # memory of one actor, as multiples of the weights on disk: float32 from float16, and activations
@@ -37,8 +38,8 @@ class ActorWishes:
 class ActorPlan:
     """``actors`` processes with ``num_cpus`` and ``num_gpus`` each, computing with ``threads`` threads.
 
-    Each has ``slots`` images in flight. ``decoders`` tasks decode at a time; None leaves their number to Ray Data. If
-    the plan ``grows``, Ray Data adds actors while images wait and the cluster has room, ``most`` as far as is known.
+    Each has ``slots`` images in flight. ``decoders`` tasks decode at a time. If the plan ``grows``, Ray Data adds
+    actors while images wait and the cluster has room, ``most`` as far as is known.
     """
 
     actors: int
@@ -46,7 +47,7 @@ class ActorPlan:
     num_gpus: float
     threads: int
     slots: int
-    decoders: int | None
+    decoders: int
     grows: bool = False
     most: int = 1
 
@@ -88,9 +89,9 @@ def plan_actors(available: dict[str, float], wishes: ActorWishes, weights: int) 
             )
     grows = wishes.address is not None and wishes.actors is None
     slots = wishes.batch_size or (GPU_SLOTS if num_gpus else CPU_SLOTS)
-    # One for every core left, no more: each is a process, and processes that start beside the actors slow them down.
-    decoders = None if grows else max(actors, int(cpus - actors * num_cpus))
     most = max(actors, int(session.gpus(available) / num_gpus)) if grows and num_gpus else actors
+    # One for every core left, no more: each is a process, and processes that start beside the actors slow them down.
+    decoders = DECODERS * most if grows else max(actors, int(cpus - actors * num_cpus))
     return ActorPlan(actors, num_cpus, num_gpus, max(1, round(num_cpus)), slots, decoders, grows, most)
 
 

@@ -81,13 +81,14 @@ def batch_sizes(plan: Plan, done: Container[int], actors: ActorPlan, images: Ima
     rows = plan.rows_per_shard
     stretches = plan.stretches(done)
     first = min(actors.actors, len(stretches))  # no more actors than shards
-    # Small shards in small archives: several are needed to fill the slots of an actor.
-    calls = max(LEAST_CALLS, -(-3 * actors.slots // rows))
+    # Small shards in small archives: several are needed to fill the slots of an actor; but each actor gets its part.
+    share = -(-len(stretches) // first)
+    calls = max(LEAST_CALLS, min(share, -(-3 * actors.slots // rows)))
     # A pool grows while every actor has as many calls in flight as it may. Twice as many as are at work, so that shards
     # waiting for an actor count as a backlog.
     in_flight = 2 * calls if actors.grows else calls
     store_bytes = None
-    if alone and actors.decoders is not None:
+    if alone:
         store_bytes = _store_bytes(images, rows, actors.decoders + 2 * first * in_flight)
     return BatchSizes(
         stretches=stretches,

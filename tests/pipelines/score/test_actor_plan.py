@@ -56,7 +56,7 @@ def test_more_than_the_machine_has_is_refused_instead_of_waiting_for_ever(asked,
 
 def test_a_cluster_begins_with_what_fits_now_and_grows():
     found = plan({"CPU": 2, "memory": 16 * GIB}, address="auto")
-    assert found == ActorPlan(2, 0.75, 0, 1, slots=16, decoders=None, grows=True, most=2)
+    assert found == ActorPlan(2, 0.75, 0, 1, slots=16, decoders=4, grows=True, most=2)
     assert found.describe() == "2 actors with 0.75 CPU each, more as the cluster grows"
     assert not plan({"CPU": 2, "memory": 16 * GIB}).grows
 
@@ -68,7 +68,7 @@ def test_actors_asked_for_wait_for_room_on_a_cluster():
 
 def test_gpus_that_the_autoscaler_may_bring_are_waited_for():
     idle = {"CPU": 2, "memory": 16 * GIB, "gpus_to_come": 8}
-    assert plan(idle, address="auto") == ActorPlan(1, 0.5, 1, 1, slots=8, decoders=None, grows=True, most=8)
+    assert plan(idle, address="auto") == ActorPlan(1, 0.5, 1, 1, slots=8, decoders=16, grows=True, most=8)
     assert plan(idle, address="auto", num_gpus=0).num_gpus == 0
     assert plan(idle | {"GPU": 3}, address="auto").actors == 3
 
