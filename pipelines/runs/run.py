@@ -96,11 +96,25 @@ class Run:
         return self._dataset(ERRORS, ERRORS_SCHEMA)
 
     def manifest_rows(self, image_ids: Collection[str]) -> dict[str, dict[str, Any]]:
-        """The manifest rows of these images by image id: where to read them again, tar members included."""
-        ids = pa.array(image_ids, pa.string())  # typed, since it may be empty
+        """The manifest rows of these images by image id: where to read them again, tar members included.
+
+        Raises:
+            GladError: as `record`; also if the manifest is gone or damaged.
+            StorageError: storage cannot be used.
+        """
+        if not image_ids:
+            return {}
         name = join(MANIFEST, self.record.get("listing", ""))
-        table = self._dataset(name, None).to_table(filter=pads.field("image_id").isin(ids))
-        return {row["image_id"]: row for row in table.to_pylist()}
+        try:
+            with clear_errors(self.path(name), self.storage):
+                manifest = self._dataset(name, None)
+                rows = manifest.to_table(filter=pads.field("image_id").isin(pa.array(image_ids, pa.string())))
+        except pa.ArrowInvalid as error:
+            raise GladError(
+                f"{self.path(MANIFEST)}: gone or damaged, so the run's images cannot be found; restore this folder, "
+                "or score again with --overwrite"
+            ) from error
+        return {row["image_id"]: row for row in rows.to_pylist()}
 
     def settings_of(self, category: str | None) -> Settings:
         """The settings that images of this category were scored with.

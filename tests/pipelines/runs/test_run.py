@@ -45,6 +45,21 @@ def test_a_finished_run_is_read_back(tmp_path):
     assert pickle.loads(pickle.dumps(run)).record == run.record
 
 
+@pytest.mark.parametrize("trouble", ["gone", "emptied", "no Parquet", "cut off"])
+def test_a_manifest_that_is_gone_or_damaged_is_one_line(tmp_path, trouble):
+    run = finished(tmp_path / "run", {})
+    part = tmp_path / "run/manifest/part-0.parquet"
+    damaged = {"no Parquet": b"a text, not a table", "cut off": part.read_bytes()[:-30]}.get(trouble)
+    part.unlink()
+    if damaged:
+        part.write_bytes(damaged)
+    if trouble == "gone":
+        part.parent.rmdir()
+    with pytest.raises(GladError, match="run/manifest: gone or damaged, so") as error:
+        run.manifest_rows(["a"])
+    assert "\n" not in str(error.value)
+
+
 def test_files_that_were_deleted_or_added_since_are_noticed_and_foreign_ones_are_not_read(tmp_path):
     run = finished(tmp_path / "run", {})
     size = (tmp_path / "run/results/part-0.parquet").stat().st_size
