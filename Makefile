@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN = .venv/bin
-BENCHMARKS = calibration chaos demo_figures inference_memory metrics pipeline report resume retrain search simulate throughput training training_memory writers
+BENCHMARKS = calibration chaos demo_figures inference_memory metrics pipeline report resume retrain s3_requests search simulate throughput training training_memory writers
 
 .PHONY: help demo check test bench lock docs audit small-model
 .NOTPARALLEL:

@@ -13,7 +13,7 @@ committed_lag_shards       images judged but not committed, at most, in shards, 
                            not replaced; the bar is lag_limit, two shards per actor
 bad_actor_survived         a job with one of four actors that can never start is complete
 null_actors                most actors tried that start and whose job never stops for more than a second
-requests_per_image         requests to S3 for an image's bytes (requests.py)
+requests_per_image         requests to S3 for an image's bytes (s3_requests.py)
 writer_images_per_second_512    of one writer with 512 x 512 maps, by the former way's (writers.py)
 stream_cpus_min, retrain_40_ok  see retrain.py
 """
@@ -232,7 +232,7 @@ MEASURES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "occupancy": both_occupancies,
     "lost_gpu": lost_gpu,
     "bad_actor": bad_actor,
-    "requests": of_script("requests", "requests_per_image"),
+    "requests": of_script("s3_requests", "requests_per_image"),
     "writers": of_script("writers", "writer_images_per_second_512"),
     "retrain": of_script("retrain", "stream_cpus_min", "retrain_40_ok"),
     "null_actors": null_actors,

@@ -1,6 +1,6 @@
-"""The S3 back end of `cluster.storage`. Three clients share the work, since none does it all: pyarrow writes and
-streams, botocore reads (pyarrow hides why a read failed) and lists page by page (pyarrow returns a listing as a whole),
-and s3fs writes only if there is no such object yet (pyarrow cannot send If-None-Match)."""
+"""The S3 back end of `cluster.storage`. Three clients share the work, since none does it all: pyarrow streams, botocore
+reads and writes whole objects (pyarrow hides why a request failed) and lists page by page (pyarrow returns a listing as
+a whole), and s3fs writes only if there is no such object yet (pyarrow cannot send If-None-Match)."""
 
 from __future__ import annotations
 
@@ -75,8 +75,10 @@ def filesystem(connection: Connection, background_writes: bool = True) -> pafs.S
         "request_timeout": 60,
         "background_writes": background_writes,
         "check_directory_existence_before_creation": False,
+        "allow_delayed_open": True,  # else three requests write a small object
         # Waits double from 25 ms on: after an outage of any length at most as long again is lost. (The SDK's standard
-        # strategy draws its waits at random and gives up early when many requests fail at once.)
+        # strategy draws its waits at random and gives up early when many requests fail at once.) They are not drawn, so
+        # what hundreds of processes do at a time, reading and writing whole objects, goes through botocore.
         "retry_strategy": pafs.AwsDefaultS3RetryStrategy(max_attempts=connection.attempts),
     }
     if connection.access_key:
@@ -128,7 +130,7 @@ def find(connection: Connection, bucket: str, key: str) -> tuple[int, str | None
     try:
         page = _client(connection).list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
     except _failures() as error:
-        raise _of_read(connection, error) from error
+        raise _by_kind(connection, error) from error
     for item in page.get("Contents", []):  # the key itself is the first that begins with it
         if item["Key"] == key:
             return item["Size"], item.get("ETag")
@@ -163,10 +165,23 @@ def read(connection: Connection, path: str, offset: int, size: int | None, liste
                 raise ConnectionError(f"the server answers a range of {size} bytes with {length}")
             data: bytes = body.read()
     except _failures() as error:
-        raise _of_read(connection, error) from error
+        raise _by_kind(connection, error) from error
     if size is not None and len(data) < size:
         raise ChangedError(f"s3://{path}: {len(data)} bytes at {offset}, {size} were listed")
     return data
+
+
+def write(connection: Connection, path: str, data: bytes) -> None:
+    """Write an object whole, in one request; one attempt.
+
+    Raises:
+        OSError: as for `read`.
+    """
+    bucket, _, key = path.partition("/")
+    try:
+        _client(replace(connection, attempts=1)).put_object(Bucket=bucket, Key=key, Body=data)
+    except _failures() as error:
+        raise _by_kind(connection, error) from error
 
 
 def _etag(value: str | None) -> str | None:
@@ -188,8 +203,8 @@ def _code(error: Exception) -> str:
     return getattr(error, "response", {}).get("Error", {}).get("Code", "")
 
 
-def _of_read(connection: Connection, error: Exception) -> OSError:
-    """The error of a read by its kind: FileNotFoundError, PermissionError, ConnectionError, or OSError of the object.
+def _by_kind(connection: Connection, error: Exception) -> OSError:
+    """The error of a request by its kind: FileNotFoundError, PermissionError, ConnectionError or OSError.
 
     What S3 refuses with a status of 4xx may be about the object or about the credentials: a PermissionError.
     """
@@ -372,4 +387,4 @@ def fetch(connection: Connection, path: str, file: Path) -> None:
             with answer["Body"] as body:
                 shutil.copyfileobj(body, target, COPY_CHUNK)
         except _failures() as error:
-            raise _of_read(connection, error) from error
+            raise _by_kind(connection, error) from error

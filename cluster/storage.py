@@ -10,7 +10,7 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -43,8 +43,8 @@ __all__ = [
 ]
 
 KEY_OF_A_FOLDER = "an object whose key ends with a slash; copy it to a key without"
-# Between two attempts of a read, seconds: from 0.5, 1, 2 ... to twice that, so that tasks that failed together do not
-# come back together, and a patient reader outlasts 50 seconds whatever is drawn. None begins after `PATIENCE`.
+# Between two attempts, seconds: from 0.5, 1, 2 ... to twice that, so that tasks that failed together do not come back
+# together, and who is patient outlasts 50 seconds whatever is drawn. None begins after `PATIENCE`.
 BACK_OFF = {"multiplier": 0.5, "max": 6}
 PATIENCE = 90
 UNKNOWN = Listed()
@@ -164,12 +164,12 @@ class Storage(s3.Connection):
         back_end = partial(s3.read, self) if is_s3(uri) else local.read
         return self._persistent()(back_end, path, offset, size, listed, most)
 
-    def _persistent(self) -> tenacity.Retrying:
-        """Calls a function again after trouble of the connection or the disk."""
+    def _persistent(self, again: Callable[[BaseException], bool] = is_trouble) -> tenacity.Retrying:
+        """Calls a function again after errors that pass; by default trouble of the connection or the disk."""
         return tenacity.Retrying(
             stop=tenacity.stop_after_attempt(self.attempts) | tenacity.stop_after_delay(PATIENCE),
             wait=tenacity.wait_exponential(**BACK_OFF) + tenacity.wait_random_exponential(**BACK_OFF),
-            retry=tenacity.retry_if_exception(is_trouble),
+            retry=tenacity.retry_if_exception(again),
             reraise=True,
         )
 
@@ -183,14 +183,16 @@ class Storage(s3.Connection):
         return self.entry(uri).size or 0
 
     def write(self, uri: str, data: bytes) -> None:
-        """Write a whole file, replacing an existing one; a reader never sees half of it."""
-        filesystem, path = self.resolve(uri)
+        """Write a whole file, replacing an existing one; a reader never sees half of it.
+
+        After trouble of the connection to S3 it tries again, `attempts` times in all; a refusal is final.
+        """
+        _, path = self.resolve(uri)
         with clear_errors(uri, self):
-            if not is_s3(uri):
+            if is_s3(uri):
+                self._persistent(_is_not_refused)(s3.write, self, path, data)
+            else:
                 local.write(path, data)
-                return
-            with filesystem.open_output_stream(path) as stream:
-                stream.write(data)
 
     def create(self, uri: str, data: bytes) -> bool:
         """Write a file only if there is none: True for the one caller that made it, False for everyone else."""
@@ -350,6 +352,11 @@ class Storage(s3.Connection):
                 s3.delete(self, path, only)
             else:
                 local.delete(path, only)
+
+
+def _is_not_refused(error: BaseException) -> bool:
+    """Whether a write that failed may pass later. Rights on a place to write to do not come by themselves."""
+    return is_trouble(error) and not isinstance(error, PermissionError)
 
 
 @contextmanager

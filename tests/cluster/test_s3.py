@@ -1,6 +1,8 @@
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,62 @@ def bucket(s3_server, monkeypatch):
         monkeypatch.setenv(name, value)
     make_bucket(s3_server, "copies")
     return "s3://copies"
+
+
+@pytest.fixture
+def moody_server():
+    """A server that answers each PUT with the next status of a list, then with 200; and what it was sent."""
+    answers, bodies = [], []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_PUT(self):
+            bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
+            status, code = answers.pop(0) if answers else (200, "")
+            data = f"<Error><Code>{code}</Code></Error>".encode() if code else b""
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", answers, bodies
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("statuses", "attempts", "words"),
+    [
+        ([], 1, None),
+        ([(503, "SlowDown"), (500, "InternalError")], 3, None),
+        ([(400, "ExpiredToken")], 2, None),  # the machine may have new credentials by then
+        ([(503, "SlowDown")] * 3, 3, "overloaded or down"),
+        ([(403, "AccessDenied")], 1, "refused the credentials"),
+        ([(400, "KeyTooLongError")], 1, "KeyTooLongError"),
+    ],
+)
+def test_a_write_is_one_request_and_is_repeated_after_drawn_waits(monkeypatch, moody_server, statuses, attempts, words):
+    endpoint, answers, bodies = moody_server
+    waits = []
+    monkeypatch.setattr("tenacity.nap.time.sleep", waits.append)
+    answers += statuses
+    storage = Storage(endpoint, "id", "secret", region="us-east-1")
+    if words is None:
+        storage.write("s3://bucket/key", b"data")
+    else:
+        with pytest.raises(StorageError, match=words) as error:
+            storage.write("s3://bucket/key", b"data")
+        assert "\n" not in str(error.value)
+    assert len(bodies) == attempts
+    assert all(b"data" in body for body in bodies)
+    assert len(waits) == attempts - 1
+    assert all(0.5 * 2**number <= wait <= 2**number for number, wait in enumerate(waits))
 
 
 @pytest.mark.slow

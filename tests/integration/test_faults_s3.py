@@ -112,14 +112,19 @@ def test_a_server_that_is_gone_for_twenty_seconds(tmp_path, photos_of_a_job, tin
 
 @contextmanager
 def unreliable(endpoint):  # noqa: C901  (a server and its troubles, read in one piece)
-    """A proxy before an S3 server, for whose requests ``faults["answer"]`` may have an answer of its own."""
-    target, numbers, faults = urlsplit(endpoint).netloc, itertools.count(1), {"answer": lambda number, path: None}
+    """A proxy before an S3 server, for whose requests ``faults["answer"]`` may have an answer of its own.
+
+    ``faults["seen"]`` lists the requests so far, as (method, path).
+    """
+    target, numbers = urlsplit(endpoint).netloc, itertools.count(1)
+    faults = {"answer": lambda number, path: None, "seen": []}
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def answer(self):
             body = self.body()
+            faults["seen"].append((self.command, self.path))
             number = next(numbers)
             answer = faults["answer"](number, self.path)
             if answer is not None:
