@@ -232,7 +232,7 @@ def test_credentials_that_expire_in_mid_run_and_an_object_that_is_denied(
         if "/expired/commits/" in path and path.endswith("1.json"):
             committed.set()
         if "/photos/a/" in path and next(pictures) == 45:
-            assert committed.wait(60)
+            assert committed.wait(300)
             expired.set()
         if expired.is_set():
             return 400, refusal("ExpiredToken").encode()
