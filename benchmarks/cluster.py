@@ -101,7 +101,7 @@ def cluster_of(nodes: int, gpus: int) -> Iterator[tuple[Any, list[Any]]]:
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
-        members = [cluster.add_node(num_cpus=gpus / 2 + 0.5, num_gpus=gpus) for _ in range(nodes)]
+        members = [cluster.add_node(num_cpus=gpus // 2 + 1, num_gpus=gpus) for _ in range(nodes)]
         session.connect(cluster.address)
         yield cluster, members
     finally:
