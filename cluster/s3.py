@@ -17,7 +17,7 @@ from urllib.parse import urlparse
 import pyarrow.fs as pafs
 
 from cluster.local import Listed
-from cluster.storage_errors import ChangedError
+from cluster.storage_errors import ChangedError, UnorderedError
 
 ATTEMPTS, PATIENT_ATTEMPTS = 3, 12  # per request to S3; with doubling waits, twelve outlast 50 seconds
 READ_TIMEOUT = 20  # seconds without a byte
@@ -93,32 +93,86 @@ def filesystem(connection: Connection, background_writes: bool = True) -> pafs.S
     return pafs.S3FileSystem(**options)
 
 
-def keys(connection: Connection, bucket: str, prefix: str, delimiter: str = "") -> Iterator[tuple[str, Any, Any]]:
+def keys(
+    connection: Connection,
+    bucket: str,
+    prefix: str,
+    delimiter: str = "",
+    after: str | None = None,
+    last: str | None = None,
+) -> Iterator[tuple[str, Any, Any]]:
     """Objects below a prefix as (rest of the key, size, ETag), page by page.
 
     With a delimiter, a folder's objects are one entry without size and ETag.
 
+    Args:
+        after: only keys after this one (the rest of it, as they are returned), whether it exists or not.
+        last: only keys up to this one.
+
     Raises:
         OSError: as the server answers.
+        UnorderedError: the server does not list the keys of a range in order, so that some could be lost.
     """
     below = f"{prefix}/" if prefix else ""
+    start = {} if after is None else {"StartAfter": below + after}
+    in_range = after is not None or last is not None
+    previous = after
     try:
         pages = _client(connection).get_paginator("list_objects_v2")
-        for page in pages.paginate(Bucket=bucket, Prefix=below, Delimiter=delimiter):
+        for page in pages.paginate(Bucket=bucket, Prefix=below, Delimiter=delimiter, **start):
             objects = page.get("Contents", [])
-            entries = [
-                (item["Key"], item["Size"], item.get("ETag"))
-                for item in objects
-                if item["Size"] or not item["Key"].endswith("/")  # else a mark that a folder is there
-            ]
+            entries = [(item["Key"][len(below) :], item["Size"], item.get("ETag")) for item in objects]
             if delimiter:  # the server lists objects and folders of a page apart
-                folders = [(item["Prefix"], None, None) for item in page.get("CommonPrefixes", [])]
+                folders = [(item["Prefix"][len(below) :], None, None) for item in page.get("CommonPrefixes", [])]
                 entries = sorted(entries + folders, key=lambda entry: entry[0].encode())
-            for key, size, version in entries:
-                name = key[len(below) :]
-                yield name.removesuffix(delimiter) if size is None else name, size, version
+            for name, size, version in entries:
+                if in_range and previous is not None and name <= previous:  # code points sort as UTF-8 does
+                    raise UnorderedError(f"s3://{bucket}/{below}{name}: listed after {previous}")
+                if last is not None and name > last:
+                    if previous != last:
+                        _check_order(connection, bucket, prefix, previous, last)
+                    return
+                previous = name
+                if size is None:
+                    yield name.removesuffix(delimiter), size, version
+                elif size or (name and not name.endswith("/")):  # else a mark that a folder is there
+                    yield name, size, version
     except _failures() as error:
         raise OSError(str(error)) from error
+
+
+def _check_order(connection: Connection, bucket: str, prefix: str, previous: str | None, last: str) -> None:
+    """Make sure that what comes after ``previous`` comes after ``last``, which is no key any more, as well.
+
+    A server that sorts otherwise could still have keys of this range to list. A key written at this moment also makes
+    a difference, so it compares more than once.
+    """
+    for _ in range(3):
+        key = next_key(connection, bucket, prefix, previous)
+        if key == next_key(connection, bucket, prefix, last) or (key is not None and key <= last):
+            return  # in order, or written just now
+    raise UnorderedError(f"s3://{bucket}/{prefix}: not listed in order around {last}")
+
+
+def next_key(connection: Connection, bucket: str, prefix: str, after: str | None) -> str | None:
+    """The first key below a prefix, without the prefix, that comes after ``after``; None if there is none.
+
+    Raises:
+        OSError: as the server answers.
+        UnorderedError: the answer does not come after ``after``.
+    """
+    below = f"{prefix}/" if prefix else ""
+    start = {} if after is None else {"StartAfter": below + after}
+    try:
+        page = _client(connection).list_objects_v2(Bucket=bucket, Prefix=below, MaxKeys=1, **start)
+    except _failures() as error:
+        raise OSError(str(error)) from error
+    for item in page.get("Contents", []):
+        key: str = item["Key"][len(below) :]
+        if after is not None and key <= after:
+            raise UnorderedError(f"s3://{bucket}/{below}{key}: listed after {after}")
+        return key
+    return None
 
 
 def find(connection: Connection, bucket: str, key: str) -> tuple[int, str | None]:

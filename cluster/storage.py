@@ -24,7 +24,7 @@ import tenacity
 from cluster import local, s3
 from cluster.local import Entry, Listed
 from cluster.locations import absolute, is_s3, join, local_path, spelled
-from cluster.storage_errors import ChangedError, StorageError, explain, is_disk_full, is_trouble
+from cluster.storage_errors import ChangedError, StorageError, UnorderedError, explain, is_disk_full, is_trouble
 
 __all__ = [
     "ChangedError",
@@ -32,6 +32,7 @@ __all__ = [
     "Listed",
     "Storage",
     "StorageError",
+    "UnorderedError",
     "absolute",
     "clear_errors",
     "explain",
@@ -93,21 +94,28 @@ class Storage(s3.Connection):
             elif entry.size is None:
                 raise StorageError(entry.problem)
 
-    def entries(self, uri: str, follow: bool = True, prefix: str = "") -> Iterator[Entry]:
+    def entries(
+        self, uri: str, follow: bool = True, prefix: str = "", after: str | None = None, last: str | None = None
+    ) -> Iterator[Entry]:
         """Everything below ``uri`` but folders, in order of path, S3 in its own; ``prefix`` is put before their paths.
 
         What cannot be listed or read is an entry with a problem; only hidden files and folders (a leading dot) are left
         out. Links to folders are followed, but never in a circle. Streamed: memory holds one page of S3's listing or
-        one folder.
+        one folder. On S3, only the keys after ``after`` and up to ``last``, see `s3.keys`.
         """
         _, root = self.resolve(uri)
         if not is_s3(uri):
             yield from local.entries(root, follow, prefix)
             return
         with clear_errors(uri, self):
-            for key, size, version in s3.keys(self, *root.partition("/")[::2]):
+            for key, size, version in s3.keys(self, *root.partition("/")[::2], after=after, last=last):
                 if not any(part.startswith(".") for part in key.split("/")):
                     yield Entry(prefix + key, size, version, KEY_OF_A_FOLDER if key[-1:] in ("", "/") else None)
+
+    def next_key(self, uri: str, after: str | None) -> str | None:
+        """The first key below ``uri`` on S3 after ``after``; None if there is none. See `s3.next_key`."""
+        with clear_errors(uri, self):
+            return s3.next_key(self, *self.resolve(uri)[1].partition("/")[::2], after)
 
     def level(self, uri: str, prefix: str = "") -> Iterator[Entry]:
         """The files and folders directly in ``uri``, in the order of `entries`, with ``prefix`` before their names.

@@ -9,6 +9,10 @@ class StorageError(Exception):
     """Storage cannot do what was requested. The message is one line: what failed, where, and the way out."""
 
 
+class UnorderedError(StorageError):
+    """A server lists keys in another order than S3, or not from the key on that was requested."""
+
+
 class ChangedError(OSError):
     """The file is there, but no longer with the bytes that were listed."""
 

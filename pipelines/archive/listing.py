@@ -1,9 +1,9 @@
 """The archive as a manifest in Parquet: listed once by many tasks, read again stretch by stretch.
 
 A folder tree is opened level by level until there are enough folders. Consecutive folders, and the files between them,
-then form one task each. A task writes its rows in parts of `PART_ROWS` and returns their number. These numbers, kept in
-plan.json, give every image its position in the whole. The order is that of a single walk, however many tasks run at a
-time.
+then form one task each; a large flat prefix on S3 is cut into ranges of its keys. A task writes its rows in parts of
+`PART_ROWS` and returns their number. These numbers, kept in plan.json, give every image its position in the whole. The
+order is that of a single walk, however many tasks run at a time.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster import session
-from cluster.storage import Entry, Storage, StorageError, absolute, clear_errors, is_s3, join
+from cluster.storage import Entry, Storage, StorageError, UnorderedError, absolute, clear_errors, is_s3, join
 from glad_core.errors import GladError
+from pipelines.archive.key_ranges import cut
 from pipelines.archive.rows import LeftOut, Row
 from pipelines.archive.sources import Tree, list_source, tree_rows, trees_of, with_categories
 from pipelines.archive.uri_list import LIST_SUFFIXES
@@ -33,8 +34,10 @@ REPEATING = ["category", "shard", "stage", "error_type", "message"]  # columns w
 ID_BYTES = 16  # of an image_id, which is their hexadecimal form
 FOLDERS = 64  # a tree is opened until it has this many folders, and cut into at most this many tasks
 LOOSE_FILES = 1000  # directly in a folder (a page of S3's listing); a folder with more is not opened
+PAGES = 10  # of `LOOSE_FILES` each; a folder on S3 with more is cut into ranges of keys
 OPENERS = 16  # folders opened at a time
 TASK_CPUS = 0.25  # of a listing or decoding task, which waits on storage most of the time
+TASK_MEMORY = 2**28  # bytes; so that a cluster's head that has none to give gets no such task
 
 MANIFEST_SCHEMA = pa.schema(
     [
@@ -51,8 +54,9 @@ MANIFEST_SCHEMA = pa.schema(
         ("position", pa.int64()),  # among the rows of its task, from 0
     ]
 )
-# A file or folder: path below the tree's folder, size, version and problem, as in an `Entry`. A plain tuple is sent to
-# a task in a seventh of the time of a named one.
+# A file: path below the tree's folder, size, version and problem, as in an `Entry`. A folder has no size; instead of
+# version and problem, the key below it after which it is listed, and the last one (S3 only; None: no bound). A plain
+# tuple is sent to a task in a seventh of the time of a named one.
 Part = tuple[Tree, str, int | None, str | None, str | None]
 
 
@@ -89,15 +93,23 @@ def list_remotely(source: str, category: str | None, storage: Storage, folder: s
     Raises:
         GladError, StorageError: as `sources.list_source`; also if there is no image.
     """
+    archive = Archive(absolute(source), category, storage, several)
+    try:
+        return _list_pieces(archive, folder)
+    except UnorderedError:  # no S3 by the book; it lists all keys once if nobody asks for a range of them
+        return _list_pieces(archive, folder, in_ranges=False)
+
+
+def _list_pieces(archive: Archive, folder: str, in_ranges: bool = True) -> Listed:
     import ray
 
-    archive = Archive(absolute(source), category, storage, several)
-    opening: Any = ray.remote(num_cpus=TASK_CPUS)(split)
-    listing: Any = ray.remote(num_cpus=TASK_CPUS, num_returns=2)(write_manifest)
-    checking: Any = ray.remote(num_cpus=TASK_CPUS)(count_repeated)
+    source = archive.source
+    opening: Any = ray.remote(num_cpus=TASK_CPUS, memory=TASK_MEMORY)(split)
+    listing: Any = ray.remote(num_cpus=TASK_CPUS, memory=TASK_MEMORY, num_returns=2)(write_manifest)
+    checking: Any = ray.remote(num_cpus=TASK_CPUS, memory=TASK_MEMORY)(count_repeated)
     tasks: list[Any] = []
     try:
-        pieces = ray.get(opening.remote(archive))
+        pieces = ray.get(opening.remote(archive, in_ranges))
         tasks = [listing.remote(archive, piece, number, folder) for number, piece in enumerate(pieces)]
         counts: list[Counts] = ray.get([task for task, _ in tasks])
         repeated = ray.get(checking.remote(*[ids for _, ids in tasks]))
@@ -120,8 +132,12 @@ def list_remotely(source: str, category: str | None, storage: Storage, folder: s
     return Listed(rows, sum(duplicates), sum(blank))
 
 
-def split(archive: Archive) -> list[list[Part] | None]:
-    """The archive in pieces for one task each, in order; a single None if it cannot be split into folders."""
+def split(archive: Archive, in_ranges: bool = True) -> list[list[Part] | None]:
+    """The archive in pieces for one task each, in order; a single None if it cannot be split into folders.
+
+    Args:
+        in_ranges: cut large flat prefixes on S3 into ranges of keys.
+    """
     trees = trees_of(archive.source, archive.category, archive.storage, archive.several)
     if trees is None:
         return [None]
@@ -135,6 +151,8 @@ def split(archive: Archive) -> list[list[Part] | None]:
             opened = dict(zip(closed, pool.map(lambda part: _open(part, archive.storage), closed), strict=True))
             whole.update(part for part in closed if opened[part] == [part])
             parts = [below for part in parts for below in (opened.get(part, (part,)) if part[2] is None else (part,))]
+    if in_ranges:
+        parts = _in_ranges(parts, whole, archive.storage)
     folders_per_piece = -(-max(1, sum(part[2] is None for part in parts)) // FOLDERS)
     pieces: list[list[Part] | None] = []
     piece: list[Part] = []
@@ -146,6 +164,22 @@ def split(archive: Archive) -> list[list[Part] | None]:
         folders += part[2] is None
         piece.append(part)
     return [*pieces, piece]
+
+
+def _in_ranges(parts: list[Part], flat: set[Part], storage: Storage) -> list[Part]:
+    """The parts, with the large ones of the ``flat`` folders on S3 in ranges of keys, `FOLDERS` in all."""
+    cuttable = [part for part in parts if part in flat and is_s3(part[0].folder)]
+    if not cuttable:
+        return parts
+    ranges = 1 + (FOLDERS - sum(part[2] is None for part in parts)) // len(cuttable)
+
+    def pieces(part: Part) -> list[Part]:
+        found = cut(_below(*part[:2])[0], storage, ranges, PAGES * LOOSE_FILES)
+        return [(*part[:3], after, last) for after, last in found]
+
+    with ThreadPoolExecutor(OPENERS) as pool:
+        by_range = dict(zip(cuttable, pool.map(pieces, cuttable), strict=True))
+    return [piece for part in parts for piece in by_range.get(part, [part])]
 
 
 def _open(closed: Part, storage: Storage) -> list[Part]:
@@ -208,7 +242,7 @@ def _piece_rows(piece: Sequence[Part], archive: Archive, left_out: LeftOut) -> I
         if part[2] is not None:
             return (Entry(*part[1:]),)
         location, prefix = _below(*part[:2])
-        return archive.storage.entries(location, prefix=prefix)
+        return archive.storage.entries(location, prefix=prefix, after=part[3], last=part[4])
 
     rows = (row for part in piece for row in tree_rows(part[0], files(part), archive.storage, left_out))
     return with_categories(rows, archive.source, archive.category) if archive.several else rows
