@@ -184,14 +184,14 @@ def bad_actor(folder: Path) -> dict[str, bool]:
 
 
 def null_actors(folder: Path) -> dict[str, float]:
-    """Doubles the actors until a job stops for more than `STALL` or does not start."""
+    """More and more actors, until a job stops for more than `STALL` or does not start."""
     figures: dict[str, float] = {"null_actors": 0}
-    for actors in (64, 96, 128, 160):
+    for actors in (64, 80, 96, 112):
         part = folder / str(actors)
         part.mkdir()
         seconds = actors * SLOTS / 100  # 100 images a second, whatever the number of actors
-        with cluster_of(4, actors // 4) as (cluster, _):
-            run_job(part, sleeping(part, seconds), 100 * 240, cluster.address)
+        with cluster_of(2, actors // 2) as (cluster, _):
+            run_job(part, sleeping(part, seconds), 100 * 150, cluster.address)
         ends = trace(part)[:, 1]
         first = trace(part)[0, 0] + 60
         started = len(list(part.glob("started-*")))
@@ -199,6 +199,7 @@ def null_actors(folder: Path) -> dict[str, float]:
             np.diff(ends[(ends > first) & (ends < ends[int(0.95 * len(ends))])]).max()
         )
         figures[f"processes_{actors}"] = started
+        print(json.dumps(figures), file=sys.stderr, flush=True)
         if figures[f"longest_stall_{actors}"] > STALL:
             break
         figures["null_actors"] = actors
