@@ -37,7 +37,6 @@ LOOSE_FILES = 1000  # directly in a folder (a page of S3's listing); a folder wi
 PAGES = 10  # of `LOOSE_FILES` each; a folder on S3 with more is cut into ranges of keys
 OPENERS = 16  # folders opened at a time
 TASK_CPUS = 0.25  # of a listing or decoding task, which waits on storage most of the time
-TASK_MEMORY = 2**28  # bytes; so that a cluster's head that has none to give gets no such task
 
 MANIFEST_SCHEMA = pa.schema(
     [
@@ -104,9 +103,9 @@ def _list_pieces(archive: Archive, folder: str, in_ranges: bool = True) -> Liste
     import ray
 
     source = archive.source
-    opening: Any = ray.remote(num_cpus=TASK_CPUS, memory=TASK_MEMORY)(split)
-    listing: Any = ray.remote(num_cpus=TASK_CPUS, memory=TASK_MEMORY, num_returns=2)(write_manifest)
-    checking: Any = ray.remote(num_cpus=TASK_CPUS, memory=TASK_MEMORY)(count_repeated)
+    opening: Any = ray.remote(num_cpus=TASK_CPUS)(split)
+    listing: Any = ray.remote(num_cpus=TASK_CPUS, num_returns=2)(write_manifest)
+    checking: Any = ray.remote(num_cpus=TASK_CPUS)(count_repeated)
     tasks: list[Any] = []
     try:
         pieces = ray.get(opening.remote(archive, in_ranges))
