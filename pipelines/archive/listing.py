@@ -9,6 +9,7 @@ order is that of a single walk, however many tasks run at a time.
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -95,7 +96,8 @@ def list_remotely(source: str, category: str | None, storage: Storage, folder: s
     archive = Archive(absolute(source), category, storage, several)
     try:
         return _list_pieces(archive, folder)
-    except UnorderedError:  # no S3 by the book; it lists all keys once if nobody asks for a range of them
+    except UnorderedError as error:  # no S3 by the book; it lists all keys once if nobody asks for a range of them
+        print(f"{error}, which is not S3's order: every folder is listed by one task", file=sys.stderr, flush=True)
         return _list_pieces(archive, folder, in_ranges=False)
 
 

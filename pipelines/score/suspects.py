@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 DEATHS = 2  # of a process with nothing else at work, until its image is given up
@@ -25,9 +26,10 @@ class Suspects:
         self.file = None if process is None else Path(tempfile.gettempdir()) / f"glad-{process}.json"
         self.deaths: dict[str, int] = {}  # of the process while this image alone was at work, by image id
         self.at_work: frozenset[str] = frozenset()
-        if self.file is None or not self.file.is_file():
+        try:
+            note = json.loads(self.file.read_text()) if self.file is not None else {}
+        except (OSError, ValueError):  # none, or one that a full disk has cut off: nobody is accused
             return
-        note = json.loads(self.file.read_text() or "{}")
         self.deaths = note.get("deaths", {})
         alone = len(note.get("at_work", ())) == 1
         for image in note.get("at_work", ()):
@@ -53,5 +55,6 @@ class Suspects:
             self.file.unlink(missing_ok=True)
             return
         draft = self.file.with_suffix(".new")
-        draft.write_text(json.dumps({"deaths": self.deaths, "at_work": sorted(self.at_work)}))
-        draft.replace(self.file)
+        with suppress(OSError):  # a full disk must not end the process that judges
+            draft.write_text(json.dumps({"deaths": self.deaths, "at_work": sorted(self.at_work)}))
+            draft.replace(self.file)

@@ -55,3 +55,11 @@ def test_without_a_name_nothing_is_written(tmp_path):
     process.note(["a"])
     assert not process.suspected("a")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_takes_no_note_and_a_note_that_was_cut_off_accuse_nobody(note):
+    note.with_suffix(".new").mkdir()  # so that no note can be written
+    Suspects("p").note(["a"])
+    assert not note.exists()
+    note.write_text('{"deaths": {"a"')
+    assert not Suspects("p").suspected("a")
