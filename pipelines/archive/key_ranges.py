@@ -15,6 +15,7 @@ from itertools import islice
 from cluster.storage import Storage, StorageError
 
 PROBERS = 16  # requests at a time
+SCAN = 64  # characters that are asked for one after the other
 DEPTH = 8  # times that every range is cut again; odd keys could otherwise ask for a round per character
 HIGHEST = chr(0x10FFFF)
 SCRIPTS = (0x7F, 0x2FFF)  # last characters of ASCII, and before Chinese, Japanese and Korean: guessed first
@@ -51,7 +52,7 @@ def split_points(probe: Probe, wanted: int) -> list[str]:
             most = 2 * -(-(wanted - len(points)) // len(nodes)) + 1
             nodes = [child for found in pool.map(partial(_children, probe, most), nodes) for child in found]
             points |= {key for _, key in nodes if key != first and UNREADABLE not in key}
-            if not nodes or len(points) >= wanted:
+            if not nodes or 4 * len(points) >= 3 * wanted:
                 break
     ordered = sorted(points)
     return [ordered[number * len(ordered) // wanted] for number in range(wanted)] if len(points) > wanted else ordered
@@ -61,7 +62,7 @@ def _children(probe: Probe, most: int, node: tuple[str, str]) -> list[tuple[str,
     """A node's keys by the first character that is not the same in all; at most ``most`` nodes."""
     text, first = node
 
-    def inside(after: str) -> str | None:
+    def inside(after: str | None) -> str | None:
         key = probe(after)
         return key if key is not None and key.startswith(text) else None
 
@@ -74,7 +75,22 @@ def _children(probe: Probe, most: int, node: tuple[str, str]) -> list[tuple[str,
     if start is None or len(start) <= low:  # a single key; or one was deleted just now
         return []
     keys = {start[low]: start}
-    gaps = [(ord(start[low]), ord(HIGHEST))]  # no character between is known; the first is that of a key
+    character = start[low]
+    while len(keys) < SCAN:  # one request for each next character: most keys have few, and none is tried in vain
+        key = inside(common + character + HIGHEST)
+        if key is None or len(key) <= low or key[low] in keys:
+            break
+        character = key[low]
+        keys[character] = key
+    else:
+        _spread(keys, common, inside, max(most, SCAN))
+    return [(common + character, key) for character, key in sorted(keys.items())]
+
+
+def _spread(keys: dict[str, str], common: str, inside: Probe, most: int) -> None:
+    """Add keys by their character after ``common``, beyond those known and far from each other, up to ``most``."""
+    low = len(common)
+    gaps = [(ord(max(keys)), ord(HIGHEST))]
     while gaps and len(keys) < most:
         begin, end = gaps.pop(0)
         if begin >= end:
@@ -86,7 +102,6 @@ def _children(probe: Probe, most: int, node: tuple[str, str]) -> list[tuple[str,
         else:
             keys[key[low]] = key
             gaps += [(begin, guess), (ord(key[low]), end)]
-    return [(common + character, key) for character, key in sorted(keys.items())]
 
 
 def _between(begin: int, end: int) -> int:
