@@ -24,25 +24,25 @@ from glad_core.foreground import object_mask
 from glad_core.verdict import Detection, NotFinite, Request, check_request, finite
 
 
-def image_noise(image_id: str, seed: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """ε and the posterior noise of one image, float32 ``shape`` each, from the run's seed and the image id alone.
+def image_noise(image_RR3: np.ndarray, seed: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """ε and the posterior noise of one image, float32 ``shape`` each, from the run's seed and the image's pixels alone.
 
-    Always drawn on the CPU, so that a result depends neither on the device nor on the other images.
+    So a picture that is renamed, moved or doubled keeps its verdict. Always drawn on the CPU, so that a result depends
+    neither on the device nor on the other images.
+
+    Args:
+        image_RR3: uint8, as the networks get it.
     """
-    digest = hashlib.sha256(f"{seed}:{image_id}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}:{image_RR3.shape}:".encode() + np.ascontiguousarray(image_RR3).tobytes()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
 
 
-def full_size_only(model: Model) -> bool:
-    """Whether the map has terms of pixel resolution (v, foreground) and cannot be stored at token resolution."""
-    return model.settings.pixel_weight_v > 0 or model.settings.foreground_mode != 3
-
-
 def map_at_full_size(settings: Settings, detection: Detection) -> Tensor:
-    """The map that the image score was taken from, float32 [D, D]."""
+    """The map that the image score was taken from, float32 [D, D]; of a picture of several tiles, of its shape."""
     kept = torch.from_numpy(detection.anomaly_map).float()
-    return kept if kept.shape[0] == settings.feature_resolution else scoring.full_size_map(kept[None], settings)[0]
+    size = detection.full_size or (settings.feature_resolution,) * 2
+    return kept if kept.shape == size else scoring.full_size_map(kept[None], settings, size)[0]
 
 
 def final_token_map(model: Model, test_B3RR: Tensor, reconstruction_B3RR: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,7 +94,7 @@ def prepare(model: Model, requests: Sequence[Request], seed: int) -> Prepared:
     images = (pixels.to(model.device).float() / 127.5 - 1).to(model.dtype)
     side = s.resolution // model.vae_factor
     shape = (model.vae.config.latent_channels, side, side)
-    noises = [image_noise(request.image_id, seed, shape) for request in requests]
+    noises = [image_noise(request.image, seed, shape) for request in requests]
     eps, posterior_noise = (torch.stack(part).to(model.device, model.dtype) for part in zip(*noises, strict=True))
     return Prepared(images, eps, posterior_noise, prompts)
 
@@ -113,7 +113,7 @@ def conclude(
     else:
         test, rebuilt = images_B3RR, adaptive.decode(model, latents_BCHW)
     token_maps, distance = final_token_map(model, test, rebuilt)
-    if full_size_only(model):
+    if scoring.full_size_only(s):
         maps = scoring.resize_map(token_maps, s.feature_resolution)
         maps = scoring.smooth(scoring.add_pixel_distance(maps, distance, s.pixel_weight_v, scope="image"), s.blur_sigma)
         if s.foreground_mode != 3:

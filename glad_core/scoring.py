@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -77,9 +78,10 @@ def token_map(
     return total.view(total.shape[0], side, side)
 
 
-def resize_map(maps_BHW: Tensor, size: int) -> Tensor:
-    """Resize to [B, size, size], bilinear with aligned corners, as everywhere in the released code."""
-    return F.interpolate(maps_BHW[:, None], size=(size, size), mode="bilinear", align_corners=True)[:, 0]
+def resize_map(maps_BHW: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """Resize to ``size`` (of a square: its side), bilinear with aligned corners, as everywhere in the released code."""
+    size = (size, size) if isinstance(size, int) else size
+    return F.interpolate(maps_BHW[:, None], size=size, mode="bilinear", align_corners=True)[:, 0]
 
 
 def pixel_distance(test_BCHW: Tensor, reconstruction_BCHW: Tensor) -> Tensor:
@@ -110,9 +112,22 @@ def smooth(maps_BHW: Tensor, sigma: float) -> Tensor:
     return TF.gaussian_blur(maps_BHW[:, None], [taps, taps], [sigma, sigma])[:, 0]
 
 
-def full_size_map(maps_Bgg: Tensor, settings: Settings) -> Tensor:
-    """The map that the image score is taken from: a token map resized to D and smoothed, [B, D, D]."""
-    return smooth(resize_map(maps_Bgg, settings.feature_resolution), settings.blur_sigma)
+def full_size_map(maps_Bgg: Tensor, settings: Settings, size: tuple[int, int] | None = None) -> Tensor:
+    """The map that the image score is taken from: a token map resized to ``size`` (None: D x D) and smoothed."""
+    return smooth(resize_map(maps_Bgg, size or settings.feature_resolution), settings.blur_sigma)
+
+
+def full_size_only(settings: Settings) -> bool:
+    """Whether the map has terms of pixel resolution (v, foreground) and cannot be stored at token resolution."""
+    return settings.pixel_weight_v > 0 or settings.foreground_mode != 3
+
+
+def score_of_map(map_hw: np.ndarray, settings: Settings, size: tuple[int, int]) -> float:
+    """The image score of a picture's map, float32 [h, w], that is ``size`` at full size."""
+    whole = torch.from_numpy(map_hw)[None]
+    if not full_size_only(settings):
+        whole = full_size_map(whole, settings, size)
+    return float(image_score(whole, settings.image_score_top_k))
 
 
 def image_score(maps_BHW: Tensor, top_k: int) -> Tensor:

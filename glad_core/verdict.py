@@ -22,13 +22,29 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Tile:
+    """One tile of a picture: its view, where it lies in pixels of the picture, and what came of it."""
+
+    view: str
+    top: int
+    left: int
+    height: int
+    width: int
+    score: float
+    stop_step: int | None
+    stop_reason: StopReason
+
+
+@dataclass(frozen=True)
 class Detection:
-    """The verdict on one image.
+    """The verdict on one image, which may be a tile; or on a picture (`stitch`).
 
     ``anomaly_map`` is float16 [g, g] at token resolution, or [D, D] if the score has terms that only exist at full size
-    (`judge.full_size_only`). ``steps`` holds (timestep, step score) in the order compared. ``reconstruction`` is uint8
-    [R, R, 3]. ``seconds`` is the image's share of the time of its batches. ``departures`` is how far the latents were
-    from the input's at every step of the search; only the engine records it.
+    (`scoring.full_size_only`); of a picture, a map of its shape, and ``full_size`` is its height and width at full size
+    (None: D and D). ``tiles`` are those of a picture, empty if it is one tile. ``steps`` holds (timestep, step score)
+    in the order compared. ``reconstruction`` is uint8 [R, R, 3]; of a picture, of its frame's shape. ``seconds`` is
+    the image's share of the time of its batches. ``departures`` is how far the latents were from the input's at every
+    step of the search; only the engine records it.
     """
 
     image_id: str
@@ -40,6 +56,8 @@ class Detection:
     reconstruction: np.ndarray
     seconds: float
     departures: list[float] = field(default_factory=list)
+    full_size: tuple[int, int] | None = None
+    tiles: list[Tile] = field(default_factory=list)
 
 
 class NotFinite(GladError):

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from glad_core.errors import GladError, did_you_mean, one_line
+from glad_core.views import Framing, Kind
 
 Profile = Literal["exact", "fast"]
 Search = Literal["scan", "guarded"]  # how the stop step is found, `glad_core.engine.search`
@@ -35,6 +36,19 @@ class FrozenSettings(BaseModel):
                 raise GladError(f"{where}: unknown setting '{name}'{did_you_mean(name, cls.model_fields)}") from error
             message = first["msg"].removeprefix("Value error, ")
             raise GladError(f"{where}: {name + ': ' if name else ''}{message}") from error
+
+
+class View(FrozenSettings):
+    """One way to look at a picture (`glad_core.views`), and what the scores of good pictures are there.
+
+    With several views, a view's score is standardised: less ``good_mean``, divided by ``good_spread``.
+    """
+
+    kind: Kind = "squash"
+    scale: float = Field(1.0, gt=0, le=8)
+    overlap: float = Field(0.25, ge=0, le=0.75)
+    good_mean: float = 0.0
+    good_spread: float = Field(1.0, gt=0)
 
 
 class Settings(FrozenSettings):
@@ -90,6 +104,16 @@ class Settings(FrozenSettings):
     score_guess: tuple[float, float, float, float] | None = Field(
         None, description="coefficients from which the guarded search guesses step scores, to compare fewer steps"
     )
+    views: tuple[View, ...] = Field(
+        (View(),),
+        min_length=1,
+        max_length=4,
+        description="not in the paper: how a picture is seen, `squash` as one square, `fit` as one with its aspect "
+        "ratio kept, `tiles` at a scale in overlapping squares; of several the most anomalous counts",
+    )
+    picture_size: tuple[int, int] | None = Field(
+        None, description="usual height and width of the training pictures, pixels"
+    )
     threshold: float | None = Field(None, description="image score above which an image is called anomalous")
     thresholds: dict[str, float] = Field({}, description="thresholds of single categories, in a bundle for several")
 
@@ -100,6 +124,10 @@ class Settings(FrozenSettings):
                 f"inference_steps {self.inference_steps} is larger than start_step {self.start_step}: lower it"
             )
         return self
+
+    def framings(self) -> tuple[Framing, ...]:
+        """How each of the views frames a picture."""
+        return tuple(Framing(view.kind, self.resolution, view.scale, view.overlap) for view in self.views)
 
     def threshold_for(self, category: str | None) -> float | None:
         """The threshold of one category: its own in a bundle for several, else the bundle's."""

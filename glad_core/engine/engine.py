@@ -43,7 +43,7 @@ class Engine(Queue):
     Args:
         model: the bundle, with its final weights; its networks are changed in place by `prepare_networks`.
         slots: images per UNet call.
-        seed: of the run; with the image id it determines the noise.
+        seed: of the run; with an image's pixels it determines the noise.
         search: see `search_of`.
         compiled: run the networks through `torch.compile`. Batches are then padded to powers of two, and every size is
             compiled here, before the first image.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from cluster.storage import Storage
+from glad_core.views import Framing
 from pipelines.archive.decoder import SECONDS, decoder
 from pipelines.archive.fetch import FETCH_THREADS, Row, fetch, neighbours
 from pipelines.archive.picture import ImageError
@@ -37,7 +38,9 @@ DECODED_SCHEMA = pa.schema(
         ("category", pa.string()),
         ("width", pa.int32()),
         ("height", pa.int32()),
-        ("image", pa.binary()),  # R * R * 3 bytes, null if there is an error
+        # The pixels of its frame in every view, one after the other; null if there is an error. Large: a block of huge
+        # pictures may have more than 2 GiB.
+        ("image", pa.large_binary()),
         ("stage", pa.string()),
         ("error_type", pa.string()),
         ("message", pa.string()),
@@ -48,14 +51,14 @@ DECODED_SCHEMA = pa.schema(
 
 def fetch_and_decode(
     storage: Storage,
-    resolution: Callable[[str | None], int],
+    framings: Callable[[str | None], int | Sequence[Framing]],
     reading: Reading = READING,
     elsewhere: Callable[[], Iterable[Row]] = tuple,
 ) -> Callable[[pa.Table], pa.Table]:
     """A stage: manifest rows in, `DECODED_SCHEMA` rows out, one for one. It raises only if storage does not answer.
 
     Args:
-        resolution: side to which images of a category are resized, pixels.
+        framings: how the views of a category's model frame an image.
         elsewhere: manifest rows from all over the archive, see ``others`` of `fetch`.
     """
 
@@ -69,7 +72,7 @@ def fetch_and_decode(
             fetched = list(pool.map(fetch_row, manifest))
         # One by one, so that each has the whole memory budget; several tasks decode in parallel.
         decoded = [
-            _decode_row(row, data, resolution(row["category"]), reading.seconds)
+            _decode_row(row, data, framings(row["category"]), reading.seconds)
             for row, data in zip(manifest, fetched, strict=True)
         ]
         return pa.Table.from_pylist(decoded, schema=DECODED_SCHEMA)
@@ -88,17 +91,20 @@ def _fetch_row(
         return error
 
 
-def _decode_row(row: Row, data: bytes | ImageError | None, resolution: int, seconds: int) -> dict[str, Any]:
+def _decode_row(
+    row: Row, data: bytes | ImageError | None, framings: int | Sequence[Framing], seconds: int
+) -> dict[str, Any]:
     out = _kept(row)
     if data is None:
         return out | {name: row[name] for name in ("stage", "error_type", "message")}
     if isinstance(data, ImageError):
         return out | {"stage": "fetch", "error_type": data.kind, "message": str(data)}
     try:
-        picture = decoder(seconds).decode(data, resolution)
+        picture = decoder(seconds).decode(data, framings)
     except ImageError as error:
         return out | {"stage": "decode", "error_type": error.kind, "message": str(error)}
-    return out | {"width": picture.width, "height": picture.height, "image": picture.pixels.tobytes()}
+    image = b"".join(frame.data for frame in picture.frames)
+    return out | {"width": picture.width, "height": picture.height, "image": image}
 
 
 def _kept(row: dict[str, Any]) -> dict[str, Any]:

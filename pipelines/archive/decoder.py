@@ -16,14 +16,17 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from functools import cache
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from glad_core.errors import GladError
-from pipelines.archive.picture import MAX_MEMORY, TOO_MUCH, ImageError, Picture, decode
+from glad_core.views import Framing
+from pipelines.archive.picture import MAX_MEMORY, TOO_MUCH, ImageError, Picture, as_framings, decode
 
 SECONDS = 20  # of CPU time that decoding one image may take
 TRIES = 2  # for an image whose process dies of anything but the limit of time
@@ -41,14 +44,14 @@ class Decoder:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
-    def decode(self, data: bytes, resolution: int) -> Picture:
+    def decode(self, data: bytes, framings: int | Sequence[Framing]) -> Picture:
         """As `picture.decode`.
 
         Raises:
             ImageError: as there; too_slow or deadly if the process did not survive.
             GladError: the process cannot be started.
         """
-        request = {"bytes": len(data), "resolution": resolution, "seconds": self._seconds}
+        request = {"bytes": len(data), "framings": list(map(asdict, as_framings(framings))), "seconds": self._seconds}
         with self._lock:
             for _ in range(TRIES):
                 process = self._process = self._process or _start()
@@ -106,7 +109,7 @@ def _end(process: subprocess.Popen[bytes], wait: bool) -> int:
     return process.wait()
 
 
-def _ask(process: subprocess.Popen[bytes], request: dict[str, int], data: bytes) -> Picture:
+def _ask(process: subprocess.Popen[bytes], request: dict[str, Any], data: bytes) -> Picture:
     """Raises ImageError as the process answers, OSError or EOFError if it died."""
     assert process.stdin is not None
     assert process.stdout is not None
@@ -119,11 +122,14 @@ def _ask(process: subprocess.Popen[bytes], request: dict[str, int], data: bytes)
     answer: dict[str, Any] = json.loads(line)
     if "kind" in answer:
         raise ImageError(answer["kind"], answer["message"])
-    side = request["resolution"]
-    pixels = process.stdout.read(side * side * 3)
-    if len(pixels) < side * side * 3:
+    return Picture([_read(process.stdout, *size) for size in answer["sizes"]], answer["width"], answer["height"])
+
+
+def _read(stream: IO[bytes], height: int, width: int) -> np.ndarray:
+    pixels = stream.read(height * width * 3)
+    if len(pixels) < height * width * 3:
         raise EOFError
-    return Picture(np.frombuffer(pixels, np.uint8).reshape(side, side, 3), answer["width"], answer["height"])
+    return np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
 
 
 def serve() -> None:
@@ -137,23 +143,25 @@ def serve() -> None:
     while line := sys.stdin.buffer.readline():
         request = json.loads(line)
         data = sys.stdin.buffer.read(request["bytes"])
-        answer, pixels = _decode(data, request["resolution"], request["seconds"])
+        answer, frames = _decode(data, [Framing(**framing) for framing in request["framings"]], request["seconds"])
         answers.write(json.dumps(answer).encode() + b"\n")
-        answers.write(pixels)
+        for frame in frames:
+            answers.write(np.ascontiguousarray(frame).data)
         answers.flush()
 
 
-def _decode(data: bytes, resolution: int, seconds: int) -> tuple[dict[str, Any], bytes]:
+def _decode(data: bytes, framings: list[Framing], seconds: int) -> tuple[dict[str, Any], list[np.ndarray]]:
     _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + seconds)
     if (size := _data_size()) is not None:
         _limit(resource.RLIMIT_DATA, size + MAX_MEMORY)
     try:
-        picture = decode(data, resolution)
+        picture = decode(data, framings)
     except ImageError as error:
-        return {"kind": error.kind, "message": str(error)}, b""
+        return {"kind": error.kind, "message": str(error)}, []
     except MemoryError:  # raised by resizing; `decode` handles its own
-        return {"kind": "too_large", "message": TOO_MUCH}, b""
-    return {"width": picture.width, "height": picture.height}, picture.pixels.tobytes()
+        return {"kind": "too_large", "message": TOO_MUCH}, []
+    sizes = [frame.shape[:2] for frame in picture.frames]
+    return {"width": picture.width, "height": picture.height, "sizes": sizes}, picture.frames
 
 
 def _limit(kind: int, value: int) -> None:

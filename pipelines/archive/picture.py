@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from glad_core.images import resize
+from glad_core.views import Framing
 from pipelines.archive import damage
 
 # EPS would start Ghostscript and the exotic decoders are where the security holes are: only what cameras write.
@@ -39,22 +40,35 @@ class ImageError(Exception):
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded image: uint8 [R, R, 3] RGB, and the size it had upright, in pixels."""
+    """A decoded image: its frame in every view asked for, uint8 RGB, and the size it had upright, in pixels."""
 
-    pixels: np.ndarray
+    frames: list[np.ndarray]
     width: int
     height: int
 
+    @property
+    def pixels(self) -> np.ndarray:
+        """The frame of the first view."""
+        return self.frames[0]
 
-def decode(data: bytes, resolution: int) -> Picture:
+
+def decode(data: bytes, framings: int | Sequence[Framing]) -> Picture:
     """Encoded bytes to a `Picture`; the first frame of an animation or a multi-page TIFF.
+
+    Args:
+        framings: of the views; a number is the side of one square.
 
     Raises:
         ImageError: not_an_image, damaged or too_large.
     """
     image = decode_image(data)
     height, width = image.shape[:2]
-    return Picture(resize(image, resolution), width, height)
+    return Picture([framing.frame(image) for framing in as_framings(framings)], width, height)
+
+
+def as_framings(framings: int | Sequence[Framing]) -> Sequence[Framing]:
+    """The framings; a number is the side of one square."""
+    return (Framing("squash", framings),) if isinstance(framings, int) else framings
 
 
 def decode_image(data: bytes) -> np.ndarray:

@@ -93,7 +93,8 @@ def tally_results(run: Run, examples: list[Example]) -> dict[str, Tally]:
 
     _ = run.record  # read once; tasks get it with the run
     filesystem, path = run.storage.resolve(run.path(RESULTS))
-    columns = ["uri", "category", "score", "anomaly_map", "map_height", "map_width"]
+    columns = ["uri", "category", "score", "anomaly_map"]
+    columns += ["map_height", "map_width", "full_height", "full_width"]
     rows = ray.data.read_parquet(path, filesystem=filesystem, columns=columns, num_cpus=TASK_CPUS)
     counted = rows.map_batches(
         count_batch,  # type: ignore[arg-type]

@@ -129,17 +129,21 @@ class Run:
         return Settings.parse(model["settings"], self.path(COMPLETE))
 
     def full_map(self, row: dict[str, Any]) -> np.ndarray:
-        """A result's anomaly map at full size, float32 [D, D]; one of token resolution is enlarged as for the score."""
+        """A result's anomaly map at full size, float32 [h, w]; one of token resolution is enlarged as for the score."""
         settings = self.settings_of(row["category"])
         shape = (row["map_height"], row["map_width"])
+        full = [row.get(name) for name in ("full_height", "full_width")]
+        # Results of before 0.2 have none; in NumPy's columns that is NaN.
+        height, width = (settings.feature_resolution if side is None or side != side else int(side) for side in full)
+        size = (height, width)
         anomaly_map = np.asarray(row["anomaly_map"], np.float32).reshape(shape)
-        if shape == (settings.feature_resolution, settings.feature_resolution):
+        if shape == size:
             return anomaly_map
         import torch  # not at the top: it takes seconds, which a list of results does not need
 
         from glad_core.scoring import full_size_map
 
-        return full_size_map(torch.from_numpy(anomaly_map)[None], settings)[0].numpy()
+        return full_size_map(torch.from_numpy(anomaly_map)[None], settings, size)[0].numpy()
 
     def problem_of_files(self, record: dict[str, Any]) -> str | None:
         """What is wrong with the files of results/ and errors/, if they are not those that run.json counted."""

@@ -12,6 +12,15 @@ PLAN, COMMITS, STAGING, RECORD, COMPLETE = "plan", "commits", "staging", "record
 # Our files in results/ and errors/, and the generation in their names; versions before 0.2 gave them none.
 FILE = re.compile(rf"(?:{RESULTS}|{ERRORS})/(?:[^/]+/)?part-(?:\d{{8}}-(\d{{1,7}})-[0-9a-f]{{16}}|[^/]*)\.parquet")
 
+TILE = pa.struct(
+    [
+        ("view", pa.string()),
+        *((name, pa.int32()) for name in ("top", "left", "height", "width")),  # in pixels of the picture
+        ("score", pa.float32()),
+        ("stop_step", pa.int16()),
+        ("stop_reason", pa.string()),
+    ]
+)
 RESULTS_SCHEMA = pa.schema(
     [
         ("image_id", pa.string()),
@@ -27,10 +36,13 @@ RESULTS_SCHEMA = pa.schema(
         ("anomaly_map", pa.list_(pa.float16())),  # rows of map_height x map_width, flattened
         ("map_height", pa.int32()),
         ("map_width", pa.int32()),
+        ("full_height", pa.int32()),  # of the map at full size; null in results of before 0.2: D x D
+        ("full_width", pa.int32()),
         ("reconstruction", pa.binary()),  # PNG
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("seconds", pa.float32()),
+        ("tiles", pa.list_(TILE)),
     ]
 )
 ERRORS_SCHEMA = pa.schema(

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from cluster.storage import join
 from pipelines.runs.run import Run
-from pipelines.runs.schema import ERRORS, ERRORS_SCHEMA, RESULTS, RESULTS_SCHEMA, STAGING, WRITTEN_SCHEMA
+from pipelines.runs.schema import ERRORS, ERRORS_SCHEMA, RESULTS, RESULTS_SCHEMA, STAGING, TILE, WRITTEN_SCHEMA
 
 LONGEST_NAME = 200  # bytes; disks take 255
 ROW_GROUP_BYTES = 8 * 2**20  # before compression; the writer needs ten times as much, a reader holds a column of one
@@ -24,10 +24,11 @@ WRITE_BATCH = 2**16  # values that are encoded at a time; full-size maps have fo
 # How the columns are written. A map has too many values for a dictionary, and a PNG is compressed. Byte-stream split
 # makes maps a quarter smaller, but DuckDB and Polars do not read it for float16.
 REPEATING = {"category", "model_id", "stop_reason", "stage", "error_type"}
-UNSORTED = {"steps", "anomaly_map", "reconstruction"}  # their least and largest values find no row
+UNSORTED = {"steps", "anomaly_map", "reconstruction", "tiles"}  # their least and largest values find no row
 LEAVES = {
     "steps": ("steps.list.element.timestep", "steps.list.element.score"),
     "anomaly_map": ("anomaly_map.list.element",),
+    "tiles": tuple(f"tiles.list.element.{field.name}" for field in TILE),
 }
 
 

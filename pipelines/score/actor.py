@@ -11,7 +11,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ OVERFLOW = "score it with --precision off, else with another bundle"
 DEADLY = "the process that judged it died twice with no other image at work"
 STAGE = "an actor"  # in what users read
 TELL_EVERY = 10.0  # seconds
+NOTHING = np.empty((0, 0, 3), np.uint8)
 KEPT_MODELS = 4  # bundles an actor holds at a time
 
 logger = logging.getLogger("glad.actor")
@@ -75,7 +76,7 @@ class GladActor:
 
     def __init__(self, settings: ActorSettings) -> None:
         self.settings = settings
-        self.engines: OrderedDict[str, Any] = OrderedDict()
+        self.engines: OrderedDict[str, list[Any]] = OrderedDict()  # of a bundle, by view
         self.memory: Any = None
         self.failure: Exception | None = None
         self.metrics = ActorMetrics(settings.run)
@@ -95,7 +96,7 @@ class GladActor:
     async def __call__(self, rows: pa.Table) -> AsyncIterator[pa.Table]:
         if self.failure is not None:
             raise self.failure
-        images = rows["image"]
+        images = rows["image"]  # no copies
         decoded = rows.drop_columns(["image"]).to_pylist()
         failed = [_error(row) for row in decoded if row["error_type"] is not None]
         judged = await asyncio.gather(
@@ -103,7 +104,7 @@ class GladActor:
         )
         for row in failed + judged:
             self.metrics.count(row)
-        self.metrics.set_occupancy([engine.occupancy for engine in self.engines.values()])
+        self.metrics.set_occupancy([engine.occupancy for engines in self.engines.values() for engine in engines])
         yield pa.Table.from_pylist(failed + judged, schema=SCORED_SCHEMA)
 
     def _failure(self, error: Exception) -> Exception:
@@ -131,19 +132,19 @@ class GladActor:
 
             self.memory = read_memory(self.settings.memory, self.settings.storage)
         if "" in self.settings.models.bundles:
-            self._engine("")
+            self._engines("")
 
-    def _engine(self, key: str) -> Any:
-        """The engine of a bundle. A few are kept, which is enough since an archive comes category by category."""
+    def _engines(self, key: str) -> list[Any]:
+        """A bundle's engine for each view. A few are kept, which is enough since an archive comes by category."""
         if key not in self.engines:
-            idle = next((key for key, engine in self.engines.items() if not engine.busy), None)
+            idle = next((key for key, engines in self.engines.items() if not any(e.busy for e in engines)), None)
             if len(self.engines) >= KEPT_MODELS and idle is not None:
                 del self.engines[idle]
             self.engines[key] = self._load(key)
         self.engines.move_to_end(key)
         return self.engines[key]
 
-    def _load(self, key: str) -> Any:
+    def _load(self, key: str) -> list[Any]:
         from glad_core.bundle.model import AUTOCAST, load_bundle
         from glad_core.engine.engine import Engine
         from glad_core.engine.nearest import NearestEngine
@@ -155,12 +156,12 @@ class GladActor:
         model = load_bundle(path, device=device, autocast=AUTOCAST[settings.precision], model_id=begun_with)
         slots = settings.slots or _gpu_slots(settings.gpu, model.settings.resolution)
         if self.memory is not None:
-            return NearestEngine(model, self.memory.patches, slots)
-        return Engine(model, slots, settings.seed, settings.search, settings.compiled)
+            return [NearestEngine(model, patches, slots) for patches in self.memory.patches]
+        return [Engine(model, slots, settings.seed, settings.search, settings.compiled)] * len(model.settings.views)
 
-    async def _judge(self, row: dict[str, Any], image: pa.BinaryScalar) -> dict[str, Any]:
+    async def _judge(self, row: dict[str, Any], image: pa.LargeBinaryScalar) -> dict[str, Any]:
         """One output row for one decoded row and its pixels."""
-        from glad_core.verdict import NotFinite, Request
+        from glad_core.verdict import NotFinite
 
         if self.thread.suspects.guilty(row["image_id"]):
             return _error(row | {"stage": "score", "error_type": "deadly", "message": DEADLY})
@@ -170,25 +171,52 @@ class GladActor:
             message = f"no model for category '{row['category']}'; there are {known}"
             return _error(row | {"stage": "score", "error_type": "no_model", "message": message})
         try:
-            engine = self._engine(key)
+            engines = self._engines(key)
         except Exception as error:
             raise self._failure(error) from error
-        side = engine.model.settings.resolution
-        pixels = np.frombuffer(image.as_buffer(), np.uint8).reshape(side, side, 3)
         try:
-            detection = await self.thread.judge(engine, Request(row["image_id"], pixels, row["category"]))
+            detection = await self._detect(engines, row, image)
         except NotFinite as error:
             return _error(row | {"stage": "score", "error_type": "not_finite", "message": f"{error}; {OVERFLOW}"})
         except Exception as error:
             reason = " ".join(str(error).split())[:500]
             return _error(row | {"stage": "score", "error_type": type(error).__name__, "message": reason})
         self._tell()
-        return self._result(engine.model, row, detection)
+        return self._result(engines[0].model, row, detection)
+
+    async def _detect(self, engines: list[Any], row: dict[str, Any], image: pa.LargeBinaryScalar) -> Any:
+        """The verdict on a picture; its tiles go through the engines as images of their own."""
+        from glad_core.stitch import stitch, tile_requests
+
+        settings = self._settings_of(engines[0].model)
+        size = (row["height"], row["width"])
+        frames = _frames(image, settings, size)
+        by_view = tile_requests(row["image_id"], frames, settings, size, row["category"])
+
+        async def judge(engine: Any, request: Any) -> Any:
+            detection = await self.thread.judge(engine, request)
+            # Or a huge picture would be held a second time until its last tile is judged.
+            return detection if self._keeps else replace(detection, reconstruction=NOTHING)
+
+        judged = [
+            await asyncio.gather(*(judge(engine, request) for request in requests))
+            for engine, requests in zip(engines, by_view, strict=True)
+        ]
+        return stitch(settings, size, judged, self._keeps)
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether reconstructions are kept; the nearest-neighbour method has none."""
+        return self.settings.reconstructions and self.memory is None
+
+    def _settings_of(self, model: Any) -> Any:
+        """The model's settings; with the memory's own statistics of good pictures."""
+        return model.settings if self.memory is None else self.memory.settings(model.settings)
 
     def _result(self, model: Any, row: dict[str, Any], detection: Any) -> dict[str, Any]:
         threshold = self.memory.threshold if self.memory else model.settings.threshold_for(row["category"])
-        anomaly_map = self._stored_map(model, detection.anomaly_map)
-        keep = self.settings.reconstructions and self.memory is None
+        full_size = detection.full_size or (model.settings.feature_resolution,) * 2
+        anomaly_map = self._stored_map(model, detection.anomaly_map, full_size)
         return {
             "image_id": row["image_id"],
             "uri": row["uri"],
@@ -203,24 +231,37 @@ class GladActor:
             "anomaly_map": anomaly_map.ravel(),
             "map_height": anomaly_map.shape[0],
             "map_width": anomaly_map.shape[1],
-            "reconstruction": _png(detection.reconstruction) if keep else None,
+            "full_height": full_size[0],
+            "full_width": full_size[1],
+            "reconstruction": _png(detection.reconstruction) if self._keeps else None,
             "width": row["width"],
             "height": row["height"],
             "seconds": detection.seconds,
+            "tiles": [asdict(tile) for tile in detection.tiles],
             "position": row["position"],
         }
 
-    def _stored_map(self, model: Any, anomaly_map: np.ndarray) -> np.ndarray:
+    def _stored_map(self, model: Any, anomaly_map: np.ndarray, full_size: tuple[int, int]) -> np.ndarray:
         """The map as it is stored, float16: at full size if the user asked for it."""
         import torch
 
-        from glad_core.judge import full_size_only
-        from glad_core.scoring import full_size_map
+        from glad_core.scoring import full_size_map, full_size_only
 
-        if self.settings.maps == "token" or full_size_only(model):
+        if self.settings.maps == "token" or full_size_only(model.settings):
             return anomaly_map
-        full = full_size_map(torch.from_numpy(anomaly_map)[None].float(), model.settings)
+        full = full_size_map(torch.from_numpy(anomaly_map)[None].float(), model.settings, full_size)
         return full[0].numpy().astype(np.float16)
+
+
+def _frames(image: pa.LargeBinaryScalar, settings: Any, size: tuple[int, int]) -> list[np.ndarray]:
+    """The frames of a decoded picture in every view, uint8 [h, w, 3]; they share the row's memory."""
+    pixels, frames, start = np.frombuffer(image.as_buffer(), np.uint8), [], 0
+    for framing in settings.framings():
+        height, width = framing.size(*size)
+        end = start + height * width * 3
+        frames.append(pixels[start:end].reshape(height, width, 3))
+        start = end
+    return frames
 
 
 def _gpu_slots(share: float, resolution: int) -> int:

@@ -5,11 +5,12 @@ A shard of the manifest goes through the job whole: one block of decoded images,
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
+from glad_core.bundle.settings import Settings
 from pipelines.archive.listing import PART_ROWS
-from pipelines.runs.claim import LEAST_ROWS, SHARDS, Plan
+from pipelines.runs.claim import SHARDS, Plan
 from pipelines.score.actor_plan import ActorPlan
 from pipelines.score.request import Maps
 
@@ -24,21 +25,20 @@ FULL_BLOCK = 0.75  # of the bytes of a shard: a block of that size leaves a task
 
 @dataclass(frozen=True)
 class Images:
-    """What decides an image's size on its way: the largest resolution R of the models, and what is stored of it."""
+    """What decides an image's size on its way: the pixels of its frames (`usual_pixels`), and what is stored of it."""
 
-    resolution: int
+    pixels: int
     maps: Maps
     reconstructions: bool
 
     @property
     def decoded_bytes(self) -> int:
-        return self.resolution**2 * 3
+        return self.pixels * 3
 
     @property
     def judged_bytes(self) -> float:
         """Bytes of a result: float16 maps, at full size or about an eighth of the side, and PNG at its worst."""
-        pixels = self.resolution**2
-        return pixels * ((2 if self.maps == "full" else 1 / 32) + (3 if self.reconstructions else 0)) + 4096
+        return self.pixels * ((2 if self.maps == "full" else 1 / 32) + (3 if self.reconstructions else 0)) + 4096
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,19 @@ class BatchSizes:
     store_bytes: float | None
 
 
-def rows_and_shards(resolution: int, actors: ActorPlan) -> tuple[int, int]:
+def usual_pixels(models: Iterable[Settings]) -> int:
+    """Pixels of the frames of a picture of the usual size, in the bundle where they are most."""
+
+    def pixels(settings: Settings) -> int:
+        size = settings.picture_size or (settings.resolution,) * 2
+        return sum(height * width for height, width in (framing.size(*size) for framing in settings.framings()))
+
+    return max(map(pixels, models))
+
+
+def rows_and_shards(pixels: int, actors: ActorPlan) -> tuple[int, int]:
     """The most images of a shard, a power of two, and the shards that an archive should at least be cut into."""
-    fitting = max(LEAST_ROWS, min(PART_ROWS, SHARD_BYTES // (resolution**2 * 3)))
+    fitting = max(1, min(PART_ROWS, SHARD_BYTES // (pixels * 3)))
     return 1 << (fitting.bit_length() - 1), max(SHARDS, SHARDS_PER_ACTOR * actors.most)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -12,6 +12,7 @@ import pyarrow as pa
 from cluster import session
 from cluster.storage import StorageError
 from glad_core.errors import GladError
+from glad_core.views import Framing
 from pipelines.archive.decode import Reading, fetch_and_decode
 from pipelines.archive.listing import TASK_CPUS, read_manifest
 from pipelines.models.find import Models
@@ -22,7 +23,7 @@ from pipelines.runs.schema import MANIFEST
 from pipelines.runs.write import ResultsWriter, new_staging
 from pipelines.score.actor import ActorSettings, GladActor
 from pipelines.score.actor_plan import ActorPlan
-from pipelines.score.batch_sizes import BatchSizes, Images, batch_sizes
+from pipelines.score.batch_sizes import BatchSizes, Images, batch_sizes, usual_pixels
 from pipelines.score.faults import step_aside
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ def run_dataflow(
     """
     if len(done) == plan.shards:
         return
-    sides = [settings.resolution for settings in actor.models.settings().values()]
-    sizes = batch_sizes(plan, done, actors, Images(max(sides), actor.maps, actor.reconstructions), actor.alone)
+    images = Images(usual_pixels(actor.models.settings().values()), actor.maps, actor.reconstructions)
+    sizes = batch_sizes(plan, done, actors, images, actor.alone)
     failure: BaseException | None = None
     staged = new_staging(plan.generation)
     try:
@@ -185,7 +186,7 @@ def list_and_decode(
             first = (plan.images - 1) * part // (ELSEWHERE - 1)
             yield from read_manifest(manifest, plan.listed, first, first + 1, run.storage).to_pylist()
 
-    decode = fetch_and_decode(run.storage, resolution_of(actor.models), reading, elsewhere)
+    decode = fetch_and_decode(run.storage, framings_of(actor.models), reading, elsewhere)
 
     def stage(shards: pa.Table) -> Iterator[pa.Table]:
         try:
@@ -197,8 +198,8 @@ def list_and_decode(
     return stage
 
 
-def resolution_of(models: Models) -> Callable[[str | None], int]:
-    """The side, in pixels, to which an image of a category is resized; the largest if no model knows the category."""
-    sides = {key: settings.resolution for key, settings in models.settings().items()}
-    largest = max(sides.values())
-    return lambda category: sides.get(models.key(category) or "", largest)
+def framings_of(models: Models) -> Callable[[str | None], Sequence[Framing]]:
+    """How the views of a category's model frame an image; those of any model if none knows the category."""
+    framings = {key: settings.framings() for key, settings in models.settings().items()}
+    some = next(iter(framings.values()))
+    return lambda category: framings.get(models.key(category) or "", some)

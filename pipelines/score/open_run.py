@@ -19,7 +19,7 @@ from pipelines.runs.run import Run
 from pipelines.runs.schema import MANIFEST
 from pipelines.score.actor import KEPT_MODELS, ActorSettings
 from pipelines.score.actor_plan import ActorPlan, plan_actors
-from pipelines.score.batch_sizes import rows_and_shards
+from pipelines.score.batch_sizes import rows_and_shards, usual_pixels
 from pipelines.score.record import identity
 from pipelines.score.request import ScoreRequest
 
@@ -125,8 +125,7 @@ def _list(job: Job, actors: ActorPlan, listing: str) -> Plan:
     memory = memory_file(listing) if request.good is not None else None
     if memory is not None:
         _remember(job, actors, run.path(memory))
-    resolution = max(settings.resolution for settings in job.models.settings().values())
-    most_rows, shards = rows_and_shards(resolution, actors)
+    most_rows, shards = rows_and_shards(usual_pixels(job.models.settings().values()), actors)
     return draft(listed.rows, listing, memory, job.identity, most_rows, listed.duplicates, listed.blank, shards)
 
 

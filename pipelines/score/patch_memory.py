@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -13,34 +14,63 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from cluster.storage import Storage
-from glad_core.bundle.model import load_bundle
+from glad_core.bundle.model import Model, load_bundle
+from glad_core.bundle.settings import Settings
 from glad_core.bundle.weights import not_finite
 from glad_core.calibration import conformal_quantile, images_needed
 from glad_core.engine import nearest
 from glad_core.errors import GladError
 from glad_core.images import to_tensor
-from glad_core.verdict import Detection, Request, finite
+from glad_core.stitch import combined_score, standards, tile_requests, view_scores
+from glad_core.verdict import NotFinite, finite
+from glad_core.views import Framing
 from pipelines.archive.fetch import AT_HAND, fetch, neighbours
 from pipelines.archive.picture import ImageError, decode
 from pipelines.archive.sources import list_source
 from pipelines.models.find import local_bundle
 
 MAX_IMAGES = 500
+MAX_BYTES = 2 * 2**30  # of their frames
+MAX_TILES = 2000  # of a view, from which the memory is chosen
 BATCH = 8  # images per call of the networks
 HELD_OUT_SHARE = 0.2  # of the images, for the threshold
 TARGET_FPR = 0.05
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Remembered patches [M, D] and a threshold that 5 % of good images exceed, None if there were too few images."""
+class Good:
+    """A good image: its URI, its frame in every view, its height and width."""
 
-    patches: Tensor
+    uri: str
+    frames: list[np.ndarray]
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Remembered patches [M, D] of every view, the scores of good images there, and a threshold.
+
+    ``good`` holds mean and spread of every view, by which several are standardised (`stitch`). 5 % of good images
+    exceed the threshold; it is None if there were too few images.
+    """
+
+    patches: list[Tensor]
+    good: list[tuple[float, float]]
     threshold: float | None
+
+    def settings(self, settings: Settings) -> Settings:
+        """Settings whose views are standardised by this memory's good images."""
+        views = [
+            view.model_copy(update={"good_mean": mean, "good_spread": spread})
+            for view, (mean, spread) in zip(settings.views, self.good, strict=True)
+        ]
+        return settings.model_copy(update={"views": tuple(views)})
 
 
 def build_memory(good: str, bundle: str, model_id: str, storage: Storage, out: str, device: str, seed: int) -> int:
-    """Build the memory from up to `MAX_IMAGES` good images and write it to ``out``; returns how many images it holds.
+    """Build the memory of good images and write it to ``out``; returns how many images it holds.
+
+    They are at most `MAX_IMAGES`, and fewer if their frames exceed `MAX_BYTES`.
 
     Args:
         good: source of the good images.
@@ -51,27 +81,22 @@ def build_memory(good: str, bundle: str, model_id: str, storage: Storage, out: s
         GladError: fewer than two readable images in ``good``, one without finite features, or another bundle.
     """
     model = load_bundle(local_bundle(bundle, storage), device, model_id=model_id)
-    images = _read(good, model.settings.resolution, storage)
+    s = model.settings
+    images = _read(good, s.framings(), storage)
     if len(images) < 2:
         raise GladError(f"{good}: {len(images)} readable good images; at least two are needed, better 50")
     order = np.random.default_rng(seed).permutation(len(images))
     held_out = max(1, round(len(images) * HELD_OUT_SHARE))
-    uris, fit = zip(*(images[index] for index in order[held_out:]), strict=True)
-    parts = [
-        nearest.patch_features(model, to_tensor(fit[start : start + BATCH])) for start in range(0, len(fit), BATCH)
-    ]
-    features_BND = torch.cat(parts)
-    _refuse(model.model_id, [uris[row] for row in (~features_BND.isfinite().all((1, 2))).nonzero()])
-    patches = nearest.remember(features_BND.flatten(0, 1), seed)
-    requests = [Request(*images[index]) for index in order[:held_out]]
-    verdicts = [finite(detection) for detection in nearest.detect_nearest(model, patches, requests)]
-    scores = {verdict.image_id: verdict.score for verdict in verdicts if isinstance(verdict, Detection)}
-    _refuse(model.model_id, [request.image_id for request in requests if request.image_id not in scores])
-    tensors = {"patches": patches.half().cpu().contiguous()}
-    if len(scores) >= images_needed(TARGET_FPR):
-        tensors["threshold"] = torch.tensor(
-            [conformal_quantile(list(scores.values()), TARGET_FPR)], dtype=torch.float64
-        )
+    fit = [images[index] for index in order[held_out:]]
+    patches = [nearest.remember(_features(model, fit, view, seed), seed) for view in range(len(s.views))]
+    scores = [_scores(model, patches, images[index]) for index in order[:held_out]]
+    memory = Memory(patches, standards(np.array(scores)), None)
+    settings = memory.settings(s)
+    combined = [combined_score(settings, row) for row in scores]
+    tensors = {f"patches.{view}": kept.half().cpu().contiguous() for view, kept in enumerate(patches)}
+    tensors["good"] = torch.tensor(memory.good, dtype=torch.float64)
+    if len(combined) >= images_needed(TARGET_FPR):
+        tensors["threshold"] = torch.tensor([conformal_quantile(combined, TARGET_FPR)], dtype=torch.float64)
     storage.write(out, save(tensors))
     return len(fit)
 
@@ -84,13 +109,61 @@ def read_memory(location: str, storage: Storage) -> Memory:
     """
     try:
         tensors = load(storage.read(location))
-        damaged = tensors["patches"].ndim != 2 or not_finite(tensors.items()) is not None
+        good = [(float(mean), float(spread)) for mean, spread in tensors["good"]]
+        patches = [tensors[f"patches.{view}"] for view in range(len(good))]
+        damaged = not good or any(kept.ndim != 2 for kept in patches) or not_finite(tensors.items()) is not None
         threshold = float(tensors["threshold"]) if "threshold" in tensors else None
-    except (SafetensorError, KeyError, ValueError, RuntimeError):
+    except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError):
         damaged = True
     if damaged:
         raise GladError(f"{location}: damaged; give --overwrite to begin anew")
-    return Memory(tensors["patches"], threshold)
+    return Memory(patches, good, threshold)
+
+
+def _features(model: Model, images: Sequence[Good], view: int, seed: int) -> Tensor:
+    """Patch features [P, D] of the good images in one view: as many random ones as `nearest.remember` considers.
+
+    Raises:
+        GladError: an image has none that are finite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tiles = [
+        (image.uri, request.image)
+        for image in images
+        for request in tile_requests(image.uri, image.frames, model.settings, image.size)[view]
+    ]
+    chosen = [tiles[index] for index in torch.randperm(len(tiles), generator=generator)[:MAX_TILES].tolist()]
+    share = -(-nearest.CANDIDATES // len(chosen))  # patches of each tile: all of them together may be gigabytes
+    parts = []
+    for start in range(0, len(chosen), BATCH):
+        uris, pixels = zip(*chosen[start : start + BATCH], strict=True)
+        features_BND = nearest.patch_features(model, to_tensor(pixels))
+        _refuse(model.model_id, [uris[row] for row in (~features_BND.isfinite().all((1, 2))).nonzero()])
+        for features_ND in features_BND:
+            some = torch.randperm(len(features_ND), generator=generator)[:share]
+            parts.append(features_ND[some.to(features_ND.device)])
+    return torch.cat(parts)
+
+
+def _scores(model: Model, patches: Sequence[Tensor], image: Good) -> list[float]:
+    """The score of a good image in every view.
+
+    Raises:
+        GladError: it has none that is finite.
+    """
+    s = model.settings
+    by_view = tile_requests(image.uri, image.frames, s, image.size)
+    judged = [
+        [
+            finite(detection)
+            for start in range(0, len(requests), BATCH)
+            for detection in nearest.detect_nearest(model, kept, requests[start : start + BATCH])
+        ]
+        for kept, requests in zip(patches, by_view, strict=True)
+    ]
+    if any(isinstance(verdict, NotFinite) for verdicts in judged for verdict in verdicts):
+        _refuse(model.model_id, [image.uri])
+    return view_scores(s, image.size, judged)  # type: ignore[arg-type]
 
 
 def _refuse(model_id: str, uris: list[str]) -> None:
@@ -101,20 +174,21 @@ def _refuse(model_id: str, uris: list[str]) -> None:
         )
 
 
-def _read(good: str, resolution: int, storage: Storage) -> list[tuple[str, np.ndarray]]:
-    """URI and pixels of the good images."""
-    images: list[tuple[str, np.ndarray]] = []
+def _read(good: str, framings: Sequence[Framing], storage: Storage) -> list[Good]:
+    """The good images."""
+    images: list[Good] = []
+    held = 0
     rows = list_source(good, None, storage)
     others = list(islice(rows, AT_HAND))
     for row in chain(list(others), rows):
-        if len(images) == MAX_IMAGES:
+        if len(images) == MAX_IMAGES or held > MAX_BYTES:
             break
         if row.get("error_type"):
             continue
         try:
-            images.append(
-                (row["uri"], decode(fetch(storage, row, partial(neighbours, row, others)), resolution).pixels)
-            )
+            picture = decode(fetch(storage, row, partial(neighbours, row, others)), framings)
+            held += sum(frame.nbytes for frame in picture.frames)
+            images.append(Good(row["uri"], picture.frames, (picture.height, picture.width)))
             others[0] = row
         except ImageError:
             continue  # a bad file among the good images; scoring would not judge it either

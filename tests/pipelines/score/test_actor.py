@@ -16,6 +16,7 @@ from cluster.storage import Storage
 from glad_core import adaptive
 from glad_core.bundle.glad_json import update_settings, write_description
 from glad_core.bundle.model import load_bundle
+from glad_core.bundle.settings import Settings
 from glad_core.errors import GladError
 from pipelines.archive.decode import DECODED_SCHEMA
 from pipelines.models import registry
@@ -210,3 +211,39 @@ def test_starts_without_what_it_does_not_need_also_beside_a_package_that_needs_i
     command = [sys.executable, "-c", STARTED, str(tiny_bundle)]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def tiled(bundle, folder):
+    """The bundle with two views, and decoded rows of pictures of several sizes for it."""
+    shutil.copytree(bundle, folder)
+    views = [{"kind": "squash", "good_mean": 0.1}, {"kind": "tiles", "scale": 0.5, "good_spread": 0.5}]
+    model = load_bundle(folder)
+    update_settings(folder, Settings.parse(model.settings.model_dump() | {"views": views}, ""), {})
+    framings = load_bundle(folder).settings.framings()
+
+    def row(image_id, height, width):
+        pixels = np.random.default_rng(ord(image_id)).integers(0, 256, (height, width, 3)).astype(np.uint8)
+        image = b"".join(framing.frame(pixels).tobytes() for framing in framings)
+        base = {"image_id": image_id, "uri": f"/{image_id}.png", "position": ord(image_id)}
+        return base | {"width": width, "height": height, "image": image}
+
+    pictures = [row("a", 150, 90), row("b", 40, 200), row("c", 20, 20)]
+    return [pa.Table.from_pylist([picture], schema=DECODED_SCHEMA) for picture in pictures]
+
+
+def test_a_picture_of_several_views_and_tiles_is_one_result(tiny_bundle, tmp_path):
+    tables = tiled(tiny_bundle, tmp_path / "tiled")
+    actor = GladActor(settings(tmp_path / "tiled", reconstructions=True))
+    together = by_id(call(actor, pa.concat_tables(tables)))
+    assert all(row["error_type"] is None for row in together.values())
+    a = together["a"]
+    assert [tile["view"] for tile in a["tiles"]] == ["squash"] + ["tiles"] * 6
+    # 75 x 45 pixels of the frame, of which the first is rounded up to the grid of tiles; 8 pixels a token
+    assert (a["map_height"], a["map_width"]) == (10, 6)
+    assert (a["full_height"], a["full_width"]) == (80, 48)
+    # Other neighbours, another order and other batches: the same verdicts.
+    apart = by_id(call(GladActor(settings(tmp_path / "tiled", slots=2, reconstructions=True)), *tables[::-1]))
+    for image_id, row in together.items():
+        assert row["score"] == pytest.approx(apart[image_id]["score"], abs=1e-4)
+        stops = [(tile["stop_step"], tile["stop_reason"]) for tile in row["tiles"]]
+        assert stops == [(tile["stop_step"], tile["stop_reason"]) for tile in apart[image_id]["tiles"]]

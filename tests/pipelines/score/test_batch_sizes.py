@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.archive.listing import PART_ROWS
-from pipelines.runs.claim import LEAST_ROWS, Plan, draft
+from pipelines.runs.claim import Plan, draft
 from pipelines.score.actor_plan import ActorPlan
 from pipelines.score.batch_sizes import LEAST_STORE, MAX_TASKS, SHARD_BYTES, Images, batch_sizes, rows_and_shards
 
-IMAGES = Images(resolution=128, maps="token", reconstructions=False)
+IMAGES = Images(pixels=128**2, maps="token", reconstructions=False)
 
 
 def plan_of(images: int, rows_per_shard: int = 8) -> Plan:
@@ -56,13 +56,13 @@ def test_a_small_archive_is_shared_out_to_all_actors():
 
 def test_shards_are_bounded_by_bytes_and_enough_for_all_actors():
     for resolution in (32, 128, 256, 512, 1024, 4096):
-        rows, _ = rows_and_shards(resolution, actors_of(2))
+        rows, _ = rows_and_shards(resolution**2, actors_of(2))
         assert PART_ROWS % rows == 0
-        assert rows == LEAST_ROWS or rows * resolution**2 * 3 <= SHARD_BYTES
+        assert rows == 1 or rows * resolution**2 * 3 <= SHARD_BYTES
         assert rows == PART_ROWS or 2 * rows * resolution**2 * 3 > SHARD_BYTES
-    assert rows_and_shards(512, actors_of(2)) == (64, 50)
-    assert rows_and_shards(512, actors_of(48)) == (64, 1200)
-    assert rows_and_shards(512, replace(actors_of(1, grows=True), most=100))[1] == 2500
+    assert rows_and_shards(512**2, actors_of(2)) == (64, 50)
+    assert rows_and_shards(512**2, actors_of(48)) == (64, 1200)
+    assert rows_and_shards(512**2, replace(actors_of(1, grows=True), most=100))[1] == 2500
 
 
 def test_writers_follow_the_actors():
@@ -73,7 +73,7 @@ def test_writers_follow_the_actors():
 def test_the_object_store_is_limited_only_on_this_machine():
     plan, actors = plan_of(1000, 16), actors_of(2)
     assert batch_sizes(plan, set(), actors, IMAGES, alone=False).store_bytes is None
-    small = batch_sizes(plan, set(), actors, Images(32, "token", False), alone=True).store_bytes
-    large = batch_sizes(plan, set(), actors, Images(512, "full", True), alone=True).store_bytes
+    small = batch_sizes(plan, set(), actors, Images(32**2, "token", False), alone=True).store_bytes
+    large = batch_sizes(plan, set(), actors, Images(512**2, "full", True), alone=True).store_bytes
     assert small == LEAST_STORE
     assert large == 3 * (2 + 2 * 2 * 3) * 16 * 512 * 512 * 3  # decoders and twice the actors

@@ -10,6 +10,7 @@ from glad_core.errors import GladError
 from pipelines.score.patch_memory import build_memory, read_memory
 
 STORAGE = Storage()
+GOOD = torch.tensor([[0.0, 1.0]])
 
 
 @pytest.fixture
@@ -26,7 +27,9 @@ def build(tiny_bundle, photos, tmp_path):
 
 def test_what_is_built_is_read(build) -> None:
     memory = read_memory(build(), STORAGE)
-    assert memory.patches.shape == (10 * 16, 4 * 32)  # of twelve photos two are held out
+    (patches,) = memory.patches
+    assert patches.shape == (10 * 16, 4 * 32)  # of twelve photos two are held out
+    assert memory.good == [(0.0, 1.0)]  # nothing to standardise
     assert memory.threshold is None  # too few for one
 
 
@@ -49,7 +52,7 @@ def test_good_images_without_finite_features_are_named(call, build, photos, monk
     monkeypatch.setattr(nearest, "patch_features", overflows)
     with pytest.raises(GladError, match=rf"not finite for 1 good images, such as \S*{photos}"):
         build()
-    assert calls == [8, 2, 2][: max(2, call + 1)]
+    assert calls == [8, 2, 1][: call + 1]
     assert not (tmp_path / "memory.safetensors").exists()
 
 
@@ -59,10 +62,14 @@ def test_good_images_without_finite_features_are_named(call, build, photos, monk
         b"",
         b"x" * 100,
         save({"other": torch.zeros(2, 3)}),
-        save({"patches": torch.zeros(3)}),
-        save({"patches": torch.full((2, 3), np.nan)}),
-        save({"patches": torch.zeros(2, 3), "threshold": torch.full((1,), np.inf)}),
-        save({"patches": torch.zeros(2, 3), "threshold": torch.zeros(2)}),
+        save({"patches.0": torch.zeros(2, 3)}),
+        save({"patches.0": torch.zeros(3), "good": GOOD}),
+        save({"patches.1": torch.zeros(2, 3), "good": GOOD}),
+        save({"patches.0": torch.full((2, 3), np.nan), "good": GOOD}),
+        save({"patches.0": torch.zeros(2, 3), "good": torch.zeros(0, 2)}),
+        save({"patches.0": torch.zeros(2, 3), "good": torch.full((1, 2), np.nan)}),
+        save({"patches.0": torch.zeros(2, 3), "good": GOOD, "threshold": torch.full((1,), np.inf)}),
+        save({"patches.0": torch.zeros(2, 3), "good": GOOD, "threshold": torch.zeros(2)}),
     ],
 )
 def test_a_damaged_memory_is_one_line(content, tmp_path) -> None:
