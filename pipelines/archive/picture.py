@@ -9,14 +9,31 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from glad_core.views import Framing
 from pipelines.archive import damage
 
 # EPS would start Ghostscript and the exotic decoders are where the security holes are: only what cameras write.
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "PPM", "GIF")
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif"})
+SUFFIXES = {
+    "png apng": "PNG",
+    "jpg jpeg jpe jfif jif jfi": "JPEG",
+    "bmp dib": "BMP",
+    "tif tiff": "TIFF",
+    "webp": "WebP",
+    "ppm pgm pbm pnm": "PPM",
+    "gif": "GIF",
+    "jp2 j2k jxl heic heif avif": "not read; an error says so, where other files would be left out",
+}
+IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffixes in SUFFIXES for suffix in suffixes.split())
+OTHER_FORMATS = {
+    b"jP  ": "JPEG 2000",
+    b"JXL ": "JPEG XL",
+    b"ftypheic": "HEIC",
+    b"ftypmif1": "HEIF",
+    b"ftypavif": "AVIF",
+}
 MAX_PIXELS = 89_478_485  # Pillow's own limit for a decompression bomb: about 9459 x 9459
 MAX_MEMORY = 3 * 2**30  # bytes that decoding one image may take
 TOO_MUCH = f"its decoder asked for more memory than the {MAX_MEMORY // 2**20} MiB that one image may take"
@@ -84,7 +101,7 @@ def decode_image(data: bytes) -> np.ndarray:
     except Image.UnidentifiedImageError as error:
         if damage.looks_like_an_image(data):
             raise ImageError("damaged", "begins like an image, but is cut off or of a kind that is not read") from error
-        raise ImageError("not_an_image", "not PNG, JPEG, BMP, TIFF, WebP, GIF or PPM") from error
+        raise ImageError("not_an_image", f"not PNG, JPEG, BMP, TIFF, WebP, GIF or PPM{_named(data)}") from error
     except Exception as error:  # decoders raise whatever their parsing meets
         raise _refused(error) from error
     if image.width * image.height > MAX_PIXELS:
@@ -93,6 +110,7 @@ def decode_image(data: bytes) -> np.ndarray:
         )
     try:
         _check(damage.of_structure(data, image))
+        _ignore_alpha(image)
         image.load()
         _check(damage.of_pixels(data, image))
         return np.asarray(to_rgb(ImageOps.exif_transpose(image)))
@@ -107,11 +125,26 @@ def _check(problem: str | None) -> None:
         raise ImageError("damaged", problem)
 
 
+def _named(data: bytes) -> str:
+    """The name of a format that is not read, to be told what to convert; empty if its signature is unknown."""
+    return next((f" but {name}" for mark, name in OTHER_FORMATS.items() if data.startswith(mark, 4)), "")
+
+
+def _ignore_alpha(image: Image.Image) -> None:
+    """Have a TIFF with associated alpha decoded to its stored colours: Pillow divides them by alpha, 0 makes black."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        for number, tile in enumerate(image.tile):
+            assert isinstance(tile.args, tuple)
+            raw = tile.args[0].replace("RGBa", "RGBA")
+            image.tile[number] = tile._replace(args=("A" if raw == "a" else raw, *tile.args[1:]))
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode to RGB, 8 bits.
 
-    Transparency is composited on black. 16-bit values are divided by 257, so that the full range stays the full range
-    and nothing is clipped. Floating point is taken as 0..1; CMYK is converted without a colour profile.
+    Transparency is ignored, as in the field's data loaders: cameras write files whose alpha is 0 everywhere. 16-bit
+    values are divided by 257, so that the full range stays the full range and nothing is clipped. Floating point is
+    taken as 0..1; CMYK is converted without a colour profile.
 
     Raises:
         ImageError: damaged, if integers exceed 16 bits or floats leave 0..1.
@@ -123,9 +156,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         if not np.isfinite(values).all() or values.min() < 0 or values.max() > top:
             raise ImageError("damaged", f"grey values outside 0..{top:g} cannot be brought to 8 bits")
         image = Image.fromarray(np.round(values * (255 / top)).astype(np.uint8))
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert("RGB")
+    if mode == "La":  # as in `_ignore_alpha`: converted, its grey would be divided by alpha
+        image = Image.frombytes("LA", image.size, image.tobytes())
     return image.convert("RGB")
 
 

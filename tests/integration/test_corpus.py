@@ -91,6 +91,10 @@ def corpus(root):
         put(f"modes/{mode.replace(';', '')}.{suffix}", encoded(image or picture(mode=mode), kind), True)
     palette = picture(mode="P")
     put("modes/palette_alpha.png", encoded(palette, transparency=3), True)
+    put("alpha/zero.png", encoded(Image.merge("RGBA", [*picture().split(), Image.new("L", (48, 40), 0)])), True)
+    for suffix in ("jfif", "jpe", "JPEG"):
+        put(f"names/camera.{suffix}", encoded(picture(), "JPEG"), True)
+    put("unread/phone.heic", b"\0\0\0\x18ftypheic" + RNG.bytes(300), False)
     frames = [picture() for _ in range(3)]
     put("many/animated.gif", encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), True)
     put("many/animated.webp", encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]), True)

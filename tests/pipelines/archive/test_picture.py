@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from glad_core.images import resize, to_tensor
-from pipelines.archive.picture import ImageError, decode_image
+from pipelines.archive.picture import ImageError, decode_image, is_image
 
 
 def encode(image, format="PNG", **options):
@@ -59,14 +59,47 @@ def test_16_bit_colour_png_is_scaled():
     assert np.abs(decode_image(png).astype(float) - values / 257).max() <= 1
 
 
-def test_transparency_is_composited_on_black():
-    rgba = np.dstack([picture(), np.full((24, 40), 255, np.uint8)])
-    rgba[:, :20, 3] = 0
-    rgba[:, 20:30, 3] = 128
-    decoded = decode_image(encode(Image.fromarray(rgba)))
-    assert (decoded[:, :20] == 0).all()
-    assert (decoded[:, 30:] == picture()[:, 30:]).all()
-    assert np.abs(decoded[:, 20:30].astype(int) - picture()[:, 20:30] / 2).max() <= 2
+def associated(tiff):
+    """The TIFF with its ExtraSamples saying that colours are multiplied by alpha already."""
+    entry = struct.pack("<HHLH", 338, 3, 1, 2)
+    assert entry in tiff
+    return tiff.replace(entry, struct.pack("<HHLH", 338, 3, 1, 1))
+
+
+@pytest.mark.parametrize("alpha", [0, 128, 255])
+def test_transparency_is_ignored(alpha):
+    rgba = Image.fromarray(np.dstack([picture(), np.full((24, 40), alpha, np.uint8)]))
+    files = [encode(rgba), encode(rgba, "WEBP", lossless=True, exact=True), encode(rgba, "TIFF")]
+    files += [associated(encode(rgba, "TIFF", compression=name)) for name in ("raw", "tiff_lzw")]
+    assert all((decode_image(data) == picture()).all() for data in files)
+    grey = Image.fromarray(np.dstack([picture()[..., 0], np.full((24, 40), alpha, np.uint8)]))
+    assert (decode_image(encode(grey)) == picture()[..., :1]).all()
+    assert (decode_image(associated(encode(grey, "TIFF"))) == picture()[..., :1]).all()
+
+
+def test_a_transparent_colour_is_a_colour():
+    palette = Image.fromarray(picture()).quantize(16)
+    as_rgb = np.asarray(palette.convert("RGB"))
+    files = [encode(palette, "GIF", transparency=3), encode(palette, transparency=3)]
+    files.append(encode(palette, transparency=bytes(16)))
+    assert all((decode_image(data) == as_rgb).all() for data in files)
+    whole = encode(Image.fromarray(picture()), transparency=tuple(map(int, picture()[0, 0])))
+    assert (decode_image(whole) == picture()).all()
+
+
+@pytest.mark.parametrize("name", ["a.jfif", "a.JPE", "a.dib", "a.pnm", "a.HEIC", "a.jp2"])
+def test_a_picture_of_any_kind_is_an_image_by_its_name(name):
+    assert is_image(name)
+    assert not is_image(name + ".txt")
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [(b"\0\0\0\x0cjP  \r\n", "JPEG 2000"), (b"\0\0\0\x18ftypheic\0", "HEIC"), (b"\0\0\0 ftypavif\0", "AVIF")],
+)
+def test_a_format_that_is_not_read_is_named(data, name):
+    with pytest.raises(ImageError, match=f"GIF or PPM but {name}$"):
+        decode_image(data)
 
 
 def test_exif_rotation_is_applied():
