@@ -15,24 +15,31 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from glad_core import synthesis
 from glad_core.bundle.model import Model
 from glad_core.bundle.settings import Profile, Settings
-from glad_core.engine.base import run
-from glad_core.engine.engine import Engine
 from glad_core.engine.search import fit_guess, largest_fall
-from glad_core.foreground import ForegroundMode, foreground
+from glad_core.foreground import ForegroundMode
 from glad_core.image_metrics import image_metrics
-from glad_core.images import to_tensor
 from glad_core.judge import map_at_full_size
+from glad_core.pictures import (
+    anomalous_pictures,
+    as_pictures,
+    judge_all,
+    score_pictures,
+    tiles_of,
+    with_anomalies,
+)
 from glad_core.pixel_metrics import PixelCounts
-from glad_core.verdict import Detection, NotFinite, Request
+from glad_core.stitch import combined_score, standards
+from glad_core.verdict import Detection
+from glad_core.views import Frames
 
 # The published settings walk 30 timesteps at a time (T = 750, S = 25) and stop searching at 350 / 750 of T.
 STRIDE = 30
 MIN_STEP_SHARE = 350 / 750
 START_STEPS = (250, 350, 450, 550, 650, 750)  # the candidates for T
 FAST_STEPS = (50, 100, 150, 200, 250, 300)  # and for the only step of profile `fast`
+STEP_TILES = 40  # the steps are chosen on so many tiles, or one for each picture
 SELECTION_IMAGES = 16  # T is chosen on this many good images; δ and the threshold then use all
 UNREACHABLE_DELTA = 1e4
 
@@ -86,7 +93,7 @@ class Calibrator:
         """
         labels = self._labels(good, categories, names)
         # Evenly spread, so that every category takes part.
-        picked = [round(index) for index in np.linspace(0, len(good) - 1, min(len(good), SELECTION_IMAGES))]
+        picked = _evenly(len(good), SELECTION_IMAGES)
         settings = self._with_best_start([good[index] for index in picked], [labels[index] for index in picked])
         if self.profile == "fast":
             return settings
@@ -98,32 +105,82 @@ class Calibrator:
         )
         return _with_delta(settings, scores).model_copy(update={"score_guess": guess})
 
-    def calibrate(
+    def choose_steps_and_views(
         self,
-        good: Sequence[np.ndarray],
+        good: Sequence[np.ndarray | Frames],
         categories: Sequence[str] | None = None,
-        target_fpr: float = 0.05,
         names: Sequence[str] | None = None,
-    ) -> Settings:
-        """`choose_steps`, and the threshold from the same images.
+    ) -> tuple[Settings, np.ndarray]:
+        """`choose_steps` on tiles, and of several views those that separate; also the good pictures' scores [N].
 
-        The threshold is the conformal quantile of the good images' scores: a new good image exceeds it with probability
-        at most ``target_fpr``, if there are at least `images_needed` good images (with fewer, the largest good score is
-        the threshold). In a bundle for several categories each has its own.
+        Of several views, those are kept that tell good pictures from the same with synthetic anomalies best: one of
+        them, or all, each standardised by the good pictures.
+
+        Args:
+            good: arrays [R, R, 3], or pictures with a frame for every view.
 
         Raises:
             NotFinite: as `choose_steps`.
         """
-        settings = self.choose_steps(good, categories, names)
         labels = self._labels(good, categories, names)
-        kinds = [label.category for label in labels]
-        scores = np.array([detection.score for detection in self._judge(settings, good, labels)])
+        pictures = as_pictures(good)
+        tiles, tile_labels = _some_tiles(pictures, labels, self.model.settings)
+        settings = self.choose_steps(tiles, *map(list, zip(*tile_labels, strict=True)))
+        scores_NV = self._score(settings, pictures, labels)
+        settings = _standardised(settings, scores_NV)
+        if len(settings.views) > 1:
+            chosen = self._views_that_separate(settings, pictures, labels)
+            scores_NV = scores_NV[:, chosen]
+            settings = settings.model_copy(update={"views": tuple(settings.views[view] for view in chosen)})
+            settings = _standardised(settings, scores_NV)
+        return settings, np.array([combined_score(settings, row) for row in scores_NV.tolist()])
+
+    def calibrate(
+        self,
+        good: Sequence[np.ndarray | Frames],
+        categories: Sequence[str] | None = None,
+        target_fpr: float = 0.05,
+        names: Sequence[str] | None = None,
+    ) -> Settings:
+        """`choose_steps_and_views`, and the threshold from the same pictures.
+
+        The threshold is the conformal quantile of the good pictures' scores: a new good picture exceeds it with
+        probability at most ``target_fpr``, if there are at least `images_needed` good pictures (with fewer, the largest
+        good score is the threshold). In a bundle for several categories each has its own.
+
+        Raises:
+            NotFinite: as `choose_steps`.
+        """
+        settings, scores = self.choose_steps_and_views(good, categories, names)
+        kinds = np.array([label.category for label in self._labels(good, categories, names)])
         thresholds: dict[str, Any] = {"threshold": conformal_quantile(scores, target_fpr)}
         if self.model.prompts:
             thresholds["thresholds"] = {
-                kind: conformal_quantile(scores[np.array(kinds) == kind], target_fpr) for kind in sorted(set(kinds))
+                kind: conformal_quantile(scores[kinds == kind], target_fpr) for kind in sorted(set(kinds.tolist()))
             }
         return settings.model_copy(update=thresholds)
+
+    def _views_that_separate(
+        self, settings: Settings, pictures: Sequence[Frames], labels: Sequence[Label]
+    ) -> list[int]:
+        """The one view, or all, with the best image AUROC of synthetic anomalies; of equals, the cheapest."""
+        picked = _evenly(len(pictures), SELECTION_IMAGES)
+        chosen, chosen_labels = [pictures[index] for index in picked], [labels[index] for index in picked]
+        good, anomalous = anomalous_pictures(chosen, settings, self.foreground_mode, self.seed)
+        scores_NV = self._score(settings, [*good, *anomalous], [*chosen_labels, *chosen_labels])
+        truth = np.array([0] * len(good) + [1] * len(anomalous))
+        candidates = [*([view] for view in range(len(settings.views))), list(range(len(settings.views)))]
+        quality = []
+        for views in candidates:
+            alone = settings.model_copy(update={"views": tuple(settings.views[view] for view in views)})
+            scores = np.array([combined_score(alone, row) for row in scores_NV[:, views].tolist()])
+            quality.append(image_metrics(scores, truth)["AUROC"])
+        return candidates[int(np.argmax(quality))]
+
+    def _score(self, settings: Settings, pictures: Sequence[Frames], labels: Sequence[Label]) -> np.ndarray:
+        categories, names = zip(*labels, strict=True)
+        model = replace(self.model, settings=settings)
+        return score_pictures(model, pictures, categories, names, self.batch_size, self.seed, self.on_image)
 
     def _with_best_start(self, good: Sequence[np.ndarray], labels: Sequence[Label]) -> Settings:
         """Settings with the candidate T that best separates good images from the same images with anomalies."""
@@ -161,20 +218,53 @@ class Calibrator:
 
     def _judge(self, settings: Settings, images: Sequence[np.ndarray], labels: Sequence[Label]) -> list[Detection]:
         model = replace(self.model, settings=settings)
-        return judge_all(model, images, labels, self.batch_size, self.seed, self.on_image)
+        categories, names = zip(*labels, strict=True)
+        return judge_all(model, images, categories, names, self.batch_size, self.seed, self.on_image)
 
     def _labels(
-        self, images: Sequence[np.ndarray], categories: Sequence[str] | None, names: Sequence[str] | None
+        self, images: Sequence[np.ndarray | Frames], categories: Sequence[str] | None, names: Sequence[str] | None
     ) -> list[Label]:
         """The label of every image; the model's category and a number where none is given."""
         categories = categories or [self.model.category] * len(images)
         return list(map(Label, categories, names or map("image {}".format, range(len(images)))))
 
 
-def judged_images(good: int, profile: Profile = "exact") -> int:
-    """How many images `Calibrator.calibrate` judges, for a progress bar."""
-    few = min(good, SELECTION_IMAGES)
-    return 2 * few * len(FAST_STEPS) + good if profile == "fast" else 3 * few * len(START_STEPS) + 3 * good
+def judged_images(
+    good: Sequence[np.ndarray | Frames], settings: Settings, profile: Profile = "exact", steps_only: bool = False
+) -> int:
+    """How many tiles `Calibrator.calibrate` judges, for a progress bar; or `Calibrator.choose_steps`, of images."""
+    pictures = as_pictures(good)
+    counts = [sum(len(framing.places(*picture.size)) for framing in settings.framings()) for picture in pictures]
+    tiles = min(sum(counts), max(len(counts), STEP_TILES))
+    few = min(tiles, SELECTION_IMAGES)
+    steps = 2 * few * len(FAST_STEPS) if profile == "fast" else 3 * few * len(START_STEPS) + 2 * tiles
+    views = 2 * sum(counts[index] for index in _evenly(len(counts), SELECTION_IMAGES)) if len(settings.views) > 1 else 0
+    return steps if steps_only else steps + sum(counts) + views
+
+
+def _evenly(count: int, most: int) -> list[int]:
+    """At most ``most`` of the indices below ``count``, evenly spread."""
+    return [round(index) for index in np.linspace(0, count - 1, min(count, most))]
+
+
+def _some_tiles(
+    pictures: Sequence[Frames], labels: Sequence[Label], settings: Settings
+) -> tuple[list[np.ndarray], list[Label]]:
+    """Tiles of all views, `STEP_TILES` or as many as pictures, evenly spread, and their labels."""
+    tiles = [
+        (tile, label) for picture, label in zip(tiles_of(pictures, settings), labels, strict=True) for tile in picture
+    ]
+    chosen = [tiles[index] for index in _evenly(len(tiles), max(len(pictures), STEP_TILES))]
+    return [tile for tile, _ in chosen], [label for _, label in chosen]
+
+
+def _standardised(settings: Settings, scores_NV: np.ndarray) -> Settings:
+    """Settings whose views are standardised by these good pictures' scores."""
+    views = [
+        view.model_copy(update={"good_mean": mean, "good_spread": spread})
+        for view, (mean, spread) in zip(settings.views, standards(scores_NV), strict=True)
+    ]
+    return settings.model_copy(update={"views": tuple(views)})
 
 
 def images_needed(target_fpr: float) -> int:
@@ -186,51 +276,6 @@ def conformal_quantile(scores: Sequence[float] | np.ndarray, target_fpr: float) 
     """The ⌈(n + 1)(1 - α)⌉-th smallest score (split conformal prediction); the largest if n is too small for α."""
     rank = math.ceil((len(scores) + 1) * (1 - target_fpr))
     return float(np.sort(np.asarray(scores, dtype=np.float64))[min(rank, len(scores)) - 1])
-
-
-def with_anomalies(
-    good: Sequence[np.ndarray], foreground_mode: ForegroundMode, seed: int
-) -> tuple[list[np.ndarray], np.ndarray]:
-    """Every good image with a synthetic anomaly, and the masks, bool [N, R, R]."""
-    foreground_BHW = foreground(to_tensor(good), foreground_mode) if foreground_mode != 3 else None
-    seeds = [seed * 1_000_003 + index for index in range(len(good))]
-    anomalous, masks = synthesis.synthesize(
-        torch.from_numpy(np.stack(good)), seeds=seeds, foreground_BHW=foreground_BHW, probability=1.0
-    )
-    return list(anomalous.numpy()), masks.numpy()
-
-
-def judge_all(
-    model: Model,
-    images: Sequence[np.ndarray],
-    labels: Sequence[Label],
-    batch_size: int,
-    seed: int,
-    on_image: Callable[[int], None] = lambda count: None,
-) -> list[Detection]:
-    """The verdicts on images, in their order; the first failure is raised.
-
-    Raises:
-        NotFinite: images have no finite score; the message names the model, their number and one of them.
-    """
-    detections: dict[str, Detection] = {}
-    undecided: dict[int, NotFinite] = {}
-    requests = [Request(str(index), image, labels[index].category) for index, image in enumerate(images)]
-    for request, verdict in run(Engine(model, batch_size, seed), requests):
-        if isinstance(verdict, NotFinite):
-            undecided[int(request.image_id)] = verdict
-        elif isinstance(verdict, Exception):
-            raise verdict
-        else:
-            detections[request.image_id] = verdict
-        on_image(1)
-    if undecided:
-        first = min(undecided)
-        raise NotFinite(
-            f"model {model.model_id} has no verdict on {len(undecided)} of {len(images)} good images and copies with "
-            f"synthetic anomalies, such as {labels[first].name}: {undecided[first]}; train it again, or leave them out"
-        )
-    return [detections[request.image_id] for request in requests]
 
 
 def _with_delta(settings: Settings, scores_NS: np.ndarray) -> Settings:

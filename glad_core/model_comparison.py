@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
 from glad_core.bundle.model import Model
-from glad_core.calibration import Label, judge_all, with_anomalies
 from glad_core.foreground import ForegroundMode
 from glad_core.image_metrics import RESAMPLES, auroc_of_resamples
+from glad_core.pictures import anomalous_pictures, as_pictures, score_pictures
+from glad_core.stitch import combined_score
+from glad_core.views import Frames
 
 BATCH_SIZE = 8
 
@@ -41,8 +44,8 @@ class ModelComparison:
 def compare_models(
     new: Model,
     old: Model,
-    good_new: Sequence[np.ndarray],
-    good_old: Sequence[np.ndarray],
+    good_new: Sequence[np.ndarray | Frames],
+    good_old: Sequence[np.ndarray | Frames],
     foreground_mode: ForegroundMode,
     margin: float,
     seed: int = 1,
@@ -52,7 +55,8 @@ def compare_models(
 
     Args:
         new, old: the models.
-        good_new, good_old: the same good images at the resolution of either model, uint8 [R, R, 3] each.
+        good_new, good_old: the same good images at the resolution of either model, uint8 [R, R, 3] each, or
+            in its views.
         foreground_mode: where on an image anomalies may lie.
         margin: AUROC that the new model may lose.
         seed: of the anomalies; not the seed with which `Calibrator` chose T.
@@ -64,10 +68,10 @@ def compare_models(
     names = names or [f"image {index}" for index in range(len(good_new))]
     scores = []
     for model, good in ((new, good_new), (old, good_old)):
-        anomalous, _ = with_anomalies(good, foreground_mode, seed)
-        labels = [Label(model.category, name) for name in names]
-        detections = judge_all(model, [*good, *anomalous], labels * 2, BATCH_SIZE, seed)
-        scores.append(np.array([detection.score for detection in detections]))
+        pictures = [*chain(*anomalous_pictures(as_pictures(good), model.settings, foreground_mode, seed))]
+        categories, both = [model.category] * len(pictures), [*names, *names]
+        scores_NV = score_pictures(model, pictures, categories, both, BATCH_SIZE, seed)
+        scores.append(np.array([combined_score(model.settings, row) for row in scores_NV.tolist()]))
     size = len(good_new)
     rng = np.random.default_rng(seed)
     resamples = [half * size + rng.integers(0, size, (RESAMPLES, size)) for half in (0, 1)]

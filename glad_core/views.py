@@ -15,12 +15,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-Kind = Literal["squash", "fit", "tiles"]
 Place = tuple[int, int]  # top and left of a tile in its frame, pixels
 GRID = 16  # tiles lie on multiples of R / 16, where the tokens of usual networks begin
 
@@ -36,7 +35,7 @@ class Framing:
         overlap: share of a tile's side that the next tile covers again, at least; for ``tiles`` alone.
     """
 
-    kind: Kind
+    kind: Literal["squash", "fit", "tiles"]
     side: int
     scale: float = 1.0
     overlap: float = 0.25
@@ -62,7 +61,11 @@ class Framing:
 
     def frame(self, image_HW3: np.ndarray) -> np.ndarray:
         """The frame of a picture, uint8 [H, W, 3] to uint8: bilinear, antialiased when shrinking (Pillow's filter)."""
-        h, w = self.covered(*image_HW3.shape[:2])
+        return self.frame_of(image_HW3, (image_HW3.shape[0], image_HW3.shape[1]))
+
+    def frame_of(self, image_HW3: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """The frame of a picture of another ``size`` than the image that shows it."""
+        h, w = self.covered(*size)
         if image_HW3.shape[:2] != (h, w):
             image_HW3 = np.asarray(Image.fromarray(image_HW3).resize((w, h), Image.Resampling.BILINEAR))
         missing = (max(0, self.side - h), max(0, self.side - w))
@@ -79,6 +82,21 @@ class Framing:
         gaps = -(-(length - self.side) // max(1, round(self.side * (1 - self.overlap))))
         unit = max(1, self.side // GRID)
         return [round(number * (length - self.side) / max(1, gaps) / unit) * unit for number in range(gaps + 1)]
+
+
+class Frames(NamedTuple):
+    """A picture as the views see it: a frame of each, uint8 [h, w, 3], and its own height and width."""
+
+    frames: list[np.ndarray]
+    size: tuple[int, int]
+
+
+def random_tile(frames: Sequence[np.ndarray], side: int, seed: int) -> np.ndarray:
+    """A tile of a random view at a random place of its frame, which need not be one where tiles are judged."""
+    rng = np.random.default_rng(seed)
+    frame = frames[int(rng.integers(len(frames)))]
+    top, left = (int(rng.integers(length - side + 1)) for length in frame.shape[:2])
+    return frame[top : top + side, left : left + side]
 
 
 def cut(frame_hw3: np.ndarray, places: Sequence[Place], side: int) -> list[np.ndarray]:

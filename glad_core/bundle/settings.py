@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from glad_core.errors import GladError, did_you_mean, one_line
-from glad_core.views import Framing, Kind
 
+if TYPE_CHECKING:
+    from glad_core.views import Framing  # with NumPy, which reading settings does not need
+
+Kind = Literal["squash", "fit", "tiles"]  # of a view
 Profile = Literal["exact", "fast"]
 Search = Literal["scan", "guarded"]  # how the stop step is found, `glad_core.engine.search`
 Precision = Literal["off", "bf16", "fp16"]  # of the networks' matrix products; off is float32
@@ -127,6 +130,8 @@ class Settings(FrozenSettings):
 
     def framings(self) -> tuple[Framing, ...]:
         """How each of the views frames a picture."""
+        from glad_core.views import Framing
+
         return tuple(Framing(view.kind, self.resolution, view.scale, view.overlap) for view in self.views)
 
     def threshold_for(self, category: str | None) -> float | None:

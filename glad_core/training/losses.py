@@ -31,7 +31,8 @@ class AtpLoss(nn.Module):
     """Eq. 10 for rows of (possibly anomalous) images; trains the UNet, and prompt embeddings if they are learned.
 
     Args:
-        clean: mean and std of the VAE's posterior of every good image, [N, C, H, W] each, computed once.
+        clean: mean and std of the VAE's posterior of every good image, [N, C, H, W] each, computed once; None to encode
+            the good images of the rows, which are tiles that seldom come again.
         prompts_KLD: one embedding per category.
         category_N: the category of every good image, int64.
         learn_prompts: train the embeddings too, since no text encoder made them.
@@ -42,7 +43,7 @@ class AtpLoss(nn.Module):
         unet: UNet2DConditionModel,
         vae: AutoencoderKL,
         alphas: Tensor,
-        clean: tuple[Tensor, Tensor],
+        clean: tuple[Tensor, Tensor] | None,
         prompts_KLD: Tensor,
         category_N: Tensor,
         *,
@@ -64,10 +65,10 @@ class AtpLoss(nn.Module):
         return [self.unet.conv_in, self.unet.conv_out]
 
     def forward(self, rows: Rows) -> tuple[Tensor, Report]:
-        """Rows: ``index`` and ``seed`` int64 [B], ``image`` uint8 [B, R, R, 3], ``mask`` bool [B, R, R]."""
+        """Rows: ``index`` and ``seed`` int64 [B], ``image``, ``good`` uint8 [B, R, R, 3], ``mask`` bool [B, R, R]."""
         device = self.prompts.device
         (vae,), (alphas,) = self.frozen, self.alphas
-        mean, std = (part[rows["index"]].to(device) for part in self.clean)
+        mean, std = self._clean(rows, device)
         t, eps, noise = draw(rows["seed"], mean.shape[1:], self.max_timestep)
         t, eps, noise = t.to(device), eps.to(device), noise.to(device)
         changed = rows["mask"].flatten(1).any(dim=1)
@@ -78,6 +79,15 @@ class AtpLoss(nn.Module):
             error_BHW = atp_error(self.unet, alphas, x_a, x, eps, t, prompts, blend=self.blend)
         loss = error_BHW.mean()
         return loss, self._report(error_BHW.detach(), t, rows["mask"].to(device))
+
+    @torch.no_grad()
+    def _clean(self, rows: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self.clean is not None:
+            mean, std = (part[rows["index"]].to(device) for part in self.clean)
+            return mean, std
+        (vae,) = self.frozen
+        posterior = vae.encode(to_pixels(rows["good"]).to(device)).latent_dist
+        return posterior.mean, posterior.std
 
     def _report(self, error_BHW: Tensor, t_B: Tensor, mask_BRR: Tensor) -> Report:
         per_image = error_BHW.mean(dim=(1, 2))

@@ -25,11 +25,12 @@ from glad_core.training.recipe import Part, Recipe
 
 @dataclass(frozen=True)
 class Sample:
-    """One position of the sample order: index of the good image, seed of its anomaly, seed of its t and noise."""
+    """One position of the sample order: index of the good image, seeds of its anomaly, of t and noise, of its tile."""
 
     index: int
     anomaly_seed: int
     noise_seed: int
+    tile_seed: int = 0
 
 
 @lru_cache(maxsize=4)
@@ -42,7 +43,7 @@ def sample_at(recipe: Recipe, position: int, count: int) -> Sample:
     """The sample at one position of the endless order: shuffled epochs over ``count`` images."""
     epoch, offset = divmod(position, count)
     index = _epoch_order(recipe.seed, epoch, count)[offset]
-    return Sample(index, *(derived_seed(recipe.seed, use, epoch, index) for use in ("anomaly", "noise")))
+    return Sample(index, *(derived_seed(recipe.seed, use, epoch, index) for use in ("anomaly", "noise", "tile")))
 
 
 def make_rows(
@@ -55,7 +56,8 @@ def make_rows(
         textures: pool for the synthesis, uint8 [M, H', W', 3]; None takes the images themselves.
 
     Returns:
-        ``index``, ``seed`` int64 [B], ``image`` uint8 [B, R, R, 3], for the UNet also ``mask`` bool [B, R, R].
+        ``index``, ``seed`` int64 [B], ``image`` uint8 [B, R, R, 3]; for the UNet also ``mask`` bool [B, R, R] and
+        ``good``, the images without anomalies.
     """
     rows = {
         "index": np.array([sample.index for sample in samples]),
@@ -75,7 +77,7 @@ def make_rows(
         foreground_BHW=foreground_BHW,
         probability=recipe.anomaly_probability,
     )
-    return rows | {"image": anomalous.numpy(), "mask": masks.numpy()}
+    return rows | {"good": rows["image"], "image": anomalous.numpy(), "mask": masks.numpy()}
 
 
 def derived_seed(*parts: object) -> int:

@@ -63,6 +63,20 @@ Include = Annotated[
 Textures = Annotated[
     str | None, typer.Option(help="Folder of pictures to cut synthetic anomalies from; default: each image itself")
 ]
+Views = Annotated[
+    str | None,
+    typer.Option(
+        help="How pictures are seen, with commas between: squash (as one square), fit (aspect ratio kept), tiles (cut "
+        "into squares); default: chosen by the training pictures' sizes"
+    ),
+]
+Scale = Annotated[
+    float | None, typer.Option(min=0.01, max=8, help="Of tiles: their pixels per pixel of the picture; default: 1")
+]
+Overlap = Annotated[
+    float | None,
+    typer.Option(min=0, max=0.75, help="Of tiles: share of the side in which neighbours overlap; default: 0.25"),
+]
 TargetFpr = Annotated[
     float, typer.Option(min=0.001, max=0.5, help="Share of good images that may be called anomalous by mistake")
 ]

@@ -17,6 +17,7 @@ from cluster.quick_imports import quick_imports
 from cluster.storage import Storage, StorageError
 from glad_core.errors import GladError
 from glad_core.training.recipe import Part, Recipe
+from glad_core.views import Framing, random_tile
 from pipelines.archive.picture import ImageError
 from pipelines.train.good_images import GoodImage
 from pipelines.train.pixels import read_picture, texture_pool
@@ -37,7 +38,7 @@ class _Maker:
         images: list[GoodImage],
         recipe: Recipe,
         part: Part,
-        resolution: int,
+        framings: tuple[Framing, ...],
         storage: Storage,
         textures: str | None,
     ) -> None:
@@ -47,15 +48,20 @@ class _Maker:
             from glad_core.training import samples
         torch.set_num_threads(1)
         self.samples = samples
-        self.images, self.recipe, self.part, self.resolution = images, recipe, part, resolution
+        self.images, self.recipe, self.part, self.framings = images, recipe, part, framings
         self.storage, self.textures = storage, textures
 
     def make(self, positions: range) -> dict[str, np.ndarray]:
         """The rows of `samples.make_rows` at these positions of the sample order."""
         chosen = [self.samples.sample_at(self.recipe, position, len(self.images)) for position in positions]
-        uris = [self.images[sample.index].uri for sample in chosen]
-        pixels = [read_picture(self.storage, uri, self.resolution).pixels for uri in uris]
-        pool = texture_pool(self.storage, self.textures, self.resolution) if self.textures else None
+        side = self.framings[0].side
+        pixels = [
+            random_tile(
+                read_picture(self.storage, self.images[sample.index].uri, self.framings).frames, side, sample.tile_seed
+            )
+            for sample in chosen
+        ]
+        pool = texture_pool(self.storage, self.textures, side) if self.textures else None
         return self.samples.make_rows(pixels, chosen, self.recipe, self.part, pool)
 
 
@@ -63,7 +69,7 @@ def batches(
     images: list[GoodImage],
     recipe: Recipe,
     part: Part,
-    resolution: int,
+    framings: tuple[Framing, ...],
     storage: Storage,
     textures: str | None,
     *,
@@ -94,7 +100,7 @@ def batches(
     actor = ray.remote(_Maker).options(
         num_cpus=0, max_restarts=MAX_DEATHS, max_task_retries=-1, scheduling_strategy=here
     )
-    settings = (images, recipe, part, resolution, storage, textures)
+    settings = (images, recipe, part, framings, storage, textures)
     pool: deque[Any] = deque(actor.remote(*settings) for _ in range(min(makers, len(starts))))  # the next one first
     pending: deque[Any] = deque()
     while True:

@@ -23,10 +23,11 @@ from cluster.storage import Storage, StorageError, absolute, join
 from glad_core.bundle.glad_json import Description, with_settings
 from glad_core.bundle.model import load_bundle
 from glad_core.bundle.settings import Profile, Settings
-from glad_core.calibration import Calibrator, conformal_quantile, images_needed, judged_images
+from glad_core.calibration import Calibrator, conformal_quantile, images_needed
 from glad_core.engine.process import set_up
 from glad_core.errors import GladError
 from glad_core.foreground import ForegroundMode
+from glad_core.views import Frames
 from pipelines.archive.fetch import fetch, neighbours
 from pipelines.archive.picture import ImageError, decode
 from pipelines.archive.sources import list_source
@@ -193,8 +194,7 @@ def _choose_steps(
     cpus = max(session.node_cpus()) if request.address is None and not gpu else actors.num_cpus
     profile = request.profile or Settings.parse(description.settings, base).profile
     console.print(
-        f"choosing the denoising steps on {len(few)} of {len(rows)} images, "
-        f"{judged_images(len(few), profile) - len(few)} reconstructions on {'a GPU' if gpu else f'{cpus:g} CPUs'}",
+        f"choosing the denoising steps on {len(few)} of {len(rows)} images on {'a GPU' if gpu else f'{cpus:g} CPUs'}",
         highlight=False,
     )
     task: Any = ray.remote(num_cpus=cpus, num_gpus=actors.num_gpus)(steps_from)
@@ -229,18 +229,19 @@ def steps_from(
     """
     set_up(gpu, torch.get_num_threads())  # as many as Ray gives the task, or OMP_NUM_THREADS
     model = load_bundle(local_bundle(bundle, storage), device="cuda" if gpu else "cpu", model_id=model_id)
-    good: list[np.ndarray] = []
+    good: list[Frames] = []
     names: list[str] = []
     skipped: list[str] = []
     for row in rows:
         try:
-            good.append(decode(fetch(storage, row, partial(neighbours, row, rows)), model.settings.resolution).pixels)
+            picture = decode(fetch(storage, row, partial(neighbours, row, rows)), model.settings.framings())
+            good.append(Frames(picture.frames, (picture.height, picture.width)))
             names.append(row["uri"])
         except ImageError as error:
             skipped.append(f"{row['uri']}: {error}")
     if not good:
         raise GladError(f"none of the good images can be read; the first: {skipped[0]}")
-    return Calibrator(model, profile, foreground_mode, seed=seed).choose_steps(good, names=names), skipped
+    return Calibrator(model, profile, foreground_mode, seed=seed).choose_steps_and_views(good, names=names)[0], skipped
 
 
 def _read_scores(run: Run, with_feedback: bool) -> Scores:

@@ -16,8 +16,9 @@ from glad_core.bundle.model import Model, is_half, load_bundle, load_vit, save_d
 from glad_core.calibration import Calibrator, judged_images
 from glad_core.errors import GladError
 from pipelines.models.find import local_bundle
+from pipelines.train.choose_views import usual_size
 from pipelines.train.failure import out_of_memory
-from pipelines.train.pixels import read_pixels
+from pipelines.train.pixels import read_frames
 from pipelines.train.side_by_side import send_event
 from pipelines.train.spec import FINAL, Deliver, Outcome, TrainJob
 from pipelines.train.survey import Survey
@@ -49,8 +50,9 @@ def _finish(job: TrainJob, surveyed: Survey, checkpoint: Any, deliver: Deliver, 
     if is_half(base):
         model.unet.half().float()  # calibrate what will be stored
         model.vae.half().float()
-    held_out = read_pixels(surveyed.held_out, model.settings.resolution, job.storage)
-    total, done = judged_images(len(held_out)), 0
+    model = replace(model, settings=model.settings.model_copy(update={"views": job.views or model.settings.views}))
+    held_out = list(read_frames(surveyed.held_out, model.settings.framings(), job.storage))
+    total, done = judged_images(held_out, model.settings), 0
 
     def judged(count: int) -> None:
         nonlocal done
@@ -60,6 +62,7 @@ def _finish(job: TrainJob, surveyed: Survey, checkpoint: Any, deliver: Deliver, 
     calibrator = Calibrator(model, foreground_mode=job.recipe.foreground_mode, seed=job.recipe.seed, on_image=judged)
     categories, names = zip(*((image.category, image.uri) for image in surveyed.held_out), strict=True)
     settings = calibrator.calibrate(held_out, categories, job.target_fpr, names)
+    settings = settings.model_copy(update={"picture_size": usual_size(surveyed.shapes)})
     provenance = _provenance(job, surveyed, read_description(base))
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "bundle"

@@ -20,9 +20,11 @@ from cluster import session
 from cluster.quick_imports import quick_imports
 from cluster.storage import Storage, absolute, join
 from glad_core.bundle.glad_json import GLAD_JSON, read_description
+from glad_core.bundle.settings import Settings, View
 from glad_core.errors import GladError
 from pipelines.models.find import describe
 from pipelines.models.variant import check_free
+from pipelines.train.choose_views import choose_views
 from pipelines.train.good_images import GoodImage, apply_feedback, good_images
 from pipelines.train.plan import TrainRequest, claim_work, plan_job, with_resources
 from pipelines.train.side_by_side import run_side_by_side, send_event
@@ -86,7 +88,7 @@ def run_training(
 
     job = replace(job, storage=job.storage.patient())
     surveyed = _survey(job, images, events)
-    job = replace(job, images=surveyed.fit)
+    job = _with_views(replace(job, images=surveyed.fit), surveyed, events)
     if prepare is not None:
         prepared = prepare(job, surveyed)
         if isinstance(prepared, Outcome):
@@ -106,8 +108,22 @@ def _survey(job: TrainJob, images: dict[str, list[GoodImage]], events: Any) -> S
     for uri, reason in surveyed.skipped:
         send(warning=f"{uri}: {reason}; skipped")
     if len(surveyed.sizes) > 1:
-        send(warning=f"images of {len(surveyed.sizes)} sizes ({', '.join(surveyed.sizes[:3])}, …), all made square")
+        send(warning=f"images of {len(surveyed.sizes)} sizes ({', '.join(surveyed.sizes[:3])}, …)")
     return surveyed
+
+
+def _with_views(job: TrainJob, surveyed: Survey, events: Any) -> TrainJob:
+    """The job with the views of its bundle: those asked for; a UNet's are chosen, a preset's and other parts' kept."""
+    if job.views is not None:
+        return job
+    description = describe(job.base, job.storage)
+    settings = Settings.parse(description.settings, job.base)
+    if job.part != "unet" or description.provenance.get("preset") or settings.views != (View(),):
+        return replace(job, views=settings.views)
+    views, reason = choose_views(surveyed.shapes, settings.resolution)
+    if [view.kind for view in views] != ["squash"]:
+        send_event(events, job.name, "survey", warning=f"{reason}; --views decides otherwise")
+    return replace(job, views=views)
 
 
 def _check_identity(job: TrainJob, surveyed: Survey) -> None:

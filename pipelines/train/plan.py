@@ -8,6 +8,7 @@ from typing import Any
 
 from cluster import session
 from cluster.storage import Storage, StorageError, join
+from glad_core.bundle.settings import View
 from glad_core.errors import GladError
 from glad_core.training.recipe import Part, Recipe
 from pipelines.models.find import bundle_location, describe
@@ -39,6 +40,7 @@ class TrainRequest:
     workers: int = 1
     target_fpr: float = 0.05
     address: str | None = None
+    views: tuple[View, ...] | None = None
     exclude: str | None = None  # runs with feedback (`pipelines.runs.feedback`)
     include: str | None = None
 
@@ -73,6 +75,7 @@ def plan_job(request: TrainRequest, categories: list[str], storage: Storage, *, 
         work=work,
         storage=storage,
         workers=request.workers,
+        views=request.views,
     )
 
 

@@ -24,7 +24,7 @@ from pipelines.models import registry
 from pipelines.models.find import local_bundle
 from pipelines.train.good_images import apply_feedback, good_images
 from pipelines.train.job import run_training
-from pipelines.train.pixels import read_pixels
+from pipelines.train.pixels import read_frames
 from pipelines.train.plan import TrainRequest, claim_work, plan_job, with_resources
 from pipelines.train.side_by_side import run_side_by_side
 from pipelines.train.spec import Outcome, TrainJob, clear_work
@@ -163,7 +163,7 @@ def _compare(bundle: Path, before: str, job: TrainJob, surveyed: Survey, margin:
 
     new, old = (load_bundle(path, job.device) for path in (bundle, local_bundle(before, job.storage)))
     good_new, good_old = (
-        read_pixels(surveyed.held_out, model.settings.resolution, job.storage) for model in (new, old)
+        list(read_frames(surveyed.held_out, model.settings.framings(), job.storage)) for model in (new, old)
     )
     names = [image.uri for image in surveyed.held_out]
     return compare_models(new, old, good_new, good_old, job.recipe.foreground_mode, margin, names=names)

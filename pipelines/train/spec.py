@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 
 from cluster.storage import Storage, join, local_path
+from glad_core.bundle.settings import View
 from glad_core.training.recipe import Part, Recipe
+from glad_core.views import Framing
 from pipelines.train.good_images import GoodImage
 from pipelines.train.survey import TASK_MEMORY, Survey
 
@@ -26,8 +28,9 @@ class TrainJob:
     """One training run, as every task and worker of it receives it.
 
     ``base_id`` is the model id of the bundle ``base`` when the job began. ``categories`` are those of ``images``;
-    several share one model. ``work`` is the run's folder, local or S3. ``cpus``
-    and ``gpus`` are per worker, and so are ``makers``, the processes that make its batches.
+    several share one model. ``views`` are None until they are chosen from the survey of the images. ``work`` is the
+    run's folder, local or S3. ``cpus`` and ``gpus`` are per worker, and so are ``makers``, the processes that make its
+    batches.
     """
 
     name: str
@@ -46,6 +49,14 @@ class TrainJob:
     gpus: float = 0.0
     makers: int = 1
     device: str = "cpu"
+    views: tuple[View, ...] | None = None
+
+    def framings(self, resolution: int) -> tuple[Framing, ...]:
+        """How training sees pictures: as the bundle's views do. Features are adapted to whole pictures."""
+        views = self.views or (View(),)
+        if self.part == "dino":
+            return (Framing("squash", resolution),)
+        return tuple(Framing(view.kind, resolution, view.scale, view.overlap) for view in views)
 
     @property
     def threads(self) -> int:
@@ -67,6 +78,7 @@ class TrainJob:
             "textures": self.textures,
             "recipe": self.recipe.model_dump(),
             "target FPR": self.target_fpr,
+            "views": [view.model_dump() for view in self.views or ()],
         }
 
     def run_id(self, surveyed: Survey) -> str:

@@ -24,7 +24,7 @@ class Survey:
     """The images to train on, those held out for calibration, and those skipped.
 
     ``skipped`` holds (URI, reason); ``sizes`` the different "width x height" of all images; ``fingerprint`` is a hash
-    of the decoded pixels of all usable images.
+    of the decoded pixels of all usable images. ``shapes`` are their heights and widths.
     """
 
     fit: list[GoodImage]
@@ -32,6 +32,7 @@ class Survey:
     skipped: list[tuple[str, str]]
     sizes: list[str]
     fingerprint: str
+    shapes: list[tuple[int, int]]
 
 
 def survey(candidates: dict[str, list[GoodImage]], resolution: int, storage: Storage) -> Survey:
@@ -63,7 +64,12 @@ def survey(candidates: dict[str, list[GoodImage]], resolution: int, storage: Sto
         held_out += order[:count]
         fit += sorted(order[count:], key=lambda image: image.uri)
     sizes = sorted({row["size"] for row in rows.values() if row["size"]})
-    return Survey(fit, held_out, skipped, sizes, _fingerprint([*fit, *held_out]))
+    shapes = [(int(height), int(width)) for image in [*fit, *held_out] for width, height in [_parts(rows[image.uri])]]
+    return Survey(fit, held_out, skipped, sizes, _fingerprint([*fit, *held_out]), shapes)
+
+
+def _parts(row: dict[str, str]) -> list[str]:
+    return row["size"].split(" x ")
 
 
 def _examine(uris: list[str], resolution: int, storage: Storage) -> dict[str, dict[str, str]]:

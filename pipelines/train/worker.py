@@ -24,7 +24,7 @@ from pipelines.train.checkpoints import Checkpoints, resume, trained
 from pipelines.train.failure import give_up
 from pipelines.train.good_images import GoodImage
 from pipelines.train.metrics import note
-from pipelines.train.pixels import read_pixels
+from pipelines.train.pixels import read_frames
 from pipelines.train.side_by_side import send_event
 from pipelines.train.spec import FATAL, TrainJob
 
@@ -74,7 +74,7 @@ def _train(job: TrainJob, events: Any) -> None:
         job.images,
         job.recipe,
         job.part,
-        model.settings.resolution,
+        job.framings(model.settings.resolution),
         job.storage,
         job.textures,
         first_step=state.step,
@@ -106,14 +106,19 @@ def make_loss(job: TrainJob, model: Model, rank: int = 0, world: int = 1) -> Any
         rebuilt = _for_each(job, model, _reconstructed, rank, world)[0]
         size = model.settings.feature_resolution
         return losses.FeatureLoss(adapted, frozen, rebuilt, size, recipe.keep, dtype)
-    mean, std = _for_each(job, model, _posterior, rank, world)
+    # A tile seldom comes again, and of many pictures few do: encoding them all would take longer than the training.
+    whole = len(framings := job.framings(model.settings.resolution)) == 1 and framings[0].kind != "tiles"
+    clean: tuple[Tensor, Tensor] | None = None
+    if whole and len(job.images) <= recipe.steps * recipe.batch_size:
+        mean, std = _for_each(job, model, _posterior, rank, world)
+        clean = (mean, std)
     prompts, learn = category_prompts(model, job.categories)
     row = {name: number for number, name in enumerate(job.categories)}
     return losses.AtpLoss(
         model.unet,
         model.vae,
         model.alphas,
-        (mean, std),
+        clean,
         prompts,
         torch.tensor([row[image.category] for image in job.images]),
         blend=recipe.blend,
@@ -138,7 +143,8 @@ def _for_each(
     for start in range(0, len(own), size):
         indices = own[start : start + size]
         images = [job.images[index] for index in indices]
-        pixels = np.stack(read_pixels(images, model.settings.resolution, job.storage))
+        (framing,) = job.framings(model.settings.resolution)
+        pixels = np.stack([frames.frames[0] for frames in read_frames(images, (framing,), job.storage)])
         parts = make(model, images, pixels)
         tensors |= {index: tuple(part[row] for part in parts) for row, index in enumerate(indices)}
     if world > 1:

@@ -29,7 +29,7 @@ def test_calibration_sets_the_steps_and_the_threshold_from_good_images(tiny_bund
     good = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(5)]
     judged: list[int] = []
     settings = calibration.Calibrator(model, on_image=judged.append).calibrate(good)
-    assert sum(judged) == calibration.judged_images(5)
+    assert sum(judged) == calibration.judged_images(good, settings)
     assert settings.start_step in (120, 240)
     assert settings.inference_steps == settings.start_step // 30
     assert settings.min_step == round(settings.start_step * 350 / 750)
@@ -48,7 +48,7 @@ def test_the_fast_profile_has_no_steps_and_a_threshold_of_its_own(tiny_bundle, m
     good = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(4)]
     judged: list[int] = []
     settings = calibration.Calibrator(model, "fast", on_image=judged.append).calibrate(good)
-    assert sum(judged) == calibration.judged_images(4, "fast")
+    assert sum(judged) == calibration.judged_images(good, settings, "fast")
     assert settings.start_step in calibration.FAST_STEPS
     assert (settings.profile, settings.inference_steps, settings.delta) == ("fast", 1, 0)
     (result,) = detect(load_bundle(tiny_bundle, settings=settings), [Request("0", good[0])])

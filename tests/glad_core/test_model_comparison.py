@@ -1,5 +1,4 @@
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,12 +13,12 @@ def test_the_gate_lets_through_what_detects_no_worse(tiny_bundle, monkeypatch, s
     old = load_bundle(tiny_bundle)
     new = replace(old, settings=old.settings.model_copy(update={"image_score_top_k": 1}))
 
-    def judged(model, images, *rest):
+    def judged(model, pictures, *rest):
         rng = np.random.default_rng(0)
-        shift = np.repeat([0.0, skill if model is new else 1.0], len(images) // 2)
-        return [SimpleNamespace(score=score) for score in rng.normal(size=len(images)) + shift]
+        shift = np.repeat([0.0, skill if model is new else 1.0], len(pictures) // 2)
+        return (rng.normal(size=len(pictures)) + shift)[:, None]
 
-    monkeypatch.setattr(model_comparison, "judge_all", judged)
+    monkeypatch.setattr(model_comparison, "score_pictures", judged)
     good = [np.zeros((32, 32, 3), np.uint8)] * 60
     comparison = model_comparison.compare_models(new, old, good, good, 3, margin=0.02)
     assert comparison.passed is passed

@@ -8,6 +8,7 @@ from tiny_training import IMAGES, make_batches
 
 from cluster.storage import Storage
 from glad_core.training.recipe import Recipe
+from glad_core.views import Framing
 from pipelines.train.batches import batches
 from pipelines.train.good_images import GoodImage
 
@@ -24,7 +25,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[GoodImage]:
 
 def take(images: list[GoodImage], textures: Path | None = None, **options) -> list[dict[str, torch.Tensor]]:
     folder = None if textures is None else str(textures)
-    return list(batches(images, RECIPE, "unet", 32, Storage(), folder, **options))
+    return list(batches(images, RECIPE, "unet", (Framing("squash", 32),), Storage(), folder, **options))
 
 
 def test_workers_share_the_batches_of_one(images, ray_session) -> None:

@@ -29,7 +29,7 @@ def test_a_bundle_is_calibrated_on_good_images(tmp_path: Path, tiny_bundle, phot
     out = tmp_path / "calibrated"
     outcome = run("calibrate", photos, "--model", tiny_bundle, "--out", out, "--target-fpr", 0.1)
     assert outcome.exit_code == 0, outcome.output
-    assert "reconstructions on" in outcome.stdout
+    assert "images on" in outcome.stdout
     assert "from 12 good images" in outcome.stdout
     description, before = verify(out), read_description(tiny_bundle)
     assert description.settings["delta"] != before.settings["delta"]

@@ -42,7 +42,7 @@ def trained(tmp_path: Path, tiny_bundle):
         pq.write_table(pa.table({"step": [2, 1], "loss": [0.1, 0.2]}), work / "metrics/part-1.parquet")
         request = TrainRequest("", "bolt", str(tiny_bundle), "", {"seed": n})
         job = replace(plan_job(request, ["bolt"], STORAGE, name="bolt", work=str(work)), images=held_out)
-        surveyed = Survey(held_out, held_out, [], [], f"data{n}")
+        surveyed = Survey(held_out, held_out, [], [], f"data{n}", [(32, 32)])
         update_settings(
             bundle, Settings.parse(read_description(bundle).settings, "test"), {"run": job.run_id(surveyed)}
         )

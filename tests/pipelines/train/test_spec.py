@@ -12,7 +12,7 @@ from pipelines.train.spec import TrainJob, clear_work
 from pipelines.train.survey import Survey
 
 STORAGE = Storage()
-SURVEYED = Survey([GoodImage("/a", "nut")], [GoodImage("/b", "nut")], [], [], "fingerprint")
+SURVEYED = Survey([GoodImage("/a", "nut")], [GoodImage("/b", "nut")], [], [], "fingerprint", [])
 
 
 @pytest.fixture

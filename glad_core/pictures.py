@@ -1,0 +1,168 @@
+"""Scores of whole pictures, tiles and views included, and pictures with synthetic anomalies: what calibration needs.
+
+Shapes: N pictures, V views, R the bundle's resolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+
+from glad_core import synthesis
+from glad_core.bundle.model import Model
+from glad_core.bundle.settings import Settings
+from glad_core.engine.base import run
+from glad_core.engine.engine import Engine
+from glad_core.foreground import ForegroundMode, foreground
+from glad_core.images import to_tensor
+from glad_core.stitch import tile_requests, view_scores
+from glad_core.verdict import Detection, NotFinite, Request
+from glad_core.views import Frames
+
+TILES = 256  # judged before the next pictures are cut: their verdicts are held together
+
+
+def as_pictures(images: Sequence[np.ndarray | Frames]) -> list[Frames]:
+    """Pictures; an array [R, R, 3] is one that fills its only frame."""
+    return [
+        image if isinstance(image, Frames) else Frames([image], (image.shape[0], image.shape[1])) for image in images
+    ]
+
+
+def tiles_of(pictures: Sequence[Frames], settings: Settings) -> list[list[np.ndarray]]:
+    """The tiles of every picture in all views."""
+    return [[tile.image for view in _requests(picture, settings) for tile in view] for picture in pictures]
+
+
+def _requests(picture: Frames, settings: Settings, category: str | None = None) -> list[list[Request]]:
+    return tile_requests("", picture.frames, settings, picture.size, category)
+
+
+def score_pictures(
+    model: Model,
+    pictures: Sequence[Frames],
+    categories: Sequence[str],
+    names: Sequence[str],
+    batch_size: int,
+    seed: int,
+    on_image: Callable[[int], None] = lambda count: None,
+) -> np.ndarray:
+    """Scores of pictures in every view, float64 [N, V], not standardised. Every view's frame is judged.
+
+    Raises:
+        NotFinite: as `judge_all`.
+    """
+    scores: list[list[float]] = []
+    for chosen in _groups(pictures, model.settings):
+        cut = [_requests(pictures[index], model.settings) for index in chosen]
+        owners = [index for index, views in zip(chosen, cut, strict=True) for view in views for _ in view]
+        tiles = [tile.image for views in cut for view in views for tile in view]
+        kinds, whose = [categories[index] for index in owners], [names[index] for index in owners]
+        verdicts = iter(judge_all(model, tiles, kinds, whose, batch_size, seed, on_image))
+        for index, views in zip(chosen, cut, strict=True):
+            judged = [[next(verdicts) for _ in view] for view in views]
+            scores.append(view_scores(model.settings, pictures[index].size, judged))
+    return np.array(scores)
+
+
+def _groups(pictures: Sequence[Frames], settings: Settings) -> Iterator[list[int]]:
+    """Indices of consecutive pictures that have about `TILES` tiles together."""
+    group: list[int] = []
+    count = 0
+    for index, picture in enumerate(pictures):
+        group.append(index)
+        count += sum(len(framing.places(*picture.size)) for framing in settings.framings())
+        if count >= TILES:
+            yield group
+            group, count = [], 0
+    if group:
+        yield group
+
+
+def with_anomalies(
+    good: Sequence[np.ndarray], foreground_mode: ForegroundMode, seed: int
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Every good image [R, R, 3] with a synthetic anomaly, and the masks, bool [N, R, R]."""
+    foreground_BHW = foreground(to_tensor(good), foreground_mode) if foreground_mode != 3 else None
+    seeds = [seed * 1_000_003 + index for index in range(len(good))]
+    anomalous, masks = synthesis.synthesize(
+        torch.from_numpy(np.stack(good)), seeds=seeds, foreground_BHW=foreground_BHW, probability=1.0
+    )
+    return list(anomalous.numpy()), masks.numpy()
+
+
+def anomalous_pictures(
+    pictures: Sequence[Frames], settings: Settings, foreground_mode: ForegroundMode, seed: int
+) -> tuple[list[Frames], list[Frames]]:
+    """Good pictures, and the same with one synthetic anomaly each, for a comparison of the two.
+
+    An anomaly is put into one tile of the largest frame, at the scale at which it is judged; both pictures' other
+    frames are made from that frame, so that nothing but the anomaly tells them apart.
+    """
+    framings = settings.framings()
+    sizes = [max(range(len(framings)), key=lambda view: picture.frames[view].size) for picture in pictures]
+    places = []
+    for number, (picture, view) in enumerate(zip(pictures, sizes, strict=True)):
+        rng = np.random.default_rng((seed, number))
+        possible = framings[view].places(*picture.size)
+        places.append(possible[rng.integers(len(possible))])
+    side = settings.resolution
+    tiles = [
+        picture.frames[view][top : top + side, left : left + side]
+        for picture, view, (top, left) in zip(pictures, sizes, places, strict=True)
+    ]
+    changed, _ = with_anomalies(tiles, foreground_mode, seed)
+    good, anomalous = [], []
+    for picture, view, (top, left), tile in zip(pictures, sizes, places, changed, strict=True):
+        frame = picture.frames[view].copy()
+        frame[top : top + side, left : left + side] = tile
+        good.append(_reframed(picture.frames[view], view, picture, settings))
+        anomalous.append(_reframed(frame, view, picture, settings))
+    return good, anomalous
+
+
+def _reframed(frame: np.ndarray, view: int, picture: Frames, settings: Settings) -> Frames:
+    """The picture as one of its frames shows it, in all views."""
+    framings = settings.framings()
+    h, w = framings[view].covered(*picture.size)
+    frames = [
+        frame if other == view else framing.frame_of(frame[:h, :w], picture.size)
+        for other, framing in enumerate(framings)
+    ]
+    return Frames(frames, picture.size)
+
+
+def judge_all(
+    model: Model,
+    images: Sequence[np.ndarray],
+    categories: Sequence[str],
+    names: Sequence[str],
+    batch_size: int,
+    seed: int,
+    on_image: Callable[[int], None] = lambda count: None,
+) -> list[Detection]:
+    """The verdicts on images [R, R, 3], in their order; the first failure is raised.
+
+    Raises:
+        NotFinite: images have no finite score; the message names the model, their number and one of them.
+    """
+    detections: dict[str, Detection] = {}
+    undecided: dict[int, NotFinite] = {}
+    requests = [Request(str(index), image, categories[index]) for index, image in enumerate(images)]
+    for request, verdict in run(Engine(model, batch_size, seed), requests):
+        if isinstance(verdict, NotFinite):
+            undecided[int(request.image_id)] = verdict
+        elif isinstance(verdict, Exception):
+            raise verdict
+        else:
+            detections[request.image_id] = verdict
+        on_image(1)
+    if undecided:
+        first = min(undecided)
+        raise NotFinite(
+            f"model {model.model_id} has no verdict on {len(undecided)} of {len(images)} good images and copies with "
+            f"synthetic anomalies, such as {names[first]}: {undecided[first]}; train it again, or leave them out"
+        )
+    return [detections[request.image_id] for request in requests]
