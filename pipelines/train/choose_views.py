@@ -12,7 +12,7 @@ from glad_core.views import Framing
 LONG = 1.5  # times longer than wide: what one square does to such a picture is no longer small
 LARGE = 2.0  # times the bundle's resolution: beyond, a square loses half of all detail
 MOST_TILES = 48  # of a usual picture: each costs as much as a whole picture in one square
-SCALES = [1 / share for share in np.arange(1, 16.01, 0.25)]
+SCALES = [1 / share for share in np.arange(1, 200, 0.25)]
 Size = tuple[int, int]  # height and width, pixels
 
 

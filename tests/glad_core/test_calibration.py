@@ -5,9 +5,13 @@ import pytest
 
 from glad_core import adaptive, calibration
 from glad_core.bundle.model import load_bundle
+from glad_core.bundle.settings import View
 from glad_core.judge import detect
 from glad_core.model_comparison import compare_models
+from glad_core.pictures import anomalous_pictures, score_pictures
+from glad_core.stitch import combined_score
 from glad_core.verdict import NotFinite, Request
+from glad_core.views import Frames
 
 
 def test_conformal_quantile_keeps_its_promise() -> None:
@@ -81,3 +85,40 @@ def test_images_without_a_finite_score_are_named(profile, tiny_bundle, monkeypat
         compare_models(model, model, good, good, 3, margin=0.02)
     with pytest.raises(NotFinite):
         list(detect(model, [Request("4", good[4])]))
+
+
+def test_the_views_that_separate_are_kept_and_standardised(tiny_bundle, monkeypatch) -> None:
+    monkeypatch.setattr(calibration, "START_STEPS", (120,))
+    model = load_bundle(tiny_bundle)
+    model = replace(model, settings=model.settings.model_copy(update={"views": (View(), View(kind="tiles"))}))
+    rng = np.random.default_rng(0)
+    pictures = []
+    for size in [(64, 48), (40, 70), (50, 50)]:
+        picture = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+        pictures.append(Frames([framing.frame(picture) for framing in model.settings.framings()], size))
+    judged: list[int] = []
+    settings = calibration.Calibrator(model, on_image=judged.append).calibrate(pictures)
+    assert sum(judged) == calibration.judged_images(pictures, model.settings)
+    kept = [view.kind for view in settings.views]
+    assert kept in (["squash"], ["tiles"], ["squash", "tiles"])
+    # A good picture's verdict is at most the threshold that it took part in.
+    again = replace(model, settings=settings)
+    views = [["squash", "tiles"].index(kind) for kind in kept]
+    chosen = [Frames([picture.frames[view] for view in views], picture.size) for picture in pictures]
+    scores_NV = score_pictures(again, chosen, ["widget"] * 3, ["a", "b", "c"], 8, 0)
+    scores = [combined_score(settings, row) for row in scores_NV.tolist()]
+    assert settings.threshold == pytest.approx(max(scores), abs=1e-3)
+    if len(kept) > 1:
+        assert scores_NV.mean(axis=0) == pytest.approx([view.good_mean for view in settings.views], abs=1e-4)
+
+
+def test_an_anomaly_is_seen_in_every_view_and_nothing_else_differs(tiny_bundle) -> None:
+    settings = load_bundle(tiny_bundle).settings.model_copy(update={"views": (View(), View(kind="tiles"))})
+    picture = np.random.default_rng(1).integers(0, 256, (90, 70, 3), dtype=np.uint8)
+    frames = Frames([framing.frame(picture) for framing in settings.framings()], (90, 70))
+    (good,), (bad,) = anomalous_pictures([frames], settings, 3, seed=1)
+    for before, after, framing in zip(good.frames, bad.frames, settings.framings(), strict=True):
+        assert before.shape == after.shape == (*framing.size(90, 70), 3)
+        changed = (before != after).any(axis=2)
+        assert 0 < changed.mean() < 0.8
+    assert (good.frames[1] == frames.frames[1]).all()

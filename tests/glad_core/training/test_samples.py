@@ -3,6 +3,7 @@ from tiny_training import IMAGES, RECIPE
 
 from glad_core.training import samples
 from glad_core.training.recipe import Recipe
+from glad_core.views import random_tile
 
 
 def test_every_image_is_seen_once_an_epoch() -> None:
@@ -39,3 +40,14 @@ def test_seeds_differ_by_part_and_fit_a_generator() -> None:
     assert samples.derived_seed(1, "anomaly", 2) == samples.derived_seed(1, "anomaly", 2)
     assert samples.derived_seed(1, "anomaly", 2) != samples.derived_seed(1, "noise", 2)
     assert 0 <= samples.derived_seed("prompt", "ü") < 2**63
+
+
+def test_every_place_of_every_view_can_become_a_tile_and_a_seed_gives_the_same():
+    frames = [np.zeros((8, 8, 3), np.uint8), np.arange(12 * 20 * 3).reshape(12, 20, 3).astype(np.uint16)]
+    found = {}
+    for seed in range(2000):
+        tile = random_tile(frames, 8, seed)
+        assert tile.shape == (8, 8, 3)
+        found.setdefault(int(tile[0, 0, 0]) if tile.any() else -1, seed)
+    assert len(found) == 1 + 5 * 13
+    assert all((random_tile(frames, 8, seed) == random_tile(frames, 8, seed)).all() for seed in found.values())
