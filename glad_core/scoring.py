@@ -5,7 +5,7 @@ Shapes: B batch, N = g·g tokens, D embedding width, R side of the map.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Literal
 
@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as TF
 from glad_core.bundle.settings import Settings
 
 Match = Literal["anywhere", "window", "sum"]
+LARGE = 2**24  # values of a map that is smoothed in one piece
 
 
 def token_distance(
@@ -114,7 +115,35 @@ def smooth(maps_BHW: Tensor, sigma: float) -> Tensor:
 
 def full_size_map(maps_Bgg: Tensor, settings: Settings, size: tuple[int, int] | None = None) -> Tensor:
     """The map that the image score is taken from: a token map resized to ``size`` (None: D x D) and smoothed."""
-    return smooth(resize_map(maps_Bgg, size or settings.feature_resolution), settings.blur_sigma)
+    size = size or (settings.feature_resolution, settings.feature_resolution)
+    if size[0] * size[1] > LARGE:
+        return torch.stack([torch.cat(list(_bands(one, settings, size))) for one in maps_Bgg])
+    return smooth(resize_map(maps_Bgg, size), settings.blur_sigma)
+
+
+def _bands(map_gg: Tensor, settings: Settings, size: tuple[int, int]) -> Iterator[Tensor]:
+    """The rows of `full_size_map`, `LARGE` values at a time: at 100 megapixels a blur in one piece takes gigabytes.
+
+    Resizing and blurring are linear along either axis, so a band is a product of three matrices.
+    """
+    down, across = (
+        _enlarge(tokens, length, settings.blur_sigma).to(map_gg.dtype)
+        for tokens, length in zip(map_gg.shape, size, strict=True)
+    )
+    half = map_gg @ across.T
+    for rows in down.split(max(1, LARGE // size[1])):
+        yield rows @ half
+
+
+def _enlarge(tokens: int, length: int, sigma: float) -> Tensor:
+    """The matrix [length, tokens] that resizes one axis with aligned corners and smooths it."""
+    resized = F.interpolate(torch.eye(tokens)[None], size=length, mode="linear", align_corners=True)[0]
+    if sigma == 0:
+        return resized.T
+    reach = int(4 * sigma + 0.5)
+    taps = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
+    padded = F.pad(resized[None], (reach, reach), mode="reflect")[0]
+    return F.conv1d(padded[:, None], (taps / taps.sum())[None, None])[:, 0].T
 
 
 def full_size_only(settings: Settings) -> bool:
@@ -124,10 +153,16 @@ def full_size_only(settings: Settings) -> bool:
 
 def score_of_map(map_hw: np.ndarray, settings: Settings, size: tuple[int, int]) -> float:
     """The image score of a picture's map, float32 [h, w], that is ``size`` at full size."""
-    whole = torch.from_numpy(map_hw)[None]
-    if not full_size_only(settings):
-        whole = full_size_map(whole, settings, size)
-    return float(image_score(whole, settings.image_score_top_k))
+    whole = torch.from_numpy(map_hw)
+    if full_size_only(settings):
+        return float(image_score(whole[None], settings.image_score_top_k))
+    if size[0] * size[1] <= LARGE:
+        return float(image_score(full_size_map(whole[None], settings, size), settings.image_score_top_k))
+    largest = torch.empty(0)
+    for band in _bands(whole, settings, size):
+        values = torch.cat([largest, band.flatten()])
+        largest = values.topk(min(settings.image_score_top_k, len(values))).values
+    return float(largest.mean())
 
 
 def image_score(maps_BHW: Tensor, top_k: int) -> Tensor:

@@ -103,8 +103,7 @@ def _decode_row(
         picture = decoder(seconds).decode(data, framings)
     except ImageError as error:
         return out | {"stage": "decode", "error_type": error.kind, "message": str(error)}
-    image = b"".join(frame.data for frame in picture.frames)
-    return out | {"width": picture.width, "height": picture.height, "image": image}
+    return out | {"width": picture.width, "height": picture.height, "image": picture.packed}
 
 
 def _kept(row: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
-from typing import IO, Any
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
@@ -122,14 +123,14 @@ def _ask(process: subprocess.Popen[bytes], request: dict[str, Any], data: bytes)
     answer: dict[str, Any] = json.loads(line)
     if "kind" in answer:
         raise ImageError(answer["kind"], answer["message"])
-    return Picture([_read(process.stdout, *size) for size in answer["sizes"]], answer["width"], answer["height"])
-
-
-def _read(stream: IO[bytes], height: int, width: int) -> np.ndarray:
-    pixels = stream.read(height * width * 3)
-    if len(pixels) < height * width * 3:
+    sizes = [(height, width, 3) for height, width in answer["sizes"]]
+    ends = list(accumulate(map(math.prod, sizes), initial=0))
+    packed = process.stdout.read(ends[-1])
+    if len(packed) < ends[-1]:
         raise EOFError
-    return np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
+    pixels = np.frombuffer(packed, np.uint8)
+    frames = [pixels[start:end].reshape(size) for start, end, size in zip(ends, ends[1:], sizes, strict=False)]
+    return Picture(frames, answer["width"], answer["height"], packed)
 
 
 def serve() -> None:

@@ -34,10 +34,11 @@ OTHER_FORMATS = {
     b"ftypmif1": "HEIF",
     b"ftypavif": "AVIF",
 }
-MAX_PIXELS = 89_478_485  # Pillow's own limit for a decompression bomb: about 9459 x 9459
+MAX_PIXELS = 250_000_000  # with more it is taken for a decompression bomb
 MAX_MEMORY = 3 * 2**30  # bytes that decoding one image may take
 TOO_MUCH = f"its decoder asked for more memory than the {MAX_MEMORY // 2**20} MiB that one image may take"
 
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 # Bombs are refused below with an error of our own; Pillow's warning would only repeat it in worker logs.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -62,6 +63,7 @@ class Picture:
     frames: list[np.ndarray]
     width: int
     height: int
+    packed: bytes | None = None  # the bytes that the frames are views of, if they are one piece
 
     @property
     def pixels(self) -> np.ndarray:
@@ -113,7 +115,8 @@ def decode_image(data: bytes) -> np.ndarray:
         _ignore_alpha(image)
         image.load()
         _check(damage.of_pixels(data, image))
-        return np.asarray(to_rgb(ImageOps.exif_transpose(image)))
+        ImageOps.exif_transpose(image, in_place=True)
+        return np.asarray(to_rgb(image))
     except ImageError:
         raise
     except Exception as error:
@@ -158,7 +161,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(np.round(values * (255 / top)).astype(np.uint8))
     if mode == "La":  # as in `_ignore_alpha`: converted, its grey would be divided by alpha
         image = Image.frombytes("LA", image.size, image.tobytes())
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def _refused(error: Exception) -> ImageError:

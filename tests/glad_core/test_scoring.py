@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from glad_core import scoring
+from glad_core.bundle.settings import Settings
 
 
 def cosine_distances(query: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -62,3 +63,15 @@ def test_float16_on_a_cpu_has_the_bits_of_the_float16_product():
     result = scoring.token_distance(query, reference)
     assert result.dtype == torch.float16
     assert torch.equal(result, plain)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 2.0, 6.0])
+def test_a_large_map_in_bands_is_the_map_in_one_piece(sigma, monkeypatch):
+    settings = Settings(feature_resolution=64, resolution=64, blur_sigma=sigma, image_score_top_k=50)
+    tokens = torch.rand(9, 31, generator=torch.Generator().manual_seed(0))
+    whole = scoring.full_size_map(tokens[None], settings, (72, 248))
+    score = scoring.score_of_map(tokens.numpy(), settings, (72, 248))
+    monkeypatch.setattr(scoring, "LARGE", 1000)
+    torch.testing.assert_close(scoring.full_size_map(tokens[None], settings, (72, 248)), whole, atol=1e-5, rtol=1e-5)
+    assert scoring.score_of_map(tokens.numpy(), settings, (72, 248)) == pytest.approx(score, abs=1e-5)
+    assert score == pytest.approx(float(scoring.image_score(whole, 50)))

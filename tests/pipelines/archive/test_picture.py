@@ -135,7 +135,7 @@ def test_bad_bytes_name_their_kind(data, kind):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("side", [10_000, 40_000])
+@pytest.mark.parametrize("side", [16_000, 40_000])
 def test_a_decompression_bomb_is_refused_from_its_header(side):
     bomb = bytearray(encode(Image.new("1", (8, 8))))
     bomb[16:24] = struct.pack(">II", side, side)
