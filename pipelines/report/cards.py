@@ -22,7 +22,8 @@ SIDE, MAP_SIDE = 256, 96  # pixels, of pictures and heat maps
 # Tried in this order until a picture is small enough: share of `SIDE`, WebP quality.
 QUALITIES = ((1.0, 78), (1.0, 55), (0.75, 50), (0.5, 40), (0.25, 30))
 # How a card's bytes are shared out.
-INPUT_SHARE, RECONSTRUCTION_SHARE, HEAT_SHARE, CONTOUR_SHARE = 0.4, 0.4, 0.12, 0.08
+INPUT_SHARE, TILE_SHARE, RECONSTRUCTION_SHARE, HEAT_SHARE, CONTOUR_SHARE = 0.25, 0.15, 0.4, 0.12, 0.08
+BOX = ("left", "top", "width", "height")
 COLOURS = colormaps["inferno"]
 # Why the denoising of an image stopped, in words (column ``stop_reason``).
 STOP_REASONS = {"difference": "difference", "min_step": "no difference", "none": "not compared"}
@@ -62,7 +63,8 @@ def make_card(
         manifest_row: where to read the image; None if the manifest does not list it.
         most_bytes: of the card's pictures together, as encoded in the page.
     """
-    source, problem = _source_picture(run, manifest_row)
+    tile = deciding_tile(row)
+    source, closer, problem = _source_picture(run, manifest_row, tile)
     repaired = row["reconstruction"]
     # Of an undecided result nothing is drawn: no heat, no contour.
     anomaly_map = _shrink(np.nan_to_num(run.full_map(row), nan=0, posinf=0, neginf=0))
@@ -87,6 +89,9 @@ def make_card(
         "seconds": _rounded(row["seconds"]),
         "model": row["model_id"],
         "input": None if source is None else webp(source, int(most * INPUT_SHARE)),
+        "tile": None if closer is None else webp(closer, int(most * TILE_SHARE)),
+        "tiles": len(row.get("tiles") or ()),
+        "box": None if tile is None else _box(tile, row["width"], row["height"]),
         "problem": problem,
         "reconstruction": None
         if repaired is None
@@ -96,17 +101,36 @@ def make_card(
     }
 
 
-def _source_picture(run: Run, manifest_row: dict[str, Any] | None) -> tuple[Image.Image | None, str | None]:
-    """The image, `SIDE` pixels wide, or the reason why it can no longer be read."""
+def deciding_tile(row: dict[str, Any]) -> dict[str, Any] | None:
+    """The tile with the highest score, of those that are not the whole picture; None if the picture was not cut."""
+    tiles = [tile for tile in row.get("tiles") or () if tile["view"] == "tiles"]
+    return max(tiles, key=lambda tile: tile["score"], default=None)
+
+
+def _box(tile: dict[str, Any], width: int, height: int) -> list[float]:
+    """Left, top, width and height of a tile, per cent of the picture's."""
+    return [100 * tile[name] / side for name, side in zip(BOX, (width, height) * 2, strict=True)]
+
+
+def _source_picture(
+    run: Run, manifest_row: dict[str, Any] | None, tile: dict[str, Any] | None
+) -> tuple[Image.Image | None, Image.Image | None, str | None]:
+    """The image, `SIDE` pixels wide, and its tile, or the reason why it can no longer be read."""
     if manifest_row is None:
-        return None, "missing: not in the manifest"
+        return None, None, "missing: not in the manifest"
     try:
         # Once: a page is made of results, and hundreds of its images may be out of reach.
-        return Image.fromarray(decode(fetch(replace(run.storage, attempts=1), manifest_row), SIDE).pixels), None
+        data = fetch(replace(run.storage, attempts=1), manifest_row)
+        if tile is None:
+            return Image.fromarray(decode(data, SIDE).pixels), None, None
+        whole = Image.fromarray(decode_image(data))
     except ImageError as error:
-        return None, f"{error.kind}: {error}"
+        return None, None, f"{error.kind}: {error}"
     except StorageError as error:
-        return None, str(error)
+        return None, None, str(error)
+    left, top, width, height = (tile[name] for name in BOX)
+    small = whole.resize((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=2)
+    return small, whole.crop((left, top, left + width, top + height)), None
 
 
 def webp(image: Image.Image, most_bytes: int) -> str:
@@ -126,9 +150,10 @@ def webp(image: Image.Image, most_bytes: int) -> str:
 
 def _shrink(anomaly_map: np.ndarray) -> np.ndarray:
     """The map at no more than `MAP_SIDE` pixels a side."""
-    side = min(MAP_SIDE, anomaly_map.shape[0])
     image = Image.fromarray(anomaly_map.astype(np.float32))
-    return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
+    share = min(1.0, MAP_SIDE / max(image.size))
+    size = (max(2, round(image.width * share)), max(2, round(image.height * share)))
+    return np.asarray(image.resize(size, Image.Resampling.BILINEAR))
 
 
 def contour(anomaly_map: np.ndarray, threshold: float | None, most_bytes: int) -> str:
@@ -140,7 +165,7 @@ def contour(anomaly_map: np.ndarray, threshold: float | None, most_bytes: int) -
         return ""
     # A border below the threshold closes lines that would end at the edge.
     padded = np.pad(anomaly_map, 1, constant_values=min(0.0, threshold - 1))
-    scale = 100 / (anomaly_map.shape[0] - 1)
+    scale = 100 / (np.array(anomaly_map.shape[::-1]) - 1)  # of x and y
     lines = contour_generator(z=padded).lines(threshold)
     path = ""
     for line in sorted(lines, key=len, reverse=True):  # type: ignore[arg-type]

@@ -100,8 +100,8 @@ def _draw(
     panels: np.ndarray, row: dict[str, Any], picture: np.ndarray | None, anomaly_map: np.ndarray, hottest: float
 ) -> None:
     """Fill the three panels of one image."""
-    side = anomaly_map.shape[0]
-    extent = (0, side, side, 0)
+    height, width = anomaly_map.shape
+    extent = (0, width, height, 0)
     if picture is not None:
         panels[0].imshow(picture, extent=extent)
         panels[2].imshow(picture, extent=extent)

@@ -93,6 +93,9 @@ function picture(card, source, heat) {
   if (heat) {
     over.src = card.heat;
     for (const path of box.querySelectorAll("path")) path.setAttribute("d", card.contour);
+    const tile = box.querySelector("rect"), [x, y, width, height] = card.box || [0, 0, 0, 0];
+    if (card.box) for (const [name, value] of Object.entries({ x, y, width, height })) tile.setAttribute(name, value);
+    else tile.remove();
   } else {
     over.remove();
     box.querySelector("svg").remove();
@@ -227,7 +230,8 @@ function open(index) {
   const card = shown[index];
   detail.querySelector("h2").textContent = lastParts(card.uri);
   detail.querySelector(".path").textContent = card.uri;
-  const panels = [["Input", card.input, false], ...(card.reconstruction ? [["Reconstruction", card.reconstruction, false]] : []), ["Heat map", card.input, true]];
+  const panels = [["Input", card.input, false], ...(card.reconstruction ? [["Reconstruction", card.reconstruction, false]] : []), ["Heat map", card.input, true],
+    ...(card.tile ? [[`The most anomalous of ${card.tiles} tiles`, card.tile, false]] : [])];
   detail.querySelector(".panels").replaceChildren(...panels.map(([caption, source, hot]) => {
     const panel = document.createElement("figure"), text = document.createElement("figcaption");
     text.textContent = caption;

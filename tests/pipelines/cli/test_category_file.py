@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from glad_core.bundle.settings import View
+from glad_core.errors import GladError
 from glad_core.training.recipe import Recipe
+from pipelines.cli import category_file
 from pipelines.cli.main import app
 from pipelines.train import retrain
 
@@ -108,3 +111,22 @@ def test_unknown_categories_and_recipes_that_do_not_fit_are_found_before_any_wor
     assert "part: " in message
     assert "learning_rate" in message
     assert "part: no bundle" not in message
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (("tile", None, None), "there is no 'tile'; did you mean 'tiles'"),
+        (("squash,squash", None, None), "each only once"),
+        (("squash", 0.5, None), "which --views squash has not"),
+        ((None, None, 0.5), "add --views tiles"),
+    ],
+)
+def test_views_that_cannot_be_are_one_line(options, problem):
+    with pytest.raises(GladError, match=problem):
+        category_file.views(*options)
+
+
+def test_views_of_options():
+    assert category_file.views(None, None, None) is None
+    assert category_file.views("squash, tiles", 0.5, None) == (View(), View(kind="tiles", scale=0.5))

@@ -1,10 +1,13 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save
 
 from cluster.storage import Storage
-from glad_core.bundle.glad_json import read_description
+from glad_core.bundle.glad_json import read_description, update_settings
+from glad_core.bundle.settings import Settings, View
 from glad_core.engine import nearest
 from glad_core.errors import GladError
 from pipelines.score.patch_memory import build_memory, read_memory
@@ -77,3 +80,19 @@ def test_a_damaged_memory_is_one_line(content, tmp_path) -> None:
     file.write_bytes(content)
     with pytest.raises(GladError, match=f"^{file}: damaged; give --overwrite"):
         read_memory(str(file), STORAGE)
+
+
+def test_views_have_memories_and_standards_of_their_own(tiny_bundle, photos, tmp_path) -> None:
+    description = read_description(tiny_bundle)
+    settings = Settings.parse(description.settings, "").model_copy(update={"views": (View(), View(kind="tiles"))})
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, bundle)
+    model_id = update_settings(bundle, settings, {})
+    out = str(tmp_path / "memory")
+    build_memory(str(photos), str(bundle), model_id, STORAGE, out, "cpu", seed=0)
+    memory = read_memory(out, STORAGE)
+    assert [patches.shape[1] for patches in memory.patches] == [4 * 32] * 2
+    assert len(memory.patches[1]) > len(memory.patches[0])  # photos of 40 x 36 and more are several tiles of 32 x 32
+    standardised = memory.settings(settings)
+    assert [(view.good_mean, view.good_spread) for view in standardised.views] == memory.good
+    assert all(spread > 0 for _, spread in memory.good)

@@ -1,6 +1,7 @@
 """`glad train` as a user runs it: real Ray Train, a tiny bundle, real files."""
 
 import hashlib
+import io
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,30 @@ def test_one_model_for_several_categories(tmp_path, dataset, tiny_bundle, ray_se
     (error,) = pq.read_table(tmp_path / "run" / "errors").to_pylist()
     assert error["error_type"] == "no_model"
     assert "unknown" in error["message"]
+
+
+@pytest.mark.slow
+def test_tiles_are_trained_on_and_judged(tmp_path, tiny_bundle, ray_session):
+    rng = np.random.default_rng(4)
+    good = tmp_path / "set/part/train/good"
+    good.mkdir(parents=True)
+    for number in range(6):
+        Image.fromarray(rng.integers(90, 160, (64, 96, 3), dtype=np.uint8)).save(good / f"{number}.png")
+    out = tmp_path / "tiles"
+    invoke(*command(tmp_path / "set", tiny_bundle, out, 1, "--views", "tiles", "--scale", 0.5, "--overlap", 0))
+    assert verify(out).settings["picture_size"] == [64, 96]
+    (view,) = verify(out).settings["views"]
+    assert (view["kind"], view["scale"], view["overlap"]) == ("tiles", 0.5, 0)
+    archive = tmp_path / "archive"
+    for name in ("a", "moved/b"):  # the same picture: the same verdict
+        (archive / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((100, 50, 3), 120, np.uint8)).save(archive / f"{name}.png")
+    invoke("score", archive, "--model", out, "--out", tmp_path / "run", "--reconstructions")
+    one, other = pq.read_table(tmp_path / "run/results").to_pylist()
+    for name in ("score", "stop_step", "anomaly_map", "steps", "tiles"):
+        assert one[name] == other[name]
+    assert len(one["tiles"]) == 2
+    assert np.asarray(Image.open(io.BytesIO(one["reconstruction"]))).shape == (50, 25, 3)
 
 
 def refused(outcome, *words):
