@@ -2,14 +2,17 @@
 
 MVTec-AD (also MPDD):         CATEGORY/train/good/NAME.png
                               CATEGORY/test/DEFECT/NAME.png    CATEGORY/ground_truth/DEFECT/NAME[_mask].png
+MVTec LOCO:                   the same, with CATEGORY/validation/good, and the masks of an image in a folder of its name
 VisA and PCB-Bank:            split_csv/1cls.csv or 1cls.csv with the columns object, split, label, image, mask;
                               image and mask are paths from the dataset's folder
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -20,13 +23,18 @@ from pipelines.archive.picture import is_image
 
 SPLIT_FILES = ("split_csv/1cls.csv", "1cls.csv")
 SPLIT_COLUMNS = {"object", "split", "label", "image", "mask"}
+# Names of folders and labels that mean good images, whatever their case; blanks and hyphens count as underscores.
+GOOD_NAMES = {"good", "ok", "normal", "0", "pass", "anomaly_free", "defect_free", "non_defective", "nondefective"}
+SPLITS = ("train", "test", "validation")
+MASK_SUFFIX = re.compile(r"_(mask|gt|seg|label)([_-]?\d+)?$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Example:
     """One image of a dataset.
 
-    ``path`` ends the URI of its scored result; ``split`` is train or test; ``mask`` is a URI, None if there is none.
+    ``path`` ends the URI of its scored result; ``split`` is train, test or validation. ``masks`` are URIs, all of which
+    count; there may be none. ``kind`` is the folder or label that said whether it is good.
     """
 
     path: str
@@ -34,7 +42,13 @@ class Example:
     category: str
     split: str
     anomalous: bool
-    mask: str | None
+    masks: tuple[str, ...]
+    kind: str = ""
+
+
+def is_good(name: str) -> bool:
+    """Whether a folder or label of this name means good images."""
+    return re.sub(r"[\s-]+", "_", name.strip().casefold()) in GOOD_NAMES
 
 
 def category_folders(location: str, storage: Storage, needed: Collection[str] = ("train", "test")) -> dict[str, str]:
@@ -46,7 +60,7 @@ def category_folders(location: str, storage: Storage, needed: Collection[str] = 
 
     def is_category(folder: str) -> bool:
         try:
-            return all(storage.kind(join(folder, name)) == "folder" for name in needed)
+            return all(split_folder(folder, name, storage) is not None for name in needed)
         except StorageError:
             if is_s3(folder):
                 raise
@@ -56,6 +70,20 @@ def category_folders(location: str, storage: Storage, needed: Collection[str] = 
         return {location.rpartition("/")[2]: location}
     folders = {name: join(location, name) for name in storage.folders(location)}
     return {name: folder for name, folder in folders.items() if is_category(folder)}
+
+
+def split_folder(category: str, split: str, storage: Storage) -> str | None:
+    """The folder of a split in a category's folder, written train, Train or TRAIN; None if there is none."""
+    spellings = (join(category, name) for name in (split, split.capitalize(), split.upper()))
+    return next((folder for folder in spellings if storage.kind(folder) == "folder"), None)
+
+
+def _train_good(category: str, storage: Storage) -> list[str]:
+    """The folders of good training images in a category's folder."""
+    train = split_folder(category, "train", storage)
+    if train is None:
+        return []
+    return [join(train, name) for name in storage.folders(train) if is_good(name)]
 
 
 def choose_category(known: Collection[str], category: str | None, location: str) -> str:
@@ -87,7 +115,8 @@ def read_dataset(location: str, storage: Storage) -> list[Example]:
     examples = read_split_file(root, storage)
     if examples is not None:
         return examples
-    folders = category_folders(root, storage)
+    # A dataset may be a test set alone.
+    folders = category_folders(root, storage) or category_folders(root, storage, needed=("test",))
     examples = [example for name, folder in folders.items() for example in _mvtec_examples(name, folder, storage)]
     if not examples:
         raise GladError(
@@ -113,25 +142,39 @@ def read_split_file(root: str, storage: Storage) -> list[Example] | None:
         return None
     try:
         with clear_errors(file, storage):
-            rows = csv.DictReader(io.StringIO(storage.read(file).decode("utf-8-sig")))
+            rows = csv_rows(storage.read(file))
         missing = SPLIT_COLUMNS - set(rows.fieldnames or [])
         if missing:
             raise GladError(f"{file}: lacks the column {', '.join(sorted(missing))}; VisA's split file is expected")
         return [_split_example(row, root, f"{file}: line {rows.line_num}") for row in rows]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise GladError(f"{file}: not a UTF-8 text file; VisA's split file is expected") from error
+        raise GladError(f"{file}: no text in UTF-8 or UTF-16; VisA's split file is expected") from error
+
+
+def csv_rows(data: bytes) -> csv.DictReader[str]:
+    """The rows of a CSV file as programs write it: UTF-8 or UTF-16, commas, semicolons or tabs, blanks after them.
+
+    Raises:
+        UnicodeDecodeError: neither of the two.
+    """
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = data.decode("utf-16" if utf16 else "utf-8-sig")
+    header = text.partition("\n")[0]
+    delimiter = max(",;\t", key=header.count)
+    return csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
 
 
 def _split_example(row: dict[str, str | None], root: str, line: str) -> Example:
-    image, mask = row["image"], row["mask"]
-    if not image or mask is None:
+    if not row["image"] or row["mask"] is None:
         raise GladError(f"{line} has too few columns; the file may be cut off")
+    image, mask = (row[name].strip().replace("\\", "/") for name in ("image", "mask"))  # type: ignore[union-attr]
     for path in (image, mask):
         if path.startswith("/") or ".." in path.split("/") or "\0" in path:
             raise GladError(f"{line} leads outside of the dataset's folder: {path!r}")
-    anomalous = row["label"] != "normal"
-    uri, mask_uri = join(root, image), join(root, mask) if anomalous and mask else None
-    return Example(image, uri, row["object"] or "", row["split"] or "", anomalous, mask_uri)
+    label = row["label"] or ""
+    masks = (join(root, mask),) if mask and not is_good(label) else ()
+    split = (row["split"] or "").strip().casefold()
+    return Example(image, join(root, image), row["object"] or "", split, not is_good(label), masks, label)
 
 
 def good_images(location: str, category: str | None, storage: Storage) -> dict[str, list[str]]:
@@ -156,13 +199,21 @@ def good_images(location: str, category: str | None, storage: Storage) -> dict[s
         if not uris:
             raise GladError(f"{root}: its split file names no good training image")
         return {name: uris[name] for name in _choose_several(uris, category, root)}
-    folders = category_folders(root, storage, needed=("train/good",))
-    if not folders:
+    by_category = {
+        name: train
+        for name, folder in category_folders(root, storage, needed=("train",)).items()
+        if (train := _train_good(folder, storage))
+    }
+    if not by_category:
         raise GladError(f"{root}: no category with train/good in it; MVTec-AD's layout is expected, or VisA's")
-    chosen = {name: join(folders[name], "train/good") for name in _choose_several(folders, category, root)}
     return {
-        name: [join(folder, path) for path, _ in storage.walk(folder, follow=True) if is_image(path)]
-        for name, folder in chosen.items()
+        name: [
+            join(folder, path)
+            for folder in by_category[name]
+            for path, _ in storage.walk(folder, follow=True)
+            if is_image(path)
+        ]
+        for name in _choose_several(by_category, category, root)
     }
 
 
@@ -174,17 +225,27 @@ def _choose_several(known: Collection[str], category: str | None, location: str)
 
 
 def _mvtec_examples(category: str, folder: str, storage: Storage) -> Iterator[Example]:
-    masks: dict[tuple[str, str], str] = {}
-    truth = join(folder, "ground_truth")
+    names = {name.casefold(): name for name in storage.folders(folder)}
+    masks: dict[tuple[str, str], list[str]] = {}  # by folder and name of the image
+    truth = join(folder, names.get("ground_truth", "ground_truth"))
     if storage.kind(truth) == "folder":
-        for path, _ in storage.walk(truth, follow=True):
+        for path, _ in sorted(storage.walk(truth, follow=True)):
             file = PurePosixPath(path)
-            masks[str(file.parent), file.stem.removesuffix("_mask")] = join(truth, path)
-    for split in ("train", "test"):
-        for path, _ in storage.walk(join(folder, split), follow=True):
+            if not is_image(path):
+                continue
+            owner = (str(file.parent), MASK_SUFFIX.sub("", file.stem))
+            masks.setdefault(owner, []).append(join(truth, path))
+            if len(file.parts) > 2:  # MVTec LOCO: a folder of masks for each image
+                masks.setdefault((str(file.parent.parent), file.parent.name), []).append(join(truth, path))
+    for split in SPLITS:
+        if split not in names:
+            continue
+        for path, _ in storage.walk(join(folder, names[split]), follow=True):
             if not is_image(path):
                 continue
             file = PurePosixPath(path)
-            good = file.parts[0] == "good"
-            mask = None if good else masks.get((str(file.parent), file.stem))
-            yield Example(f"{category}/{split}/{path}", join(folder, split, path), category, split, not good, mask)
+            kind = file.parts[0] if len(file.parts) > 1 else ""
+            good = is_good(kind)
+            found = () if good else tuple(masks.get((str(file.parent), file.stem), ()))
+            uri = join(folder, names[split], path)
+            yield Example(f"{category}/{names[split]}/{path}", uri, category, split, not good, found, kind)

@@ -96,8 +96,19 @@ def decode_image(data: bytes) -> np.ndarray:
     Raises:
         ImageError: not_an_image, damaged or too_large.
     """
+    image = _open(data)
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        return np.asarray(to_rgb(image))
+    except ImageError:
+        raise
+    except Exception as error:
+        raise _refused(error) from error
+
+
+def _open(data: bytes) -> Image.Image:
+    """A decoded image, upright, in the mode that it is stored in. Raises as `decode_image`."""
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise ImageError("too_large", f"decompression bomb: {error}") from error
     except Image.UnidentifiedImageError as error:
@@ -116,11 +127,23 @@ def decode_image(data: bytes) -> np.ndarray:
         image.load()
         _check(damage.of_pixels(data, image))
         ImageOps.exif_transpose(image, in_place=True)
-        return np.asarray(to_rgb(image))
     except ImageError:
         raise
     except Exception as error:
         raise _refused(error) from error
+    return image
+
+
+def read_labels(data: bytes) -> tuple[np.ndarray, bool]:
+    """The stored values of a mask, [H, W] or [H, W, C] of any type, upright; and whether its compression is lossy.
+
+    Of a palette the indices. Nothing is scaled, as `decode_image` does: a label 1 of 16 bits stays 1.
+
+    Raises:
+        ImageError: as `decode_image`.
+    """
+    image = _open(data)
+    return np.asarray(image), image.format == "JPEG" or (image.format == "WEBP" and b"VP8L" not in data[:64])
 
 
 def _check(problem: str | None) -> None:

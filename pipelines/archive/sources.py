@@ -19,7 +19,7 @@ from fsspec.utils import glob_translate
 from cluster.locations import SCHEME, UNSPEAKABLE
 from cluster.storage import Entry, Storage, StorageError, absolute, clear_errors, is_s3, join, spelled
 from glad_core.errors import GladError
-from pipelines.archive.layouts import category_folders, choose_category, read_split_file, split_file
+from pipelines.archive.layouts import category_folders, choose_category, read_split_file, split_file, split_folder
 from pipelines.archive.rows import LeftOut, Row, Tar, error_row, file_rows, image_row, member_row, read_tar
 from pipelines.archive.uri_list import LIST_SUFFIXES, read_list
 from pipelines.archive.uris import image_id, one_line, path_of, printable, split_tar_uri
@@ -85,7 +85,9 @@ def trees_of(source: str, category: str | None, storage: Storage, several: bool 
     else:
         chosen = _one_category(source, folders, category)
     # Ids count from the category's name on, so they are the same for the category's folder and for the one above it.
-    return [Tree(join(folders[name], "test"), f"{name}/test/", printable(name)) for name in chosen] or [Tree(source)]
+    tests = {name: split_folder(folders[name], "test", storage) or join(folders[name], "test") for name in chosen}
+    trees = [Tree(test, f"{name}/{test.rpartition('/')[2]}/", printable(name)) for name, test in tests.items()]
+    return trees or [Tree(source)]
 
 
 def _one_category(source: str, folders: dict[str, str], category: str | None) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -17,8 +17,9 @@ from cluster.storage import Storage
 from glad_core.bundle import presets
 from pipelines.archive.fetch import FETCH_THREADS, fetch, neighbours
 from pipelines.archive.layouts import Example, read_dataset
-from pipelines.archive.picture import ImageError, decode_image
+from pipelines.archive.picture import ImageError, decode_image, read_labels
 
+LONG = 1.5  # times longer than wide
 COLUMNS = ("train good", "test good", "test anomalous", "with mask")
 
 
@@ -28,27 +29,64 @@ def published_name(categories: set[str]) -> str | None:
     return next((name for name, facts in datasets.items() if categories <= set(facts["categories"])), None)
 
 
-def read_mask(example: Example, storage: Storage, examples: Sequence[Example]) -> np.ndarray:
-    """Where an anomalous image is anomalous, bool [H, W]: pixels that are not 0 in any channel.
+class Mask(NamedTuple):
+    """Where an anomalous image is anomalous, bool [H, W], and what is doubtful about it, in words."""
+
+    marked: np.ndarray
+    doubts: tuple[str, ...]
+
+
+def read_mask(example: Example, storage: Storage, examples: Sequence[Example]) -> Mask:
+    """The masks of an anomalous image together.
+
+    A mask is a label image: every pixel whose stored value is not 0 is marked, in any channel but alpha. Masks with
+    compression noise (JPEG) are cut at half instead.
 
     Args:
-        examples: of the dataset. If one of their images can be read and the mask cannot, the mask is at fault.
+        examples: of the dataset. If one of their images can be read and a mask cannot, the mask is at fault.
 
     Raises:
-        ImageError: not readable. StorageError: nor are other images.
+        ImageError: one is not readable. StorageError: nor are other images.
     """
-    assert example.mask is not None
-    return np.any(_read(example.mask, storage, examples), axis=2)
+    marked: np.ndarray | None = None
+    doubts: dict[str, None] = {}
+    for uri in example.masks:
+        raw, lossy = read_labels(_fetch(uri, storage, examples))
+        one = marked_in(raw, lossy)
+        if lossy:
+            doubts["lossy: cut at half of the highest value"] = None
+        if marked is not None and one.shape != marked.shape:
+            doubts["masks of several sizes: stretched"] = None
+            one = resize_mask(one, marked.shape)
+        marked = one if marked is None else marked | one
+    assert marked is not None
+    if not marked.any():
+        doubts["nothing is marked in it"] = None
+    elif marked.mean() > 0.5:
+        doubts[f"{marked.mean():.0%} of it is marked: is it inverted?"] = None
+    return Mask(marked, tuple(doubts))
+
+
+def marked_in(raw: np.ndarray, lossy: bool) -> np.ndarray:
+    """Marked pixels of a mask's stored values [H, W] or [H, W, C], bool [H, W]."""
+    if raw.ndim == 3 and raw.shape[2] in (2, 4):  # alpha says nothing, unless it is all there is
+        colours, alpha = raw[..., :-1], raw[..., -1]
+        raw = colours if colours.any() or alpha.min() == alpha.max() else alpha
+    values = raw if raw.ndim == 2 else raw.max(axis=2)
+    return values > values.max() / 2 if lossy and values.max() > 0 else values != 0
+
+
+def _fetch(uri: str, storage: Storage, examples: Sequence[Example]) -> bytes:
+    return fetch(storage, {"uri": uri}, lambda: neighbours({"uri": uri}, [{"uri": other.uri} for other in examples]))
 
 
 def _read(uri: str, storage: Storage, examples: Sequence[Example]) -> np.ndarray:
-    row = {"uri": uri}
-    return decode_image(fetch(storage, row, lambda: neighbours(row, [{"uri": other.uri} for other in examples])))
+    return decode_image(_fetch(uri, storage, examples))
 
 
-def resize_mask(mask_HW: np.ndarray, side: int) -> np.ndarray:
-    """bool [H, W] to bool [side, side], nearest pixel."""
-    return np.asarray(Image.fromarray(mask_HW).resize((side, side), Image.Resampling.NEAREST))
+def resize_mask(mask_HW: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """bool [H, W] to bool of ``size`` (height, width), nearest pixel."""
+    return np.asarray(Image.fromarray(mask_HW).resize((size[1], size[0]), Image.Resampling.NEAREST))
 
 
 def check(location: str, console: Console) -> dict[str, Any]:
@@ -60,9 +98,9 @@ def check(location: str, console: Console) -> dict[str, Any]:
     storage = Storage.from_environment()
     examples = read_dataset(location, storage)
     with ThreadPoolExecutor(FETCH_THREADS) as pool:
-        problems = [
-            problem for problem in pool.map(lambda example: _problem(example, storage, examples), examples) if problem
-        ]
+        found = list(pool.map(lambda example: _look(example, storage, examples), examples))
+    sizes = {example.uri: size for example, (size, _) in zip(examples, found, strict=True) if size is not None}
+    problems = [problem for _, problem in found if problem]
     names = sorted({example.category for example in examples})
     counts = {name: _counts([example for example in examples if example.category == name]) for name in names}
     dataset = published_name(set(names))
@@ -70,36 +108,70 @@ def check(location: str, console: Console) -> dict[str, Any]:
     for name, row in counts.items():
         table.add_row(name, *map(str, row.values()))
     console.print(table)
+    for line in _taken_for(examples) + _shapes(list(sizes.values())):
+        console.print(escape(line), highlight=False, soft_wrap=True)
     for problem in problems:
         console.print(f"[red]{escape(problem)}[/red]", highlight=False, soft_wrap=True)
     console.print(f"{len(examples)} images, {len(problems)} problems", highlight=False)
     return {"dataset": dataset, "images": len(examples), "categories": counts, "problems": problems}
 
 
+def _taken_for(examples: Sequence[Example]) -> list[str]:
+    """One line: which folders or labels of the test images mean good ones, and which defects."""
+    words = []
+    for anomalous, name in ((False, "good ones"), (True, "defects")):
+        kinds = {e.kind for e in examples if e.split == "test" and e.anomalous == anomalous}
+        if kinds:
+            words.append(f"{name}: {', '.join(sorted(kind or '(no folder)' for kind in kinds))}")
+    return [f"test images taken for {'; for '.join(words)}"] if words else []
+
+
+def _shapes(sizes: Sequence[tuple[int, int]]) -> list[str]:
+    """What a model that sees every picture as one square would lose, in a line for each loss."""
+    if not sizes:
+        return []
+    long = sum(max(size) > LONG * min(size) for size in sizes)
+    lines = []
+    if len(set(sizes)) > 1:
+        areas = sorted(sizes, key=lambda size: size[0] * size[1])
+        (low_h, low_w), (high_h, high_w) = areas[0], areas[-1]
+        lines.append(f"{len(set(sizes))} sizes, from {low_w} x {low_h} to {high_w} x {high_h} pixels")
+    if long:
+        lines.append(
+            f"{long} of {len(sizes)} pictures are more than {LONG:g} times longer than wide: as one square (`squash`) "
+            "they lose their shape; `glad train --views fit` or tiles keep it"
+        )
+    return lines
+
+
 def _counts(examples: list[Example]) -> dict[str, int]:
     kinds = Counter((example.split, example.anomalous) for example in examples)
-    masks = sum(example.mask is not None for example in examples)
+    masks = sum(bool(example.masks) for example in examples)
     return dict(zip(COLUMNS, (kinds["train", False], kinds["test", False], kinds["test", True], masks), strict=True))
 
 
-def _problem(example: Example, storage: Storage, examples: Sequence[Example]) -> str | None:
+def _look(example: Example, storage: Storage, examples: Sequence[Example]) -> tuple[tuple[int, int] | None, str | None]:
+    """Height and width of an image, and what is wrong with it or its masks."""
     try:
         image = _read(example.uri, storage, examples)
     except ImageError as error:
-        return f"{example.uri}: {error}"
-    if not example.anomalous:
-        return None
-    if example.split == "train":
-        return f"{example.uri}: an anomalous image among the training images"
-    if example.mask is None:
+        return None, f"{example.uri}: {error}"
+    size = (image.shape[0], image.shape[1])
+    return size, _problem(example, size, storage, examples) if example.anomalous else None
+
+
+def _problem(example: Example, size: tuple[int, int], storage: Storage, examples: Sequence[Example]) -> str | None:
+    if example.split != "test":
+        return f"{example.uri}: an anomalous image among the {example.split} images"
+    if not example.masks:
         return f"{example.uri}: anomalous, but without a mask"
     try:
         mask = read_mask(example, storage, examples)
     except ImageError as error:
-        return f"{example.mask}: {error}"
-    if mask.shape != image.shape[:2]:
-        sizes = [f"{shape[1]} x {shape[0]}" for shape in (mask.shape, image.shape)]
-        return f"{example.mask}: {sizes[0]} pixels, its image has {sizes[1]}"
-    if not mask.any():
-        return f"{example.mask}: nothing is marked in it"
-    return None
+        return f"{example.masks[0]}: {error}"
+    doubts = [*mask.doubts]
+    if mask.marked.shape != size:
+        (h, w), (mask_h, mask_w) = size, mask.marked.shape
+        turned = "; is the image turned by its EXIF, and the mask not?" if (mask_h, mask_w) == (w, h) else ""
+        doubts.insert(0, f"{mask_w} x {mask_h} pixels, its image has {w} x {h}{turned}")
+    return f"{example.masks[0]}: {'; '.join(doubts)}" if doubts else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -72,8 +73,12 @@ def evaluate(
 
 
 def average(metrics: list[dict[str, float]]) -> dict[str, float]:
-    """The mean of every column over categories."""
-    return {column: float(np.mean([row[column] for row in metrics])) for column in metrics[0]}
+    """The mean of every column over the categories where it is defined; NaN if it is nowhere."""
+    columns = {column: np.array([row[column] for row in metrics]) for column in metrics[0]}
+    return {
+        name: float(np.mean(column[~np.isnan(column)])) if not np.isnan(column).all() else float("nan")
+        for name, column in columns.items()
+    }
 
 
 def _warn(run: Run, tallies: dict[str, Tally], examples: list[Example], console: Console) -> None:
@@ -87,6 +92,10 @@ def _warn(run: Run, tallies: dict[str, Tally], examples: list[Example], console:
     if judged < test:
         missing = f"{test - judged} of {test} test images have no result: see {run.path(ERRORS)}, or score the rest"
         console.print(f"[yellow]{escape(missing)}[/yellow]", highlight=False, soft_wrap=True)
+    doubts = sum((tally.doubts for tally in tallies.values()), Counter[str]())
+    for doubt, count in doubts.most_common():
+        line = f"{count} masks: {doubt}; see `glad datasets check`"
+        console.print(f"[yellow]{escape(line)}[/yellow]", highlight=False, soft_wrap=True)
     unmasked = sum(tally.without_mask for tally in tallies.values())
     if unmasked:
         console.print(

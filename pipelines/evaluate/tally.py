@@ -6,7 +6,9 @@ The counts of pixels are `glad_core.pixel_metrics`; the metrics of all tasks tog
 from __future__ import annotations
 
 import pickle
+import re
 import zlib
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -40,6 +42,7 @@ class Tally:
     images: list[tuple[str, float, bool]] = field(default_factory=list)  # URI, score, anomalous
     without_mask: int = 0
     undecided: int = 0
+    doubts: Counter[str] = field(default_factory=Counter)  # about masks that count all the same, in words
 
     def merge(self, other: Tally) -> Tally:
         """Both tallies' counts together."""
@@ -48,6 +51,7 @@ class Tally:
             [*self.images, *other.images],
             self.without_mask + other.without_mask,
             self.undecided + other.undecided,
+            self.doubts + other.doubts,
         )
 
     def metrics(self, pro_limit: float = 0.3, pro_thresholds: int | None = None) -> dict[str, float]:
@@ -94,7 +98,7 @@ def tally_results(run: Run, examples: list[Example]) -> dict[str, Tally]:
     _ = run.record  # read once; tasks get it with the run
     filesystem, path = run.storage.resolve(run.path(RESULTS))
     columns = ["uri", "category", "score", "anomaly_map"]
-    columns += ["map_height", "map_width", "full_height", "full_width"]
+    columns += ["map_height", "map_width", "full_height", "full_width", "height", "width"]
     rows = ray.data.read_parquet(path, filesystem=filesystem, columns=columns, num_cpus=TASK_CPUS)
     counted = rows.map_batches(
         count_batch,  # type: ignore[arg-type]
@@ -131,7 +135,7 @@ def count_batch(batch: dict[str, np.ndarray], run: Run, examples: list[Example])
             tally.undecided += 1
             continue
         tally.images.append((str(row["uri"]), float(row["score"]), example.anomalous))
-        _count_pixels(tally, example, anomaly_map, run, examples)
+        _count_pixels(tally, example, anomaly_map, (row["height"], row["width"]), run, examples)
     return {"tallies": [zlib.compress(pickle.dumps(tallies), 1)]}
 
 
@@ -140,18 +144,23 @@ def unpack(tallies: bytes) -> dict[str, Tally]:
     return pickle.loads(zlib.decompress(tallies))
 
 
-def _count_pixels(tally: Tally, example: Example, anomaly_map: np.ndarray, run: Run, examples: list[Example]) -> None:
+def _count_pixels(
+    tally: Tally, example: Example, anomaly_map: np.ndarray, size: tuple[int, int], run: Run, examples: list[Example]
+) -> None:
     if not example.anomalous:
         tally.pixels.add(anomaly_map, None)
         return
     try:
-        mask = read_mask(example, run.storage, examples) if example.mask is not None else None
+        mask = read_mask(example, run.storage, examples) if example.masks else None
     except ImageError:
         mask = None
     if mask is None:
         tally.without_mask += 1
-    else:
-        tally.pixels.add(anomaly_map, resize_mask(mask, anomaly_map.shape[0]))
+        return
+    tally.doubts.update(re.sub(r"^\d+% of it is", "more than half is", doubt) for doubt in mask.doubts)
+    if mask.marked.shape != size:
+        tally.doubts["another size than its image: stretched"] += 1
+    tally.pixels.add(anomaly_map, resize_mask(mask.marked, anomaly_map.shape))
 
 
 @cache

@@ -45,8 +45,8 @@ def test_mvtec_layout_as_a_tree_and_as_one_category(mvtec):
     assert len(examples) == 6
     broken = {example.path: example for example in examples}["cable/test/broken/000.png"]
     assert (broken.category, broken.split, broken.anomalous) == ("cable", "test", True)
-    assert broken.mask == f"{mvtec}/cable/ground_truth/broken/000_mask.png"
-    assert {example.mask for example in examples if not example.anomalous} == {None}
+    assert broken.masks == (f"{mvtec}/cable/ground_truth/broken/000_mask.png",)
+    assert {example.masks for example in examples if not example.anomalous} == {()}
     alone = read_dataset(str(mvtec / "cable"), STORAGE)
     assert alone == [example for example in examples if example.category == "cable"]
 
@@ -56,7 +56,7 @@ def test_visa_layout_by_its_split_file(visa):
     assert len(examples) == 6
     anomalous = [example for example in examples if example.anomalous]
     assert [example.path for example in anomalous] == [f"pcb{n}/Data/Images/Anomaly/2.JPG" for n in (1, 2)]
-    assert anomalous[0].mask == f"{visa}/pcb1/Data/Masks/Anomaly/2.png"
+    assert anomalous[0].masks == (f"{visa}/pcb1/Data/Masks/Anomaly/2.png",)
     assert [example.split for example in examples if example.category == "pcb1"] == ["train", "test", "test"]
     (visa / "split_csv/1cls.csv").rename(visa / "1cls.csv")  # where PCB-Bank has it
     assert read_dataset(str(visa), STORAGE) == examples
@@ -76,7 +76,7 @@ def test_a_damaged_split_file_is_one_line(visa):
     file = visa / "split_csv/1cls.csv"
     whole = file.read_text()
     file.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(GladError, match="not a UTF-8 text file"):
+    with pytest.raises(GladError, match="no text in UTF-8 or UTF-16"):
         listed(visa)
     file.write_text("object,split\n")
     with pytest.raises(GladError, match="lacks the column image, label, mask"):
@@ -196,3 +196,37 @@ def test_a_folder_that_cannot_be_opened_is_no_category(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "stat", refuse)
     assert list(category_folders(str(tmp_path), STORAGE)) == ["bottle"]
+
+
+@pytest.mark.parametrize("word", ["ok", "Good", "NORMAL", "0", "anomaly-free", "Defect Free"])
+def test_usual_words_mean_good_in_any_case(word, tmp_path):
+    for folder in ("Train", "Test"):
+        draw_image(tmp_path / f"set/part/{folder}/{word}/a.png")
+    draw_image(tmp_path / "set/part/Test/dent/b.jfif")
+    examples = read_dataset(str(tmp_path / "set"), STORAGE)
+    assert {e.path: e.anomalous for e in examples} == {
+        f"part/Train/{word}/a.png": False,
+        f"part/Test/{word}/a.png": False,
+        "part/Test/dent/b.jfif": True,
+    }
+    assert good_images(str(tmp_path / "set"), None, STORAGE) == {"part": [f"{tmp_path}/set/part/Train/{word}/a.png"]}
+    listed_names = names(listed(tmp_path / "set"), tmp_path / "set")
+    assert sorted(listed_names) == sorted([f"part/Test/{word}/a.png", "part/Test/dent/b.jfif"])
+
+
+def test_a_test_set_alone_is_a_dataset(tmp_path):
+    draw_image(tmp_path / "part/test/good/a.png")
+    draw_image(tmp_path / "part/test/cut/b.png")
+    assert [e.anomalous for e in read_dataset(str(tmp_path), STORAGE)] == [True, False]
+
+
+def test_a_split_file_from_excel_is_read(visa):
+    file = visa / "split_csv/1cls.csv"
+    plain = read_dataset(str(visa), STORAGE)
+    text = file.read_text().replace(",", "; ").replace("/", "\\").replace("normal", "Normal")
+    for encoding in ("utf-16", "utf-8-sig"):
+        file.write_bytes(text.replace("\n", "\r\n").encode(encoding))
+        found = read_dataset(str(visa), STORAGE)
+        assert [(e.path, e.uri, e.split, e.anomalous, e.masks) for e in found] == [
+            (e.path, e.uri, e.split, e.anomalous, e.masks) for e in plain
+        ]

@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from drawn_datasets import MARKED, draw_image, draw_mask, draw_mvtec, draw_visa
+from PIL import Image
 from typer.testing import CliRunner
 
 from cluster.storage import Storage
-from pipelines.archive.layouts import read_dataset
+from pipelines.archive.layouts import Example, read_dataset
 from pipelines.cli.main import app
 from pipelines.evaluate.datasets import published_name, read_mask, resize_mask
 
@@ -35,14 +36,14 @@ def test_categories_identify_a_published_dataset() -> None:
 def test_every_value_but_0_of_a_mask_is_anomalous(mvtec: Path, visa: Path) -> None:
     for root in (mvtec, visa):
         examples = read_dataset(str(root), STORAGE)
-        masks = [read_mask(example, STORAGE, examples) for example in examples if example.mask]
-        assert [(mask.shape, mask.sum()) for mask in masks] == [((10, 12), MARKED)] * 2
+        masks = [read_mask(example, STORAGE, examples) for example in examples if example.masks]
+        assert [(mask.marked.shape, mask.marked.sum()) for mask in masks] == [((10, 12), MARKED)] * 2
 
 
 def test_a_resized_mask_keeps_its_corner() -> None:
     whole = np.zeros((10, 20), bool)
     whole[:5, 10:] = True
-    small = resize_mask(whole, 4)
+    small = resize_mask(whole, (4, 4))
     assert small.tolist() == [[False, False, True, True]] * 2 + [[False] * 4] * 2
 
 
@@ -97,3 +98,111 @@ def test_a_disk_that_fails_is_no_problem_of_the_dataset(mvtec: Path, monkeypatch
     assert outcome.exit_code == 2
     assert "Input/output error; give the same command again when" in outcome.stderr
     assert outcome.stderr.count("\n") == 1
+
+
+MARK = np.zeros((40, 60), bool)
+MARK[5:15, 10:20] = True
+
+
+def mask_files():
+    """Ways in which people write the same mask, by file name."""
+    grey = MARK.astype(np.uint8)
+    rgba = np.zeros((40, 60, 4), np.uint8)
+    rgba[MARK, 0] = 255  # alpha 0 everywhere
+    only_alpha = np.zeros((40, 60, 4), np.uint8)
+    only_alpha[MARK, 3] = 255
+    palette = Image.fromarray(grey * 7)
+    palette.putpalette([0, 0, 0] * 256)  # every label looks black
+    return {
+        "ones.png": Image.fromarray(grey),
+        "sixteen.png": Image.fromarray((grey * 3).astype(np.uint16)),
+        "thirty_two.tiff": Image.fromarray(grey.astype(np.int32) * 70_000),
+        "float.tiff": Image.fromarray(grey.astype(np.float32)),
+        "bits.png": Image.fromarray(MARK),
+        "palette.png": palette,
+        "rgb.png": Image.fromarray(np.stack([grey * 0, grey * 9, grey * 0], axis=2)),
+        "rgba.png": Image.fromarray(rgba),
+        "alpha.png": Image.fromarray(only_alpha),
+        "lossy.jpg": Image.fromarray(grey * 255),
+        "labels.webp": Image.fromarray(np.stack([grey * 200] * 3, axis=2)),
+        "label.bmp": Image.fromarray(grey * 255),
+    }
+
+
+@pytest.mark.parametrize("name", mask_files())
+def test_a_mask_is_read_however_it_is_written(name, tmp_path) -> None:
+    options = {"quality": 90} if name.endswith("jpg") else {"lossless": True} if name.endswith("webp") else {}
+    mask_files()[name].save(tmp_path / name, **options)
+    example = Example("a", "a", "part", "test", True, (str(tmp_path / name),))
+    mask = read_mask(example, STORAGE, [example])
+    if name == "lossy.jpg":
+        assert mask.doubts == ("lossy: cut at half of the highest value",)
+        assert (mask.marked != MARK).sum() < 20
+    else:
+        assert mask.doubts == ()
+        assert (mask.marked == MARK).all()
+
+
+def drawn(path: Path, values: np.ndarray, **options) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values).save(path, **options)
+    return str(path)
+
+
+def test_what_is_doubtful_about_a_mask_is_said(tmp_path) -> None:
+    root = tmp_path / "set/part"
+    turned = Image.Exif()
+    turned[0x0112] = 6  # shown as 40 x 60
+    picture = np.full((40, 60, 3), 99, np.uint8)
+    drawn(root / "train/good/0.png", picture)
+    drawn(root / "test/OK/0.png", picture)
+    grey = (MARK * 255).astype(np.uint8)
+    for name, mask, options in (
+        ("inverted", 255 - grey, {}),
+        ("empty", grey * 0, {}),
+        ("larger", np.kron(grey, np.ones((2, 2), np.uint8)), {}),
+        ("turned", grey, {"exif": turned}),
+        ("fine", grey, {}),
+    ):
+        drawn(root / f"test/cut/{name}.jpg", picture, **options)
+        drawn(root / f"ground_truth/cut/{name}_mask.png", mask)
+        (root / f"ground_truth/cut/{name}.json").write_text("{}")
+    out = check(tmp_path / "set")
+    text = " ".join(out.stdout.split())
+    assert "6 images" not in text
+    assert "7 images, 4 problems" in text
+    assert "test images taken for good ones: OK; for defects: cut" in text
+    assert "is it inverted?" in text
+    assert "empty_mask.png: nothing is marked in it" in text
+    assert "larger_mask.png: 120 x 80 pixels, its image has 60 x 40" in text
+    assert "is the image turned by its EXIF, and the mask not?" in text
+    assert "2 sizes, from 60 x 40 to 40 x 60 pixels" in text
+
+
+def test_check_counts_pictures_that_a_square_would_squeeze(tmp_path) -> None:
+    for number, size in enumerate([(20, 100), (90, 40), (40, 40)]):
+        drawn(tmp_path / f"part/train/good/{number}.png", np.zeros((*size, 3), np.uint8))
+    drawn(tmp_path / "part/test/good/0.png", np.zeros((40, 40, 3), np.uint8))
+    text = " ".join(check(tmp_path).stdout.split())
+    assert "2 of 4 pictures are more than 1.5 times longer than wide" in text
+
+
+def test_masks_of_mvtec_loco_and_of_several_files_are_merged(tmp_path) -> None:
+    root = tmp_path / "set/part"
+    drawn(root / "validation/good/000.png", np.zeros((40, 60, 3), np.uint8))
+    drawn(root / "train/good/000.png", np.zeros((40, 60, 3), np.uint8))
+    other = np.zeros((40, 60), np.uint8)
+    other[30:35, 50:55] = 3
+    grey = (MARK * 255).astype(np.uint8)
+    drawn(root / "test/logical_anomalies/000.png", np.zeros((40, 60, 3), np.uint8))
+    drawn(root / "ground_truth/logical_anomalies/000/000.png", grey)
+    drawn(root / "ground_truth/logical_anomalies/000/001.png", other)
+    drawn(root / "test/scratch/a_1.png", np.zeros((40, 60, 3), np.uint8))
+    drawn(root / "ground_truth/scratch/a_1_mask_0.png", grey)
+    drawn(root / "ground_truth/scratch/a_1_mask_1.bmp", other)
+    examples = read_dataset(str(tmp_path / "set"), STORAGE)
+    assert [e.split for e in examples].count("validation") == 1
+    anomalous = [example for example in examples if example.anomalous]
+    assert len(anomalous) == 2
+    for example in anomalous:
+        assert (read_mask(example, STORAGE, examples).marked == (MARK | (other > 0))).all()

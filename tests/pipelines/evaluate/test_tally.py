@@ -13,7 +13,7 @@ from pipelines.runs.run import Run
 def test_any_batches_give_the_same_tallies(scored) -> None:
     run, data, rows = scored
     examples = read_dataset(str(data), Storage())
-    columns = ("uri", "category", "score", "anomaly_map", "map_height", "map_width")
+    columns = ("uri", "category", "score", "anomaly_map", "map_height", "map_width", "height", "width")
 
     def tallied(sizes: list[int]) -> dict[str, dict[str, float]]:
         total: dict[str, Tally] = {}
@@ -33,7 +33,7 @@ def test_any_batches_give_the_same_tallies(scored) -> None:
 def test_a_missing_mask_is_counted_and_left_out(scored) -> None:
     run, data, rows = scored
     (data / "bottle/ground_truth/cut/000_mask.png").unlink()
-    columns = ("uri", "category", "score", "anomaly_map", "map_height", "map_width")
+    columns = ("uri", "category", "score", "anomaly_map", "map_height", "map_width", "height", "width")
     batch = {name: np.array([row[name] for row in rows]) for name in columns}
     examples = read_dataset(str(data), Storage())
     (packed,) = count_batch(batch, Run.at(str(run)), examples)["tallies"]
