@@ -53,7 +53,7 @@ def board(seed: int, defect: tuple[int, int, int] | None = None) -> Image.Image:
     """A board: pads, tracks and chips in their places, moved by a few pixels; light and noise are the picture's own.
 
     Args:
-        defect: x, y and diameter of a dark or bright spot, pixels.
+        defect: x, y and diameter of a spot, pixels.
     """
     layout, rng = np.random.default_rng(7), np.random.default_rng(seed)
     picture = Image.new("RGB", (WIDTH, HEIGHT), (24, 92, 52))
@@ -71,7 +71,8 @@ def board(seed: int, defect: tuple[int, int, int] | None = None) -> Image.Image:
             draw.ellipse([left - 14, top, left - 4, top + 10], fill=(205, 190, 120))
     if defect is not None:
         x, y, size = defect
-        tone = (235, 230, 225) if rng.random() < 0.5 else (8, 10, 8)
+        around = np.asarray(picture.crop((x - size, y - size, x + size, y + size)), float).mean()
+        tone = (235, 230, 225) if around < 110 else (8, 10, 8)  # what people can see
         draw.ellipse([x - size / 2, y - size / 2, x + size / 2, y + size / 2], fill=tone)
     blurred = np.asarray(picture.filter(ImageFilter.GaussianBlur(0.6)), float)
     light = np.array(LIGHTS[seed % len(LIGHTS)]) * (1 + 0.1 * np.linspace(-1, 1, WIDTH))[None, :, None]

@@ -33,12 +33,15 @@ class Framing:
         side: R, the bundle's resolution, pixels.
         scale: frame pixels per picture pixel; for ``tiles`` alone.
         overlap: share of a tile's side that the next tile covers again, at least; for ``tiles`` alone.
+        white: the stored value that is white in pictures of more than 8 bits; None for the whole range of their type, 0
+            for each picture's own largest value.
     """
 
     kind: Literal["squash", "fit", "tiles"]
     side: int
     scale: float = 1.0
     overlap: float = 0.25
+    white: float | None = None
 
     def covered(self, height: int, width: int) -> tuple[int, int]:
         """h and w: what a picture of this size covers of its frame, pixels."""

@@ -146,6 +146,7 @@ def scored(tmp_path: Path, tiny_bundle) -> tuple[Path, Path, list[dict]]:
                 rows.append(
                     {"uri": str(image), "category": category, "score": float(anomaly_map.max()) + rng.normal() / 5}
                     | {"anomaly_map": anomaly_map.ravel(), "map_height": SIDE, "map_width": SIDE, "mask": mask}
+                    | {"height": SIDE, "width": SIDE}
                 )
     run = tmp_path / "run"
     (run / "results").mkdir(parents=True)

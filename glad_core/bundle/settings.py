@@ -114,6 +114,15 @@ class Settings(FrozenSettings):
         description="not in the paper: how a picture is seen, `squash` as one square, `fit` as one with its aspect "
         "ratio kept, `tiles` at a scale in overlapping squares; of several the most anomalous counts",
     )
+    white_level: float | None = Field(
+        None,
+        gt=0,
+        description="stored value that is white in pictures of more than 8 bits, such as 4095 of a 12-bit camera; "
+        "none: the whole range",
+    )
+    dark_level: float | None = Field(
+        None, gt=0, description="largest stored value below which a picture of more than 8 bits is said to be dark"
+    )
     picture_size: tuple[int, int] | None = Field(
         None, description="usual height and width of the training pictures, pixels"
     )
@@ -132,7 +141,9 @@ class Settings(FrozenSettings):
         """How each of the views frames a picture."""
         from glad_core.views import Framing
 
-        return tuple(Framing(view.kind, self.resolution, view.scale, view.overlap) for view in self.views)
+        return tuple(
+            Framing(view.kind, self.resolution, view.scale, view.overlap, self.white_level) for view in self.views
+        )
 
     def threshold_for(self, category: str | None) -> float | None:
         """The threshold of one category: its own in a bundle for several, else the bundle's."""

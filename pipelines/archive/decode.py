@@ -41,6 +41,7 @@ DECODED_SCHEMA = pa.schema(
         # The pixels of its frame in every view, one after the other; null if there is an error. Large: a block of huge
         # pictures may have more than 2 GiB.
         ("image", pa.large_binary()),
+        ("peak", pa.float64()),  # as of a `Picture`
         ("stage", pa.string()),
         ("error_type", pa.string()),
         ("message", pa.string()),
@@ -103,7 +104,7 @@ def _decode_row(
         picture = decoder(seconds).decode(data, framings)
     except ImageError as error:
         return out | {"stage": "decode", "error_type": error.kind, "message": str(error)}
-    return out | {"width": picture.width, "height": picture.height, "image": picture.packed}
+    return out | {"width": picture.width, "height": picture.height, "image": picture.packed, "peak": picture.peak}
 
 
 def _kept(row: dict[str, Any]) -> dict[str, Any]:

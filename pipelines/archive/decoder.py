@@ -130,7 +130,7 @@ def _ask(process: subprocess.Popen[bytes], request: dict[str, Any], data: bytes)
         raise EOFError
     pixels = np.frombuffer(packed, np.uint8)
     frames = [pixels[start:end].reshape(size) for start, end, size in zip(ends, ends[1:], sizes, strict=False)]
-    return Picture(frames, answer["width"], answer["height"], packed)
+    return Picture(frames, answer["width"], answer["height"], answer["peak"], packed)
 
 
 def serve() -> None:
@@ -162,7 +162,7 @@ def _decode(data: bytes, framings: list[Framing], seconds: int) -> tuple[dict[st
     except MemoryError:  # raised by resizing; `decode` handles its own
         return {"kind": "too_large", "message": TOO_MUCH}, []
     sizes = [frame.shape[:2] for frame in picture.frames]
-    return {"width": picture.width, "height": picture.height, "sizes": sizes}, picture.frames
+    return {"width": picture.width, "height": picture.height, "peak": picture.peak, "sizes": sizes}, picture.frames
 
 
 def _limit(kind: int, value: int) -> None:

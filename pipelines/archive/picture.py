@@ -63,6 +63,7 @@ class Picture:
     frames: list[np.ndarray]
     width: int
     height: int
+    peak: float | None = None  # largest stored value of a picture of more than 8 bits
     packed: bytes | None = None  # the bytes that the frames are views of, if they are one piece
 
     @property
@@ -80,9 +81,10 @@ def decode(data: bytes, framings: int | Sequence[Framing]) -> Picture:
     Raises:
         ImageError: not_an_image, damaged or too_large.
     """
-    image = decode_image(data)
+    framings = as_framings(framings)
+    image, peak = _decoded(data, framings[0].white)
     height, width = image.shape[:2]
-    return Picture([framing.frame(image) for framing in as_framings(framings)], width, height)
+    return Picture([framing.frame(image) for framing in framings], width, height, peak)
 
 
 def as_framings(framings: int | Sequence[Framing]) -> Sequence[Framing]:
@@ -96,9 +98,15 @@ def decode_image(data: bytes) -> np.ndarray:
     Raises:
         ImageError: not_an_image, damaged or too_large.
     """
+    return _decoded(data, None)[0]
+
+
+def _decoded(data: bytes, white: float | None) -> tuple[np.ndarray, float | None]:
+    """`decode_image`, and the largest stored value if there are more than 8 bits."""
     image = _open(data)
     try:
-        return np.asarray(to_rgb(image))
+        peak = float(np.asarray(image).max()) if is_deep(image.mode) else None
+        return np.asarray(to_rgb(image, white)), peak
     except ImageError:
         raise
     except Exception as error:
@@ -165,23 +173,30 @@ def _ignore_alpha(image: Image.Image) -> None:
             image.tile[number] = tile._replace(args=("A" if raw == "a" else raw, *tile.args[1:]))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def is_deep(mode: str) -> bool:
+    """Whether a Pillow mode has more than 8 bits a channel."""
+    return mode.startswith("I") or mode == "F"
+
+
+def to_rgb(image: Image.Image, white: float | None = None) -> Image.Image:
     """Any Pillow mode to RGB, 8 bits.
 
-    Transparency is ignored, as in the field's data loaders: cameras write files whose alpha is 0 everywhere. 16-bit
-    values are divided by 257, so that the full range stays the full range and nothing is clipped. Floating point is
-    taken as 0..1; CMYK is converted without a colour profile.
+    Transparency is ignored, as in the field's data loaders: cameras write files whose alpha is 0 everywhere. Of
+    more than 8 bits, ``white`` becomes 255, and what is brighter too (see `Framing`); without it the full range stays
+    the full range: 16-bit values are divided by 257, floating point is taken as 0..1. CMYK is converted without a
+    colour profile.
 
     Raises:
-        ImageError: damaged, if integers exceed 16 bits or floats leave 0..1.
+        ImageError: damaged, if values are negative or not finite; without ``white``, if integers exceed 16 bits or
+            floats 1.
     """
     mode = image.mode
-    if mode.startswith("I") or mode == "F":
+    if is_deep(mode):
         values = np.asarray(image).astype(np.float64)
-        top = 1.0 if mode == "F" else 65535.0
-        if not np.isfinite(values).all() or values.min() < 0 or values.max() > top:
+        top = (1.0 if mode == "F" else 65535.0) if white is None else white or max(float(values.max()), 1e-9)
+        if not np.isfinite(values).all() or values.min() < 0 or (white is None and values.max() > top):
             raise ImageError("damaged", f"grey values outside 0..{top:g} cannot be brought to 8 bits")
-        image = Image.fromarray(np.round(values * (255 / top)).astype(np.uint8))
+        image = Image.fromarray(np.round(np.minimum(values * (255 / top), 255)).astype(np.uint8))
     if mode == "La":  # as in `_ignore_alpha`: converted, its grey would be divided by alpha
         image = Image.frombytes("LA", image.size, image.tobytes())
     return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it

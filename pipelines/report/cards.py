@@ -13,6 +13,7 @@ from matplotlib import colormaps
 from PIL import Image
 
 from cluster.storage import StorageError
+from glad_core.views import Framing
 from pipelines.archive.fetch import fetch
 from pipelines.archive.picture import ImageError, decode, decode_image
 from pipelines.runs.query import is_decided
@@ -64,7 +65,7 @@ def make_card(
         most_bytes: of the card's pictures together, as encoded in the page.
     """
     tile = deciding_tile(row)
-    source, closer, problem = _source_picture(run, manifest_row, tile)
+    source, closer, problem = _source_picture(run, manifest_row, tile, run.settings_of(row["category"]).white_level)
     repaired = row["reconstruction"]
     # Of an undecided result nothing is drawn: no heat, no contour.
     anomaly_map = _shrink(np.nan_to_num(run.full_map(row), nan=0, posinf=0, neginf=0))
@@ -86,6 +87,7 @@ def make_card(
         "delta": run.settings_of(row["category"]).delta,
         "width": row["width"],
         "height": row["height"],
+        "doubt": row.get("doubt"),
         "seconds": _rounded(row["seconds"]),
         "model": row["model_id"],
         "input": None if source is None else webp(source, int(most * INPUT_SHARE)),
@@ -113,7 +115,7 @@ def _box(tile: dict[str, Any], width: int, height: int) -> list[float]:
 
 
 def _source_picture(
-    run: Run, manifest_row: dict[str, Any] | None, tile: dict[str, Any] | None
+    run: Run, manifest_row: dict[str, Any] | None, tile: dict[str, Any] | None, white: float | None
 ) -> tuple[Image.Image | None, Image.Image | None, str | None]:
     """The image, `SIDE` pixels wide, and its tile, or the reason why it can no longer be read."""
     if manifest_row is None:
@@ -122,8 +124,9 @@ def _source_picture(
         # Once: a page is made of results, and hundreds of its images may be out of reach.
         data = fetch(replace(run.storage, attempts=1), manifest_row)
         if tile is None:
-            return Image.fromarray(decode(data, SIDE).pixels), None, None
-        whole = Image.fromarray(decode_image(data))
+            return Image.fromarray(decode(data, (Framing("squash", SIDE, white=white),)).pixels), None, None
+        # At its own size.
+        whole = Image.fromarray(decode(data, (Framing("tiles", 1, white=white),)).pixels)
     except ImageError as error:
         return None, None, f"{error.kind}: {error}"
     except StorageError as error:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from cluster.storage import Storage, clear_errors
+from glad_core.bundle.settings import Settings
 from glad_core.errors import GladError
 from pipelines.archive.fetch import fetch
 from pipelines.archive.picture import ImageError, decode, decode_image
@@ -44,9 +45,7 @@ def show(run_folder: str, top: int, out: str, console: Console) -> None:
         raise GladError(f"{run.location}: the run judged no image; see {run.path(ERRORS)}")
     if rows[0]["reconstruction"] is None:
         console.print("The run has no reconstructions to show: score with --reconstructions to keep them.")
-    pictures = [
-        _input(manifest.get(row["image_id"]), run.storage, run.settings_of(row["category"]).resolution) for row in rows
-    ]
+    pictures = [_input(manifest.get(row["image_id"]), run.storage, run.settings_of(row["category"])) for row in rows]
     maps = [np.nan_to_num(run.full_map(row), nan=0, posinf=0, neginf=0) for row in rows]
     save_figure(_sheet(rows, pictures, maps), out, run.storage)
     console.print(f"{len(rows)} images in {escape(out)}", highlight=False)
@@ -70,12 +69,12 @@ def highest(results: pads.Dataset, top: int) -> tuple[list[dict[str, Any]], int]
     return rows, results.count_rows() - results.count_rows(filter=decided)
 
 
-def _input(manifest_row: dict[str, Any] | None, storage: Storage, resolution: int) -> np.ndarray | None:
-    """The image as it was scored, uint8 [R, R, 3]; None if it was moved or changed since."""
+def _input(manifest_row: dict[str, Any] | None, storage: Storage, settings: Settings) -> np.ndarray | None:
+    """The image as its first view saw it, uint8 [h, w, 3]; None if it was moved or changed since."""
     if manifest_row is None:
         return None
     try:
-        return decode(fetch(storage, manifest_row), resolution).pixels
+        return decode(fetch(storage, manifest_row), settings.framings()).pixels
     except ImageError:
         return None
 

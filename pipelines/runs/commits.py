@@ -19,7 +19,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -48,6 +48,7 @@ class Written:
     staged: str
     files: tuple[str, ...]
     sizes: tuple[int, ...]
+    doubtful: int = 0  # of the scored
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Written:
@@ -59,7 +60,7 @@ class Written:
 class _Commit(Written):
     """A commit as it is stored: with the id of its run, in case files of another run have been left in the folder."""
 
-    run: str
+    run: str = field(kw_only=True)
 
 
 _COMMIT = TypeAdapter(_Commit)
@@ -326,4 +327,5 @@ def _sum(parts: Sequence[Written]) -> Written:
         staged=parts[0].staged,
         files=tuple(file for part in parts for file in part.files),
         sizes=tuple(size for part in parts for size in part.sizes),
+        doubtful=sum(part.doubtful for part in parts),
     )

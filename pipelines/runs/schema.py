@@ -43,6 +43,7 @@ RESULTS_SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("seconds", pa.float32()),
         ("tiles", pa.list_(TILE)),
+        ("doubt", pa.string()),
     ]
 )
 ERRORS_SCHEMA = pa.schema(
@@ -69,6 +70,7 @@ WRITTEN_SCHEMA = pa.schema(
         ("scored", pa.int64()),
         ("anomalies", pa.int64()),
         ("errors", pa.int64()),
+        ("doubtful", pa.int64()),
         ("staged", pa.string()),
         ("files", pa.list_(pa.string())),
         ("sizes", pa.list_(pa.int64())),

@@ -23,7 +23,7 @@ ROW_GROUP_BYTES = 8 * 2**20  # before compression; the writer needs ten times as
 WRITE_BATCH = 2**16  # values that are encoded at a time; full-size maps have four times as many
 # How the columns are written. A map has too many values for a dictionary, and a PNG is compressed. Byte-stream split
 # makes maps a quarter smaller, but DuckDB and Polars do not read it for float16.
-REPEATING = {"category", "model_id", "stop_reason", "stage", "error_type"}
+REPEATING = {"category", "model_id", "stop_reason", "doubt", "stage", "error_type"}
 UNSORTED = {"steps", "anomaly_map", "reconstruction", "tiles"}  # their least and largest values find no row
 LEAVES = {
     "steps": ("steps.list.element.timestep", "steps.list.element.score"),
@@ -66,6 +66,7 @@ class ResultsWriter:
             "scored": len(results),
             "anomalies": pc.sum(results["is_anomalous"]).as_py() or 0,
             "errors": len(errors),
+            "doubtful": len(results) - results["doubt"].null_count,
             "staged": self.staged,
             "files": list(files),
             "sizes": [self._write_file(file, table) for file, table in files.items()],

@@ -137,7 +137,9 @@ def _close(job: Job, opened: Opened, started: datetime, seconds: float) -> None:
         raise GladError(f"{run.location}: {missing} of {plan.shards} shards are missing; run the command again")
     totals = _totals(commits.values())
     anomalies = totals["anomalies"] if _has_threshold(job, opened) else None
-    counts = Counts(plan.images, totals["scored"], anomalies, totals["errors"], plan.duplicates, plan.blank)
+    counts = Counts(
+        plan.images, totals["scored"], anomalies, totals["errors"], plan.duplicates, plan.blank, totals["doubtful"]
+    )
     record = run_record(job.request, job.identity, run, job.models, opened.actors, counts, started, seconds)
     complete(run, plan, commits, record)
     _log(opened).info("complete: %d scored, %d errors", counts.scored, counts.errors)
@@ -155,7 +157,9 @@ def _has_threshold(job: Job, opened: Opened) -> bool:
 
 def _totals(commits: Iterable[Written]) -> dict[str, int]:
     commits = list(commits)
-    return {name: sum(getattr(commit, name) for commit in commits) for name in ("scored", "anomalies", "errors")}
+    return {
+        name: sum(getattr(commit, name) for commit in commits) for name in ("scored", "anomalies", "errors", "doubtful")
+    }
 
 
 def _log(opened: Opened) -> Any:

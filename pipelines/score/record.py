@@ -90,6 +90,8 @@ def print_counts(run: Run, counts: Counts, seconds: float, console: Console) -> 
     anomalies = "- (the bundle has no threshold)" if counts.anomalies is None else str(counts.anomalies)
     table.add_row("anomalies", anomalies)
     table.add_row("errors", str(counts.errors) + (f" (see {run.path(ERRORS)})" if counts.errors else ""))
+    if counts.doubtful:
+        table.add_row("doubtful", f"{counts.doubtful} (the column 'doubt' of the results says why)")
     if counts.duplicates:
         table.add_row("listed twice", f"{counts.duplicates} (scored once)")
     if counts.blank:

@@ -54,7 +54,8 @@ class ScoreRequest:
 class Counts:
     """``images`` of the manifest = ``scored`` + ``errors``. ``anomalies`` of the scored, None without a threshold.
 
-    ``duplicates`` were listed more than once and scored once; ``blank`` entries of a list named nothing.
+    ``duplicates`` were listed more than once and scored once; ``blank`` entries of a list named nothing. Of the scored,
+    ``doubtful`` ones differ from what the model was trained for (column ``doubt``).
     """
 
     images: int
@@ -63,3 +64,4 @@ class Counts:
     errors: int
     duplicates: int
     blank: int = 0
+    doubtful: int = 0

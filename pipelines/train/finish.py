@@ -50,7 +50,9 @@ def _finish(job: TrainJob, surveyed: Survey, checkpoint: Any, deliver: Deliver, 
     if is_half(base):
         model.unet.half().float()  # calibrate what will be stored
         model.vae.half().float()
-    model = replace(model, settings=model.settings.model_copy(update={"views": job.views or model.settings.views}))
+    views = job.views or model.settings.views
+    levels = {"white_level": surveyed.white_level, "dark_level": surveyed.dark_level}
+    model = replace(model, settings=model.settings.model_copy(update={"views": views, **levels}))
     held_out = list(read_frames(surveyed.held_out, model.settings.framings(), job.storage))
     total, done = judged_images(held_out, model.settings), 0
 

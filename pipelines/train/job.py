@@ -88,7 +88,7 @@ def run_training(
 
     job = replace(job, storage=job.storage.patient())
     surveyed = _survey(job, images, events)
-    job = _with_views(replace(job, images=surveyed.fit), surveyed, events)
+    job = _with_views(replace(job, images=surveyed.fit, white_level=surveyed.white_level), surveyed, events)
     if prepare is not None:
         prepared = prepare(job, surveyed)
         if isinstance(prepared, Outcome):
@@ -107,6 +107,9 @@ def _survey(job: TrainJob, images: dict[str, list[GoodImage]], events: Any) -> S
     surveyed = survey(images, description.settings["resolution"], job.storage)
     for uri, reason in surveyed.skipped:
         send(warning=f"{uri}: {reason}; skipped")
+    if surveyed.white_level is not None:
+        brightest = f"pictures of more than 8 bits, the brightest value {max(surveyed.peaks):g}"
+        send(warning=f"{brightest}: {surveyed.white_level:g} is taken for white")
     if len(surveyed.sizes) > 1:
         send(warning=f"images of {len(surveyed.sizes)} sizes ({', '.join(surveyed.sizes[:3])}, …)")
     return surveyed

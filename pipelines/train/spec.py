@@ -50,13 +50,14 @@ class TrainJob:
     makers: int = 1
     device: str = "cpu"
     views: tuple[View, ...] | None = None
+    white_level: float | None = None
 
     def framings(self, resolution: int) -> tuple[Framing, ...]:
         """How training sees pictures: as the bundle's views do. Features are adapted to whole pictures."""
         views = self.views or (View(),)
         if self.part == "dino":
-            return (Framing("squash", resolution),)
-        return tuple(Framing(view.kind, resolution, view.scale, view.overlap) for view in views)
+            return (Framing("squash", resolution, white=self.white_level),)
+        return tuple(Framing(view.kind, resolution, view.scale, view.overlap, self.white_level) for view in views)
 
     @property
     def threads(self) -> int:

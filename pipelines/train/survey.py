@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 from cluster.storage import Storage, StorageError
 from glad_core.errors import GladError
+from glad_core.views import Framing
 from pipelines.archive.fetch import Row, fetch, neighbours
 from pipelines.archive.picture import ImageError, decode
 from pipelines.train.good_images import GoodImage
@@ -25,6 +27,7 @@ class Survey:
 
     ``skipped`` holds (URI, reason); ``sizes`` the different "width x height" of all images; ``fingerprint`` is a hash
     of the decoded pixels of all usable images. ``shapes`` are their heights and widths.
+    ``peaks`` are the largest stored values of those of more than 8 bits.
     """
 
     fit: list[GoodImage]
@@ -33,6 +36,23 @@ class Survey:
     sizes: list[str]
     fingerprint: str
     shapes: list[tuple[int, int]]
+    peaks: list[float] = field(default_factory=list)
+
+    @property
+    def white_level(self) -> float | None:
+        """The white of pictures of more than 8 bits: the end of the range of as many bits as they use, 8 at least.
+
+        Of fractions 1; None if all pictures have 8 bits.
+        """
+        if not self.peaks:
+            return None
+        peak = max(self.peaks)
+        return 1.0 if peak <= 1 else float(2 ** max(8, math.ceil(math.log2(peak + 1))) - 1)
+
+    @property
+    def dark_level(self) -> float | None:
+        """Half the peak of the darkest of them."""
+        return min(self.peaks) / 2 or None if self.peaks else None
 
 
 def survey(candidates: dict[str, list[GoodImage]], resolution: int, storage: Storage) -> Survey:
@@ -65,7 +85,8 @@ def survey(candidates: dict[str, list[GoodImage]], resolution: int, storage: Sto
         fit += sorted(order[count:], key=lambda image: image.uri)
     sizes = sorted({row["size"] for row in rows.values() if row["size"]})
     shapes = [(int(height), int(width)) for image in [*fit, *held_out] for width, height in [_parts(rows[image.uri])]]
-    return Survey(fit, held_out, skipped, sizes, _fingerprint([*fit, *held_out]), shapes)
+    peaks = [float(rows[image.uri]["peak"]) for image in [*fit, *held_out] if rows[image.uri]["peak"]]
+    return Survey(fit, held_out, skipped, sizes, _fingerprint([*fit, *held_out]), shapes, peaks)
 
 
 def _parts(row: dict[str, str]) -> list[str]:
@@ -87,15 +108,17 @@ def _examine(uris: list[str], resolution: int, storage: Storage) -> dict[str, di
 
 
 def _examine_one(storage: Storage, row: Row, near: list[Row], resolution: int) -> dict[str, str]:
+    framings = (Framing("squash", resolution, white=0),)  # the white level is not known yet
     try:
         try:
-            picture = read_picture(storage, row["uri"], resolution)
+            picture = read_picture(storage, row["uri"], framings)
         except StorageError:  # unless it is this image's own fault
-            picture = decode(fetch(storage, row, lambda: neighbours(row, near)), resolution)
+            picture = decode(fetch(storage, row, lambda: neighbours(row, near)), framings)
     except ImageError as error:
-        return {"digest": "", "reason": str(error), "size": ""}
+        return {"digest": "", "reason": str(error), "size": "", "peak": ""}
+    digest = hashlib.sha256(picture.pixels.tobytes()).hexdigest()
     size = f"{picture.width} x {picture.height}"
-    return {"digest": hashlib.sha256(picture.pixels.tobytes()).hexdigest(), "reason": "", "size": size}
+    return {"digest": digest, "reason": "", "size": size, "peak": str(picture.peak or "")}
 
 
 def _fingerprint(images: list[GoodImage]) -> str:

@@ -239,7 +239,7 @@ function open(index) {
     return panel;
   }));
   const facts = { score: short(card.score), threshold: short(card.threshold), "stopped at step": card.step ?? "none", "stop reason": stopReason(card.reason),
-    "truth": card.truth, category: card.category, size: `${card.width} × ${card.height}`, "model time": `${short(card.seconds)} s`, model: card.model, id: card.id };
+    doubt: card.doubt, "truth": card.truth, category: card.category, size: `${card.width} × ${card.height}`, "model time": `${short(card.seconds)} s`, model: card.model, id: card.id };
   detail.querySelector("dl").replaceChildren(...Object.entries(facts).filter(([, value]) => value).flatMap(([name, value]) => {
     const [term, definition] = [document.createElement("dt"), document.createElement("dd")];
     [term.textContent, definition.textContent] = [name, value];

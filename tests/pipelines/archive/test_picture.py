@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from glad_core.images import resize, to_tensor
-from pipelines.archive.picture import ImageError, decode_image, is_image
+from glad_core.views import Framing
+from pipelines.archive.picture import ImageError, decode, decode_image, is_image
 
 
 def encode(image, format="PNG", **options):
@@ -159,3 +160,26 @@ def test_to_tensor_range_and_layout():
     assert tensor.shape == (2, 3, 4, 4)
     assert tensor[0].unique().tolist() == [-1]
     assert tensor[1].unique().tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("values", "suffix", "white", "expected"),
+    [
+        ((np.arange(4096).reshape(64, 64)).astype(np.uint16), "PNG", 4095, 255),
+        ((np.arange(4096).reshape(64, 64)).astype(np.uint16), "TIFF", None, 16),  # nearly black, as before
+        ((np.arange(4096).reshape(64, 64)).astype(np.uint16), "TIFF", 0, 255),
+        ((np.arange(4096).reshape(64, 64) * 40).astype(np.int32), "TIFF", 2**18 - 1, 159),
+        ((np.arange(4096).reshape(64, 64) / 40).astype(np.float32), "TIFF", 204.75, 128),
+        ((np.arange(4096).reshape(64, 64)).astype(np.uint16), "PNG", 1023, 255),
+    ],
+)
+def test_the_white_level_is_white(values, suffix, white, expected):
+    decoded = decode(encode(Image.fromarray(values), suffix), (Framing("squash", 64, white=white),))
+    assert decoded.peak == values.max()
+    assert decoded.pixels.max() == pytest.approx(expected, abs=1)
+    if white == 1023:
+        assert (decoded.pixels == 255).mean() > 0.7  # clipped, and counted by its peak
+
+
+def test_pictures_of_8_bits_have_no_peak():
+    assert decode(encode(Image.fromarray(picture())), 16).peak is None

@@ -124,7 +124,7 @@ def test_drift_leaves_them_out(undecided, none_decided) -> None:
 
 def test_metrics_leave_them_out(undecided) -> None:
     table = undecided.run.results().to_table()
-    columns = ["uri", "category", "score", "anomaly_map", "map_height", "map_width"]
+    columns = ["uri", "category", "score", "anomaly_map", "map_height", "map_width", "height", "width"]
     batch = {name: np.array([*table[name].to_pylist(), None], object)[:-1] for name in columns}
     examples = read_dataset(str(undecided.data), undecided.run.storage)
     tallies = unpack(count_batch(batch, undecided.run, examples)["tallies"][0])

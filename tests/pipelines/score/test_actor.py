@@ -16,13 +16,13 @@ from cluster.storage import Storage
 from glad_core import adaptive
 from glad_core.bundle.glad_json import update_settings, write_description
 from glad_core.bundle.model import load_bundle
-from glad_core.bundle.settings import Settings
+from glad_core.bundle.settings import Settings, View
 from glad_core.errors import GladError
 from pipelines.archive.decode import DECODED_SCHEMA
 from pipelines.models import registry
 from pipelines.models.find import find_models
 from pipelines.runs.schema import RESULTS_SCHEMA, SCORED_SCHEMA
-from pipelines.score.actor import ActorSettings, GladActor
+from pipelines.score.actor import ActorSettings, GladActor, doubt_about
 
 SIDE = 32
 
@@ -188,7 +188,7 @@ def test_a_bundle_that_was_replaced_stops_the_job(registered, tiny_bundle, tmp_p
 STARTED = """
 import sys
 from cluster.storage import Storage
-from pipelines.score.actor import ActorSettings, GladActor
+from pipelines.score.actor import ActorSettings, GladActor, doubt_about
 from pipelines.models.find import find_models
 
 models = find_models(sys.argv[1], Storage())
@@ -247,3 +247,18 @@ def test_a_picture_of_several_views_and_tiles_is_one_result(tiny_bundle, tmp_pat
         assert row["score"] == pytest.approx(apart[image_id]["score"], abs=1e-4)
         stops = [(tile["stop_step"], tile["stop_reason"]) for tile in row["tiles"]]
         assert stops == [(tile["stop_step"], tile["stop_reason"]) for tile in apart[image_id]["tiles"]]
+
+
+def test_what_the_model_was_not_made_for_is_said():
+    usual = Settings(resolution=64, feature_resolution=64, white_level=4095, dark_level=500)
+    row = {"height": 64, "width": 64, "peak": 3000.0}
+    assert doubt_about(usual, row) is None
+    assert doubt_about(usual, row | {"width": 100}) == "1.6 times longer than wide, seen as a square"
+    assert doubt_about(usual, row | {"width": 100, "peak": None}) == "1.6 times longer than wide, seen as a square"
+    assert "larger than the model sees" in doubt_about(usual, row | {"width": 300, "height": 290})
+    assert doubt_about(usual, row | {"peak": 5000.0}) == "brighter than the white level"
+    assert doubt_about(usual, row | {"peak": 40.0}) == "far darker than the training pictures"
+    trained = usual.model_copy(update={"picture_size": (300, 900)})
+    assert doubt_about(trained, row | {"height": 300, "width": 900}) is None
+    tiled = usual.model_copy(update={"views": (View(), View(kind="tiles"))})
+    assert doubt_about(tiled, row | {"height": 300, "width": 900}) is None

@@ -1,6 +1,7 @@
 import errno
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from pipelines.train.good_images import GoodImage
 from pipelines.train.survey import HELD_OUT_MAX, survey
 
 STORAGE = Storage()
+PEAKS = {"001.png": "3000.0", "002.png": "2000.0"}
 
 
 @pytest.fixture
@@ -26,9 +28,9 @@ def unreadable(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         for uri in uris:
             name = uri.rpartition("/")[2]
             digest = hashlib.sha256(name.encode()).hexdigest()
-            rows[uri] = {"digest": digest, "reason": "", "size": "40 x 40"}
+            rows[uri] = {"digest": digest, "reason": "", "size": "40 x 40", "peak": PEAKS.get(name, "")}
             if name in names:
-                rows[uri] = {"digest": "", "reason": "damaged", "size": ""}
+                rows[uri] = {"digest": "", "reason": "damaged", "size": "", "peak": ""}
         return rows
 
     monkeypatch.setattr(survey_file, "_examine", examine)
@@ -115,3 +117,14 @@ def test_one_forbidden_image_is_skipped_and_a_disk_that_forbids_all_stops(tmp_pa
     forbidden |= {row["uri"] for row in rows}
     with pytest.raises(StorageError, match="permission denied"):
         survey_file._examine_one(STORAGE, rows[1], rows, 8)
+
+
+@pytest.mark.usefixtures("unreadable")
+def test_the_levels_of_deep_pictures() -> None:
+    surveyed = survey({"nut": images(30)}, 32, STORAGE)
+    assert sorted(surveyed.peaks) == [2000.0, 3000.0]
+    assert (surveyed.white_level, surveyed.dark_level) == (4095.0, 1000.0)
+    assert replace(surveyed, peaks=[]).white_level is None
+    assert replace(surveyed, peaks=[0.8]).white_level == 1.0
+    assert replace(surveyed, peaks=[65535.0]).white_level == 65535.0
+    assert replace(surveyed, peaks=[100.0]).white_level == 255.0
