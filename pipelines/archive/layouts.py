@@ -9,9 +9,7 @@ VisA and PCB-Bank:            split_csv/1cls.csv or 1cls.csv with the columns ob
 
 from __future__ import annotations
 
-import codecs
 import csv
-import io
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from pathlib import PurePosixPath
 from cluster.storage import Storage, StorageError, absolute, clear_errors, is_s3, join
 from glad_core.errors import GladError, did_you_mean
 from pipelines.archive.picture import is_image
+from pipelines.archive.uri_list import csv_rows
 
 SPLIT_FILES = ("split_csv/1cls.csv", "1cls.csv")
 SPLIT_COLUMNS = {"object", "split", "label", "image", "mask"}
@@ -151,19 +150,6 @@ def read_split_file(root: str, storage: Storage) -> list[Example] | None:
         raise GladError(f"{file}: no text in UTF-8 or UTF-16; VisA's split file is expected") from error
 
 
-def csv_rows(data: bytes) -> csv.DictReader[str]:
-    """The rows of a CSV file as programs write it: UTF-8 or UTF-16, commas, semicolons or tabs, blanks after them.
-
-    Raises:
-        UnicodeDecodeError: neither of the two.
-    """
-    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    text = data.decode("utf-16" if utf16 else "utf-8-sig")
-    header = text.partition("\n")[0]
-    delimiter = max(",;\t", key=header.count)
-    return csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
-
-
 def _split_example(row: dict[str, str | None], root: str, line: str) -> Example:
     if not row["image"] or row["mask"] is None:
         raise GladError(f"{line} has too few columns; the file may be cut off")
@@ -220,6 +206,8 @@ def good_images(location: str, category: str | None, storage: Storage) -> dict[s
 def _choose_several(known: Collection[str], category: str | None, location: str) -> list[str]:
     if category == "all":
         return list(known)
+    if category is not None and category in known:  # it may have a comma
+        return [category]
     names: list[str | None] = [None] if category is None else [name.strip() for name in category.split(",")]
     return [choose_category(known, name, location) for name in names]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from cluster import session
 from cluster.storage import Entry, Storage, StorageError, UnorderedError, absolute, clear_errors, is_s3, join
 from glad_core.errors import GladError
 from pipelines.archive.key_ranges import cut
-from pipelines.archive.rows import LeftOut, Row
+from pipelines.archive.rows import OUTSIDE, LeftOut, Row
 from pipelines.archive.sources import Tree, list_source, tree_rows, trees_of, with_categories
 from pipelines.archive.uri_list import LIST_SUFFIXES
 
@@ -76,6 +77,7 @@ class Counts(NamedTuple):
     rows: int
     duplicates: int
     blank: int
+    others: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Listed:
     rows: tuple[int, ...]
     duplicates: int
     blank: int
+    left_out: dict[str, int]
 
 
 def list_remotely(source: str, category: str | None, storage: Storage, folder: str, several: bool) -> Listed:
@@ -107,12 +110,15 @@ def _list_pieces(archive: Archive, folder: str, in_ranges: bool = True) -> Liste
     source = archive.source
     opening: Any = ray.remote(num_cpus=TASK_CPUS)(split)
     listing: Any = ray.remote(num_cpus=TASK_CPUS, num_returns=2)(write_manifest)
+    counting: Any = ray.remote(num_cpus=TASK_CPUS)(count_outside)
     checking: Any = ray.remote(num_cpus=TASK_CPUS)(count_repeated)
     tasks: list[Any] = []
     try:
         pieces = ray.get(opening.remote(archive, in_ranges))
+        beside = counting.remote(archive)
         tasks = [listing.remote(archive, piece, number, folder) for number, piece in enumerate(pieces)]
         counts: list[Counts] = ray.get([task for task, _ in tasks])
+        others = Counter({OUTSIDE: ray.get(beside)})
         repeated = ray.get(checking.remote(*[ids for _, ids in tasks]))
     except BaseException as error:
         counted = [task for task, _ in tasks]
@@ -123,14 +129,16 @@ def _list_pieces(archive: Archive, folder: str, in_ranges: bool = True) -> Liste
         if isinstance(error, ray.exceptions.RayError):
             raise session.root_cause(error, GladError, StorageError) from None
         raise
-    rows, duplicates, blank = zip(*counts, strict=True)
+    rows, duplicates, blank, reasons = zip(*counts, strict=True)
+    for reason in reasons:
+        others.update(reason)
     if not sum(rows):
         raise GladError(f"{source}: no images in it; name a folder, glob, list or tar that holds some")
     if repeated:  # every path has an id of its own, so a path was listed twice
         raise GladError(
             f"{source}: {repeated} files were listed twice; give the same command again when nobody writes there"
         )
-    return Listed(rows, sum(duplicates), sum(blank))
+    return Listed(rows, sum(duplicates), sum(blank), {reason: count for reason, count in others.items() if count})
 
 
 def split(archive: Archive, in_ranges: bool = True) -> list[list[Part] | None]:
@@ -165,6 +173,17 @@ def split(archive: Archive, in_ranges: bool = True) -> list[list[Part] | None]:
         folders += part[2] is None
         piece.append(part)
     return [*pieces, piece]
+
+
+def count_outside(archive: Archive) -> int:
+    """Files of the datasets in an archive that are not listed, since they lie outside of a test set."""
+    source, storage = archive.source, archive.storage
+    count = 0
+    for tree in trees_of(source, archive.category, storage, archive.several) or []:
+        if tree.folder != source:
+            home, _, test = tree.folder.rpartition("/")
+            count += sum(not file.path.startswith(f"{test}/") for file in storage.entries(home))
+    return count
 
 
 def _in_ranges(parts: list[Part], flat: set[Part], storage: Storage) -> list[Part]:
@@ -235,7 +254,8 @@ def write_manifest(
         stream = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(batch, schema=MANIFEST_SCHEMA), stream, use_dictionary=REPEATING)
         archive.storage.write(_part(folder, number, part), stream.getvalue())
-    return Counts(len(ids) // ID_BYTES, left_out.duplicates, left_out.blank), np.frombuffer(bytes(ids), f"S{ID_BYTES}")
+    counts = Counts(len(ids) // ID_BYTES, left_out.duplicates, left_out.blank, dict(left_out.others))
+    return counts, np.frombuffer(bytes(ids), f"S{ID_BYTES}")
 
 
 def _piece_rows(piece: Sequence[Part], archive: Archive, left_out: LeftOut) -> Iterator[Row]:
@@ -246,7 +266,7 @@ def _piece_rows(piece: Sequence[Part], archive: Archive, left_out: LeftOut) -> I
         return archive.storage.entries(location, prefix=prefix, after=part[3], last=part[4])
 
     rows = (row for part in piece for row in tree_rows(part[0], files(part), archive.storage, left_out))
-    return with_categories(rows, archive.source, archive.category) if archive.several else rows
+    return with_categories(rows, archive.source, archive.category, archive.storage) if archive.several else rows
 
 
 def _unique(rows: Iterable[Row], left_out: LeftOut) -> Iterator[Row]:

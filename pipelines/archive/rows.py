@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.storage import ChangedError, Entry, Listed, Storage, StorageError, explain, is_s3, is_trouble
@@ -11,16 +13,26 @@ from pipelines.archive.picture import is_image
 from pipelines.archive.tar import Index, Member, read_index
 from pipelines.archive.uris import image_id, printable, tar_uri
 
+# Files that systems leave beside pictures, which nobody means.
+HIDDEN = re.compile(r"(^|/)(\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini|__MACOSX/.*)$", re.IGNORECASE)
+# Why a file or entry has no row, as users read it.
+IN_TARS, SYSTEM_FILES, COMMENTS, OUTSIDE = (
+    "files in tars that are no images",
+    "hidden files of a system",
+    "comments of the list",
+    "files of the dataset outside of its test set",
+)
 LONGEST_MESSAGE = 500  # characters
 Row = dict[str, Any]
 
 
 @dataclass
 class LeftOut:
-    """What has no row: ``duplicates`` of images that have one, and ``blank`` entries of a list."""
+    """What has no row: ``duplicates`` of images that have one, ``blank`` entries of a list, and others by reason."""
 
     duplicates: int = 0
     blank: int = 0
+    others: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,9 @@ def file_rows(
         path: within the archive.
         file: size and version, as far as they are known.
     """
+    if HIDDEN.search(path):
+        left_out.others[SYSTEM_FILES] += 1
+        return ()
     if uri.lower().endswith((".tar", ".tar.gz", ".tgz")):
         return _tar_rows(uri, path, file, category, storage, left_out)
     return (image_row(uri, image_id(path), category, file.size, file.version),)
@@ -66,7 +81,11 @@ def _tar_rows(
     tar = read_tar(uri, file, storage)
     left_out.duplicates += sum(map(is_image, tar.index.repeated))
     for member in tar.index.files():
-        if is_image(member.name):  # WebDataset's other members (.json, .cls, .txt) are skipped
+        if HIDDEN.search(member.name):
+            left_out.others[SYSTEM_FILES] += 1
+        elif not is_image(member.name):  # such as WebDataset's .json, .cls and .txt
+            left_out.others[IN_TARS] += 1
+        else:
             yield _member_row(member, uri, path, tar.version, category)
     if tar.error is not None:  # the images before the damage have their rows
         yield error_row(uri, image_id(path), category, *tar.error)

@@ -20,7 +20,7 @@ from cluster.locations import SCHEME, UNSPEAKABLE
 from cluster.storage import Entry, Storage, StorageError, absolute, clear_errors, is_s3, join, spelled
 from glad_core.errors import GladError
 from pipelines.archive.layouts import category_folders, choose_category, read_split_file, split_file, split_folder
-from pipelines.archive.rows import LeftOut, Row, Tar, error_row, file_rows, image_row, member_row, read_tar
+from pipelines.archive.rows import HIDDEN, LeftOut, Row, Tar, error_row, file_rows, image_row, member_row, read_tar
 from pipelines.archive.uri_list import LIST_SUFFIXES, read_list
 from pipelines.archive.uris import image_id, one_line, path_of, printable, split_tar_uri
 
@@ -66,7 +66,7 @@ def list_source(
         raise GladError(f"{source}: --category chooses within a dataset's folder, and this is no folder; leave it out")
     else:
         rows = _list_no_folder(source, storage, left_out)
-    return with_categories(rows, source, category) if several else rows
+    return with_categories(rows, source, category, storage) if several else rows
 
 
 def trees_of(source: str, category: str | None, storage: Storage, several: bool = False) -> list[Tree] | None:
@@ -78,6 +78,8 @@ def trees_of(source: str, category: str | None, storage: Storage, several: bool 
     if storage.kind(source) != "folder" or split_file(source, storage) is not None:
         return None
     folders = category_folders(source, storage)
+    if category is None and source not in folders.values() and not _nothing_else(source, folders, storage):
+        folders = {}  # no dataset as such, so every file is an image of the archive
     if several and (category is None or category in folders):
         chosen = list(folders) if category is None else [category]
     elif several:  # the category is a name for whatever is there
@@ -88,6 +90,11 @@ def trees_of(source: str, category: str | None, storage: Storage, several: bool 
     tests = {name: split_folder(folders[name], "test", storage) or join(folders[name], "test") for name in chosen}
     trees = [Tree(test, f"{name}/{test.rpartition('/')[2]}/", printable(name)) for name, test in tests.items()]
     return trees or [Tree(source)]
+
+
+def _nothing_else(source: str, folders: dict[str, str], storage: Storage) -> bool:
+    """Whether a dataset's folder holds no other folders than its categories."""
+    return all(name in folders or HIDDEN.search(f"{name}/") for name in storage.folders(source))
 
 
 def _one_category(source: str, folders: dict[str, str], category: str | None) -> list[str]:
@@ -115,13 +122,36 @@ def tree_rows(tree: Tree, files: Iterable[Entry], storage: Storage, left_out: Le
             yield error_row(spelled(location), image_id(path), tree.category, "unreadable", file.problem)
 
 
-def with_categories(rows: Iterable[Row], source: str, category: str | None) -> Iterator[Row]:
-    """The rows with the category that several models need: ``category``, their own, or the first folder."""
+def with_categories(rows: Iterable[Row], source: str, category: str | None, storage: Storage) -> Iterator[Row]:
+    """The rows with the category that several models need.
+
+    That is ``category``; else their own, of a dataset or a list; else the first folder inside their tar; else the
+    first folder below SOURCE, of a glob below the part before its first wildcard.
+
+    Raises:
+        GladError: SOURCE is no folder or glob, and nothing says the category of one of its images.
+    """
+    base = None
+    if storage.kind(source) == "folder":
+        base = source
+    elif storage.kind(source) == "none" and (wild := WILDCARDS.search(source)):
+        base = source[: wild.start()].rpartition("/")[0]
     for row in rows:
-        file = row.get("shard") or row["uri"]
-        parts = path_of(file).removeprefix(source).strip("/").split("/")
-        folder = printable(parts[0]) if len(parts) > 1 else None
-        yield row | {"category": category or row["category"] or folder}
+        found = category or row["category"] or _first_folder(row, base)
+        if found is None and base is None:
+            raise GladError(
+                f"{source}: nothing says of which category {row['uri']} is: add a column 'category' to the list, "
+                "or --category"
+            )
+        yield row | {"category": found}
+
+
+def _first_folder(row: Row, base: str | None) -> str | None:
+    tar = row.get("shard")
+    inside = [path_of(row["uri"])] if tar else []
+    below = [path_of(tar or row["uri"]).removeprefix(base).strip("/")] if base is not None else []
+    parts = [path.split("/") for path in inside + below]
+    return next((printable(part[0]) for part in parts if len(part) > 1), None)
 
 
 def _list_no_folder(source: str, storage: Storage, left_out: LeftOut) -> Iterator[Row]:
@@ -180,23 +210,20 @@ def _list_uris(source: str, storage: Storage, left_out: LeftOut) -> Iterator[Row
     """
     parent = source.rpartition("/")[0]
     tar: Callable[[str], Tar] = lru_cache(TARS)(lambda uri: read_tar(uri, Entry(uri, None, None), storage))
-    for entry in read_list(source, storage):
-        if entry is None:
-            left_out.blank += 1
-            continue
+    for entry, category in read_list(source, storage, left_out):
         member, file = split_tar_uri(entry) or (None, entry)
         try:
             uri = _uri_of(file, parent, storage)
         except StorageError as error:
-            yield error_row(one_line(entry), image_id(entry), None, "unreadable", str(error))
+            yield error_row(one_line(entry), image_id(entry), category, "unreadable", str(error))
             continue
         if uri is None:
             message = "not UTF-8, and no file has a name of these bytes"
-            yield error_row(one_line(entry), image_id(entry), None, "missing", message)
+            yield error_row(one_line(entry), image_id(entry), category, "missing", message)
         elif member is not None:
-            yield member_row(member, uri, file, tar(uri))
+            yield member_row(member, uri, file, tar(uri)) | {"category": category}
         else:
-            yield from file_rows(uri, entry, Entry(entry, None, None), None, storage, left_out)
+            yield from file_rows(uri, entry, Entry(entry, None, None), category, storage, left_out)
 
 
 def _uri_of(entry: str, parent: str, storage: Storage) -> str | None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -42,6 +42,7 @@ class Plan:
 
     Attributes:
         duplicates: entries that named an image a second time; ``blank`` ones of a list named nothing.
+        left_out: number of other files and entries that are not in the manifest, by reason.
         rows_per_shard: a power of two that divides the rows of a manifest file.
         listed: number of images that each listing task found, in the manifest's order.
         listing: name of the folder in manifest/ that lists this run's archive.
@@ -64,6 +65,7 @@ class Plan:
     generation: int = 0
     base: int = 0
     repairs: tuple[tuple[int, int], ...] = ()
+    left_out: dict[str, int] = field(default_factory=dict)
 
     @property
     def shards(self) -> int:
@@ -109,6 +111,7 @@ def draft(
     duplicates: int = 0,
     blank: int = 0,
     shards: int = SHARDS,
+    left_out: dict[str, int] | None = None,
 ) -> Plan:
     """Cut a listed archive into shards: small ones to show progress in a small archive, files worth opening in a large.
 
@@ -119,7 +122,18 @@ def draft(
     images = sum(listed)
     wished = max(LEAST_ROWS, images // shards)
     rows = min(most_rows, 1 << (wished.bit_length() - 1))
-    return Plan(images, duplicates, blank, rows, tuple(listed), listing, memory, identity, uuid4().hex[:12])
+    return Plan(
+        images,
+        duplicates,
+        blank,
+        rows,
+        tuple(listed),
+        listing,
+        memory,
+        identity,
+        uuid4().hex[:12],
+        left_out=left_out or {},
+    )
 
 
 def find(run: Run) -> Found:

@@ -138,7 +138,14 @@ def _close(job: Job, opened: Opened, started: datetime, seconds: float) -> None:
     totals = _totals(commits.values())
     anomalies = totals["anomalies"] if _has_threshold(job, opened) else None
     counts = Counts(
-        plan.images, totals["scored"], anomalies, totals["errors"], plan.duplicates, plan.blank, totals["doubtful"]
+        images=plan.images,
+        scored=totals["scored"],
+        anomalies=anomalies,
+        errors=totals["errors"],
+        duplicates=plan.duplicates,
+        blank=plan.blank,
+        doubtful=totals["doubtful"],
+        left_out=plan.left_out,
     )
     record = run_record(job.request, job.identity, run, job.models, opened.actors, counts, started, seconds)
     complete(run, plan, commits, record)

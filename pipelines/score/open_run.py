@@ -126,7 +126,9 @@ def _list(job: Job, actors: ActorPlan, listing: str) -> Plan:
     if memory is not None:
         _remember(job, actors, run.path(memory))
     most_rows, shards = rows_and_shards(usual_pixels(job.models.settings().values()), actors)
-    return draft(listed.rows, listing, memory, job.identity, most_rows, listed.duplicates, listed.blank, shards)
+    return draft(
+        listed.rows, listing, memory, job.identity, most_rows, listed.duplicates, listed.blank, shards, listed.left_out
+    )
 
 
 def _remember(job: Job, actors: ActorPlan, file: str) -> None:

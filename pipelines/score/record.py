@@ -96,6 +96,8 @@ def print_counts(run: Run, counts: Counts, seconds: float, console: Console) -> 
         table.add_row("listed twice", f"{counts.duplicates} (scored once)")
     if counts.blank:
         table.add_row("empty entries", f"{counts.blank} (of the list, without a URI)")
+    if counts.left_out:
+        table.add_row("left out", "\n".join(f"{count} {reason}" for reason, count in counts.left_out.items()))
     table.add_row("images/s", f"{counts.images / max(seconds, 1e-9):.2f}")
     table.add_row("results", escape(run.path(RESULTS)))
     console.print(table, highlight=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from glad_core.bundle.settings import Precision, Search
@@ -55,7 +55,8 @@ class Counts:
     """``images`` of the manifest = ``scored`` + ``errors``. ``anomalies`` of the scored, None without a threshold.
 
     ``duplicates`` were listed more than once and scored once; ``blank`` entries of a list named nothing. Of the scored,
-    ``doubtful`` ones differ from what the model was trained for (column ``doubt``).
+    ``doubtful`` ones differ from what the model was trained for (column ``doubt``). ``left_out`` counts other files and
+    entries that are not among the images, by reason.
     """
 
     images: int
@@ -65,3 +66,4 @@ class Counts:
     duplicates: int
     blank: int = 0
     doubtful: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)

@@ -79,6 +79,8 @@ def test_broken_files_are_errors_and_the_job_goes_on(tmp_path, tiny_bundle, phot
         "errors": 3,
         "duplicates": 0,
         "blank": 0,
+        "doubtful": 0,
+        "left_out": {},
     }
     results, errors = pq.read_table(out / "results"), pq.read_table(out / "errors")
     kinds = {row["uri"].rsplit("/", 1)[1]: row["error_type"] for row in errors.to_pylist()}

@@ -114,7 +114,7 @@ def test_a_visa_manifest_skips_repeated_images_and_leads_to_their_pixels(visa, t
     archive = Archive(str(visa), "pcb1", STORAGE, False)
     assert split(archive) == [None]
     counts, _ = write_manifest(archive, None, 0, str(tmp_path / "manifest"))
-    assert counts == (2, 1, 0)
+    assert counts[:3] == (2, 1, 0)
     rows = read_manifest(str(tmp_path / "manifest"), [2], 0, 2, STORAGE).to_pylist()
     assert [decode_image(fetch(STORAGE, row)).shape for row in rows] == [(10, 12, 3)] * 2
 

@@ -133,7 +133,7 @@ def test_blank_entries_and_repeated_members_are_counted(tmp_path):
     (counts, _) = write_manifest(
         Archive(str(tmp_path / "list.parquet"), None, STORAGE, False), None, 0, str(tmp_path / "manifest")
     )
-    assert counts == (1, 1, 3)
+    assert counts[:3] == (1, 1, 3)
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@ import io
 import os
 import tarfile
 
+import pandas as pd
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from cluster.storage import Storage, StorageError
 from glad_core.errors import GladError
 from pipelines.archive.fetch import fetch
-from pipelines.archive.listing import MANIFEST_SCHEMA
+from pipelines.archive.listing import MANIFEST_SCHEMA, Archive, count_outside
 from pipelines.archive.rows import LeftOut
 from pipelines.archive.sources import list_source
 
@@ -239,3 +241,83 @@ def test_a_file_name_that_is_no_utf8_is_listed(tmp_path):
     assert row["uri"].endswith("/bad%FF.png")
     assert fetch(STORAGE, row) == b"x"
     pa.Table.from_pylist([row], schema=MANIFEST_SCHEMA)
+
+
+def sources(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+
+
+def found(source, category=None, several=False):
+    left_out = LeftOut()
+    rows = list(list_source(str(source), category, STORAGE, several, left_out))
+    return rows, left_out
+
+
+def test_a_folder_with_train_and_test_hides_nothing_beside_it(tmp_path):
+    sources(tmp_path, "a/train/good/1.png", "a/test/good/2.png", "b/3.png", "4.png", "c/Thumbs.db")
+    rows, left_out = found(tmp_path)
+    assert sorted(names(rows, tmp_path)) == ["4.png", "a/test/good/2.png", "a/train/good/1.png", "b/3.png"]
+    assert left_out.others == {"hidden files of a system": 1}
+    chosen, _ = found(tmp_path, "a")
+    assert names(chosen, tmp_path) == ["a/test/good/2.png"]
+
+
+def test_files_outside_of_a_test_set_are_counted(tmp_path):
+    sources(tmp_path, "a/train/good/1.png", "a/test/good/2.png", "a/val/3.png", "a/readme.txt")
+    assert names(found(tmp_path / "a")[0], tmp_path) == ["a/test/good/2.png"]
+    assert count_outside(Archive(str(tmp_path / "a"), None, STORAGE, False)) == 3
+    assert count_outside(Archive(str(tmp_path / "a/val"), None, STORAGE, False)) == 0
+
+
+def test_what_a_tar_holds_beside_images_is_counted(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in ("1.png", "1.json", "1.cls", "._1.png", "__MACOSX/._1.png"):
+            tar.addfile(tarfile.TarInfo(name), io.BytesIO())
+    rows, left_out = found(tmp_path / "x.tar")
+    assert len(rows) == 1
+    assert left_out.others == {"files in tars that are no images": 2, "hidden files of a system": 2}
+
+
+LISTS = {
+    "pandas.parquet": lambda path: pd.DataFrame({"uri": ["a.png", None], "category": ["nut", "nut"]}).to_parquet(path),
+    "categories.parquet": lambda path: (
+        pd.DataFrame({"uri": ["a.png"], "category": ["nut"]}).astype("category").to_parquet(path)
+    ),
+    "large.parquet": lambda path: pq.write_table(
+        pa.table({"uri": pa.array(["a.png"], pa.large_string()), "category": pa.array(["nut"], pa.string_view())}), path
+    ),
+    "polars.parquet": lambda path: pl.DataFrame({"uri": ["a.png"], "category": ["nut"]}).write_parquet(path),
+    "commas.csv": lambda path: path.write_text("uri,category\na.png,nut\n,\n"),
+    "excel.CSV": lambda path: path.write_bytes('Category; URI\r\nnut; "a.png"\r\n'.encode("utf-16")),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_of_every_kind_name_images_and_categories(name, tmp_path):
+    LISTS[name](tmp_path / name)
+    rows, _ = found(tmp_path / name, several=True)
+    assert [(row["uri"], row["category"]) for row in rows] == [(f"{tmp_path}/a.png", "nut")]
+
+
+def test_comments_of_a_list_are_counted_and_other_csv_files_refused(tmp_path):
+    (tmp_path / "list.txt").write_text("# photos\na.png\n#b.png\n")
+    rows, left_out = found(tmp_path / "list.txt")
+    assert (len(rows), left_out.others) == (1, {"comments of the list": 2})
+    (tmp_path / "other.csv").write_text("name,score\na,1\n")
+    with pytest.raises(GladError, match="needs a column 'uri' in its first line; it has name, score"):
+        found(tmp_path / "other.csv")
+
+
+def test_one_rule_gives_categories(tmp_path):
+    sources(tmp_path, "lines/nut/1/a.png", "lines/bolt/b.png")
+    (tmp_path / "list.txt").write_text(f"{tmp_path}/lines/nut/1/a.png\n")
+    with pytest.raises(GladError, match=r"nothing says of which category .*a.png is: add a column 'category'"):
+        found(tmp_path / "list.txt", several=True)
+    assert [row["category"] for row in found(tmp_path / "list.txt", "nut", several=True)[0]] == ["nut"]
+    globbed, _ = found(f"{tmp_path}/lines/**/*.png", several=True)
+    assert sorted(row["category"] for row in globbed) == ["bolt", "nut"]
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("nut/a.png"), io.BytesIO())
+    assert [row["category"] for row in found(tmp_path / "x.tar", several=True)[0]] == ["nut"]
