@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -15,6 +15,9 @@ from glad_core.views import Framing
 from pipelines.archive.decoder import SECONDS, decoder
 from pipelines.archive.fetch import FETCH_THREADS, Row, fetch, neighbours
 from pipelines.archive.picture import ImageError
+from pipelines.archive.uris import page_id, page_uri
+
+Pages = Literal["all", "first"]
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,13 @@ class Reading:
 
     Attributes:
         source: the archive, absolute; see `fetch`.
-        seconds: of CPU time that decoding one image may take.
+        seconds: of CPU time that decoding one page may take.
+        pages: of a file that are judged.
     """
 
     source: str | None = None
     seconds: int = SECONDS
+    pages: Pages = "all"
 
 
 READING = Reading()
@@ -46,6 +51,7 @@ DECODED_SCHEMA = pa.schema(
         ("error_type", pa.string()),
         ("message", pa.string()),
         ("position", pa.int64()),
+        ("further", pa.bool_()),  # not the first page of its file
     ]
 )
 
@@ -56,7 +62,9 @@ def fetch_and_decode(
     reading: Reading = READING,
     elsewhere: Callable[[], Iterable[Row]] = tuple,
 ) -> Callable[[pa.Table], pa.Table]:
-    """A stage: manifest rows in, `DECODED_SCHEMA` rows out, one for one. It raises only if storage does not answer.
+    """A stage: manifest rows in, `DECODED_SCHEMA` rows out, one for each page.
+
+    It raises only if storage does not answer.
 
     Args:
         framings: how the views of a category's model frame an image.
@@ -73,8 +81,9 @@ def fetch_and_decode(
             fetched = list(pool.map(fetch_row, manifest))
         # One by one, so that each has the whole memory budget; several tasks decode in parallel.
         decoded = [
-            _decode_row(row, data, framings(row["category"]), reading.seconds)
+            decoded_row
             for row, data in zip(manifest, fetched, strict=True)
+            for decoded_row in _decode_file(row, data, framings(row["category"]), reading)
         ]
         return pa.Table.from_pylist(decoded, schema=DECODED_SCHEMA)
 
@@ -92,19 +101,39 @@ def _fetch_row(
         return error
 
 
-def _decode_row(
-    row: Row, data: bytes | ImageError | None, framings: int | Sequence[Framing], seconds: int
-) -> dict[str, Any]:
-    out = _kept(row)
+def _decode_file(
+    row: Row, data: bytes | ImageError | None, framings: int | Sequence[Framing], reading: Reading
+) -> Iterator[dict[str, Any]]:
+    """A row for each page that is judged; the first has the id and URI of the file."""
+    out = _kept(row) | {"further": False}
     if data is None:
-        return out | {name: row[name] for name in ("stage", "error_type", "message")}
+        yield out | {name: row[name] for name in ("stage", "error_type", "message")}
+        return
     if isinstance(data, ImageError):
-        return out | {"stage": "fetch", "error_type": data.kind, "message": str(data)}
+        yield out | {"stage": "fetch", "error_type": data.kind, "message": str(data)}
+        return
     try:
-        picture = decoder(seconds).decode(data, framings)
+        numbers = decoder(reading.seconds).pages(data)[: 1 if reading.pages == "first" else None]
     except ImageError as error:
-        return out | {"stage": "decode", "error_type": error.kind, "message": str(error)}
-    return out | {"width": picture.width, "height": picture.height, "image": picture.packed, "peak": picture.peak}
+        yield out | _failed(error)
+        return
+    for number in numbers:
+        if number != numbers[0]:
+            names = {"image_id": page_id(row["image_id"], number), "uri": page_uri(row["uri"], number)}
+            out = out | names | {"further": True}
+        yield out | _decode_page(data, framings, number, reading.seconds)
+
+
+def _decode_page(data: bytes, framings: int | Sequence[Framing], page: int, seconds: int) -> dict[str, Any]:
+    try:
+        picture = decoder(seconds).decode(data, framings, page)
+    except ImageError as error:
+        return _failed(error)
+    return {"width": picture.width, "height": picture.height, "image": picture.packed, "peak": picture.peak}
+
+
+def _failed(error: ImageError) -> dict[str, Any]:
+    return {"stage": "decode", "error_type": error.kind, "message": str(error)}
 
 
 def _kept(row: dict[str, Any]) -> dict[str, Any]:

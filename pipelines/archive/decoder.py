@@ -27,9 +27,10 @@ import numpy as np
 
 from glad_core.errors import GladError
 from glad_core.views import Framing
-from pipelines.archive.picture import MAX_MEMORY, TOO_MUCH, ImageError, Picture, as_framings, decode
+from pipelines.archive.picture import MAX_MEMORY, TOO_MUCH, ImageError, Picture, as_framings, decode, pages
 
 SECONDS = 20  # of CPU time that decoding one image may take
+PAGED = (b"II", b"MM", b"GIF8", b"\x89PNG", b"RIFF")  # how files begin that may hold several pages
 TRIES = 2  # for an image whose process dies of anything but the limit of time
 READY = b"ready\n"
 PIPE_BYTES = 2**20
@@ -45,14 +46,25 @@ class Decoder:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
-    def decode(self, data: bytes, framings: int | Sequence[Framing]) -> Picture:
+    def decode(self, data: bytes, framings: int | Sequence[Framing], page: int | None = None) -> Picture:
         """As `picture.decode`.
 
         Raises:
             ImageError: as there; too_slow or deadly if the process did not survive.
             GladError: the process cannot be started.
         """
-        request = {"bytes": len(data), "framings": list(map(asdict, as_framings(framings))), "seconds": self._seconds}
+        views = list(map(asdict, as_framings(framings)))
+        return _picture(*self._request({"framings": views, "page": page}, data))
+
+    def pages(self, data: bytes) -> list[int]:
+        """As `picture.pages`; raises as `decode`."""
+        if not data.startswith(PAGED):
+            return [1]
+        pages: list[int] = self._request({}, data)[0]["pages"]
+        return pages
+
+    def _request(self, request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+        request |= {"bytes": len(data), "seconds": self._seconds}
         with self._lock:
             for _ in range(TRIES):
                 process = self._process = self._process or _start()
@@ -110,7 +122,7 @@ def _end(process: subprocess.Popen[bytes], wait: bool) -> int:
     return process.wait()
 
 
-def _ask(process: subprocess.Popen[bytes], request: dict[str, Any], data: bytes) -> Picture:
+def _ask(process: subprocess.Popen[bytes], request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
     """Raises ImageError as the process answers, OSError or EOFError if it died."""
     assert process.stdin is not None
     assert process.stdout is not None
@@ -123,11 +135,16 @@ def _ask(process: subprocess.Popen[bytes], request: dict[str, Any], data: bytes)
     answer: dict[str, Any] = json.loads(line)
     if "kind" in answer:
         raise ImageError(answer["kind"], answer["message"])
+    most = sum(height * width * 3 for height, width in answer["sizes"])
+    packed = process.stdout.read(most)
+    if len(packed) < most:
+        raise EOFError
+    return answer, packed
+
+
+def _picture(answer: dict[str, Any], packed: bytes) -> Picture:
     sizes = [(height, width, 3) for height, width in answer["sizes"]]
     ends = list(accumulate(map(math.prod, sizes), initial=0))
-    packed = process.stdout.read(ends[-1])
-    if len(packed) < ends[-1]:
-        raise EOFError
     pixels = np.frombuffer(packed, np.uint8)
     frames = [pixels[start:end].reshape(size) for start, end, size in zip(ends, ends[1:], sizes, strict=False)]
     return Picture(frames, answer["width"], answer["height"], answer["peak"], packed)
@@ -144,19 +161,21 @@ def serve() -> None:
     while line := sys.stdin.buffer.readline():
         request = json.loads(line)
         data = sys.stdin.buffer.read(request["bytes"])
-        answer, frames = _decode(data, [Framing(**framing) for framing in request["framings"]], request["seconds"])
+        answer, frames = _answer(data, request)
         answers.write(json.dumps(answer).encode() + b"\n")
         for frame in frames:
             answers.write(np.ascontiguousarray(frame).data)
         answers.flush()
 
 
-def _decode(data: bytes, framings: list[Framing], seconds: int) -> tuple[dict[str, Any], list[np.ndarray]]:
-    _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + seconds)
+def _answer(data: bytes, request: dict[str, Any]) -> tuple[dict[str, Any], list[np.ndarray]]:
+    _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + request["seconds"])
     if (size := _data_size()) is not None:
         _limit(resource.RLIMIT_DATA, size + MAX_MEMORY)
     try:
-        picture = decode(data, framings)
+        if "framings" not in request:
+            return {"pages": pages(data), "sizes": []}, []
+        picture = decode(data, [Framing(**framing) for framing in request["framings"]], request["page"])
     except ImageError as error:
         return {"kind": error.kind, "message": str(error)}, []
     except MemoryError:  # raised by resizing; `decode` handles its own

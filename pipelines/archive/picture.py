@@ -35,6 +35,7 @@ OTHER_FORMATS = {
     b"ftypavif": "AVIF",
 }
 MAX_PIXELS = 250_000_000  # with more it is taken for a decompression bomb
+MAX_PAGES = 10_000  # of one file
 MAX_MEMORY = 3 * 2**30  # bytes that decoding one image may take
 TOO_MUCH = f"its decoder asked for more memory than the {MAX_MEMORY // 2**20} MiB that one image may take"
 
@@ -72,17 +73,18 @@ class Picture:
         return self.frames[0]
 
 
-def decode(data: bytes, framings: int | Sequence[Framing]) -> Picture:
-    """Encoded bytes to a `Picture`; the first frame of an animation or a multi-page TIFF.
+def decode(data: bytes, framings: int | Sequence[Framing], page: int | None = None) -> Picture:
+    """Encoded bytes to a `Picture`.
 
     Args:
         framings: of the views; a number is the side of one square.
+        page: of an animation or a TIFF, from 1; None for the first of `pages`.
 
     Raises:
         ImageError: not_an_image, damaged or too_large.
     """
     framings = as_framings(framings)
-    image, peak = _decoded(data, framings[0].white)
+    image, peak = _decoded(data, framings[0].white, page)
     height, width = image.shape[:2]
     return Picture([framing.frame(image) for framing in framings], width, height, peak)
 
@@ -101,9 +103,9 @@ def decode_image(data: bytes) -> np.ndarray:
     return _decoded(data, None)[0]
 
 
-def _decoded(data: bytes, white: float | None) -> tuple[np.ndarray, float | None]:
+def _decoded(data: bytes, white: float | None, page: int | None = None) -> tuple[np.ndarray, float | None]:
     """`decode_image`, and the largest stored value if there are more than 8 bits."""
-    image = _open(data)
+    image = _open(data, page)
     try:
         peak = float(np.asarray(image).max()) if is_deep(image.mode) else None
         return np.asarray(to_rgb(image, white)), peak
@@ -113,10 +115,57 @@ def _decoded(data: bytes, white: float | None) -> tuple[np.ndarray, float | None
         raise _refused(error) from error
 
 
-def _open(data: bytes) -> Image.Image:
-    """A decoded image, upright, in the mode that it is stored in. Raises as `decode_image`."""
+def pages(data: bytes) -> list[int]:
+    """Numbers of the pages of a TIFF and of the frames of an animation, from 1: each is a picture of its own.
+
+    Reduced copies (thumbnails, pyramids) and transparency masks in a TIFF are left out. So are the further pictures in
+    a JPEG, which are previews and depth maps.
+
+    Raises:
+        ImageError: as `decode_image`; too_large also with more than `MAX_PAGES`.
+    """
+    return _pages(_header(data))
+
+
+def _pages(image: Image.Image) -> list[int]:
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        found, last = _tiff_pages(image)
+    else:
+        last = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+        found = list(range(1, min(last, MAX_PAGES) + 1))
+    if last > MAX_PAGES:
+        raise ImageError("too_large", f"more than {MAX_PAGES} pages")
+    return found or [1]
+
+
+def _tiff_pages(image: TiffImagePlugin.TiffImageFile) -> tuple[list[int], int]:
+    """The pages that are no copies, and the number of all. One that cannot be opened counts: decoding it says why."""
+    found, number, opened = [], 1, True
+    while number <= MAX_PAGES:
+        if not opened or not _is_reduced(image):
+            found.append(number)
+        try:
+            image.seek(number)
+            opened = True
+        except EOFError:
+            return found, number
+        except Exception:  # as in `_header`
+            if opened is False:  # two in a row: the chain of pages is broken
+                return found, number
+            opened = False
+        number += 1
+    return found, number
+
+
+def _is_reduced(image: TiffImagePlugin.TiffImageFile) -> bool:
+    """Whether a TIFF's page is a reduced copy of another or a transparency mask (NewSubfileType, SubfileType)."""
+    return bool(int(image.tag_v2.get(254, 0)) & 5) or image.tag_v2.get(255) == 2
+
+
+def _header(data: bytes) -> Image.Image:
+    """An image that is opened and not decoded. Raises as `decode_image`."""
     try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise ImageError("too_large", f"decompression bomb: {error}") from error
     except Image.UnidentifiedImageError as error:
@@ -124,6 +173,17 @@ def _open(data: bytes) -> Image.Image:
             raise ImageError("damaged", "begins like an image, but is cut off or of a kind that is not read") from error
         raise ImageError("not_an_image", f"not PNG, JPEG, BMP, TIFF, WebP, GIF or PPM{_named(data)}") from error
     except Exception as error:  # decoders raise whatever their parsing meets
+        raise _refused(error) from error
+
+
+def _open(data: bytes, page: int | None = None) -> Image.Image:
+    """A decoded image, upright, in the mode that it is stored in. Raises as `decode_image`."""
+    image = _header(data)
+    try:
+        if page is None and isinstance(image, TiffImagePlugin.TiffImageFile) and _is_reduced(image):
+            page = _pages(image)[0]
+        image.seek((page or 1) - 1)
+    except Exception as error:
         raise _refused(error) from error
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(

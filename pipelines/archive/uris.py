@@ -44,6 +44,16 @@ def split_tar_uri(uri: str) -> tuple[str, str] | None:
     return member, file
 
 
+def page_id(file: str, page: int) -> str:
+    """The id of a page, not the first, of the image with the id ``file``; `Run.manifest_rows` takes it apart again."""
+    return f"{file}-{page}"
+
+
+def page_uri(uri: str, page: int) -> str:
+    """The URI of a page, not the first, of the image with that URI."""
+    return f"{uri}#page={page}"
+
+
 def path_of(uri: str) -> str:
     """The path that an image's URI ends with, nothing quoted in it: of a file its location, in a tar its member."""
     parts = split_tar_uri(uri)

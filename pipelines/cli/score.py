@@ -11,7 +11,7 @@ from glad_core.bundle.settings import Precision, Search
 from pipelines.cli.errors import STOPPED, fail
 from pipelines.cli.options import Address, Json, Results
 from pipelines.cli.stopping import says_if_stopped
-from pipelines.score.request import Maps, Method
+from pipelines.score.request import Maps, Method, Pages
 
 commands = typer.Typer()
 
@@ -51,6 +51,9 @@ def score(
     decode_seconds: Annotated[
         int, typer.Option(min=1, help="CPU seconds that decoding one image may take; past them it counts as an error")
     ] = 20,
+    pages: Annotated[
+        Pages, typer.Option(help="Of a TIFF or an animation: judge all pages, each as an image, or the first alone")
+    ] = "all",
     maps: Annotated[
         Maps, typer.Option(help="Stored anomaly maps: token has one value per patch of the image, full one per pixel")
     ] = "token",
@@ -94,6 +97,7 @@ def score(
         seed=seed,
         max_errors=max_errors,
         decode_seconds=decode_seconds,
+        pages=pages,
         maps=maps,
         reconstructions=reconstructions,
         address=address,

@@ -179,4 +179,6 @@ def find_example(uri: str, by_path: dict[str, Example]) -> Example:
         example = by_path.get("/".join(parts[start:]))
         if example is not None:
             return example
+    if "#page=" in uri:
+        raise GladError(f"{uri}: a dataset has no truth about further pages; score it with --pages first")
     raise GladError(f"{uri}: a scored image that is not in the dataset; name the dataset that was scored")

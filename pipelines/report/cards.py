@@ -123,10 +123,11 @@ def _source_picture(
     try:
         # Once: a page is made of results, and hundreds of its images may be out of reach.
         data = fetch(replace(run.storage, attempts=1), manifest_row)
+        page = manifest_row.get("page")
         if tile is None:
-            return Image.fromarray(decode(data, (Framing("squash", SIDE, white=white),)).pixels), None, None
+            return Image.fromarray(decode(data, (Framing("squash", SIDE, white=white),), page).pixels), None, None
         # At its own size.
-        whole = Image.fromarray(decode(data, (Framing("tiles", 1, white=white),)).pixels)
+        whole = Image.fromarray(decode(data, (Framing("tiles", 1, white=white),), page).pixels)
     except ImageError as error:
         return None, None, f"{error.kind}: {error}"
     except StorageError as error:

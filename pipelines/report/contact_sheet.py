@@ -74,7 +74,7 @@ def _input(manifest_row: dict[str, Any] | None, storage: Storage, settings: Sett
     if manifest_row is None:
         return None
     try:
-        return decode(fetch(storage, manifest_row), settings.framings()).pixels
+        return decode(fetch(storage, manifest_row), settings.framings(), manifest_row.get("page")).pixels
     except ImageError:
         return None
 

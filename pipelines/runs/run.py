@@ -98,23 +98,32 @@ class Run:
     def manifest_rows(self, image_ids: Collection[str]) -> dict[str, dict[str, Any]]:
         """The manifest rows of these images by image id: where to read them again, tar members included.
 
+        Of a further page of a file, whose id is FILE-PAGE, the row has the number of the ``page`` as well.
+
         Raises:
             GladError: as `record`; also if the manifest is gone or damaged.
             StorageError: storage cannot be used.
         """
         if not image_ids:
             return {}
+        parts = {image_id: image_id.partition("-") for image_id in image_ids}
+        files = pa.array({file for file, _, _ in parts.values()}, pa.string())
         name = join(MANIFEST, self.record.get("listing", ""))
         try:
             with clear_errors(self.path(name), self.storage):
                 manifest = self._dataset(name, None)
-                rows = manifest.to_table(filter=pads.field("image_id").isin(pa.array(image_ids, pa.string())))
+                rows = manifest.to_table(filter=pads.field("image_id").isin(files))
         except pa.ArrowInvalid as error:
             raise GladError(
                 f"{self.path(MANIFEST)}: gone or damaged, so the run's images cannot be found; restore this folder, "
                 "or score again with --overwrite"
             ) from error
-        return {row["image_id"]: row for row in rows.to_pylist()}
+        by_file = {row["image_id"]: row for row in rows.to_pylist()}
+        return {
+            image_id: by_file[file] | {"page": int(page) if page else None}
+            for image_id, (file, _, page) in parts.items()
+            if file in by_file
+        }
 
     def settings_of(self, category: str | None) -> Settings:
         """The settings that images of this category were scored with.

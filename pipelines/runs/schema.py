@@ -61,6 +61,7 @@ SCORED_SCHEMA = pa.schema(
         *RESULTS_SCHEMA,
         *(ERRORS_SCHEMA.field(name) for name in ("stage", "error_type", "message")),
         ("position", pa.int64()),
+        ("further", pa.bool_()),  # not the first page of its file
     ]
 )
 # Output of the writing stage: a row for each shard that it wrote images of (`commits.Written`).
@@ -71,6 +72,7 @@ WRITTEN_SCHEMA = pa.schema(
         ("anomalies", pa.int64()),
         ("errors", pa.int64()),
         ("doubtful", pa.int64()),
+        ("pages", pa.int64()),
         ("staged", pa.string()),
         ("files", pa.list_(pa.string())),
         ("sizes", pa.list_(pa.int64())),

@@ -34,12 +34,12 @@ def status(run: Run) -> dict[str, Any]:
         raise GladError(f"{run.location}: the plan of this run is damaged, or an older version wrote it")
     commits = read_commits(run, plan) if plan else {}
     totals = {
-        name: sum(getattr(commit, name) for commit in commits.values()) for name in ("scored", "anomalies", "errors")
+        name: sum(getattr(commit, name) for commit in commits.values()) for name in ("done", "anomalies", "errors")
     }
     return {
         "state": "listing" if plan is None else "complete" if is_complete(run, plan) else "unfinished",
         "images": plan.images if plan else None,
-        "done": totals["scored"] + totals["errors"],
+        "done": totals["done"],
         "anomalies": totals["anomalies"],
         "errors": totals["errors"],
         "shards": [len(commits), plan.shards if plan else None],

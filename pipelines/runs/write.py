@@ -67,6 +67,7 @@ class ResultsWriter:
             "anomalies": pc.sum(results["is_anomalous"]).as_py() or 0,
             "errors": len(errors),
             "doubtful": len(results) - results["doubt"].null_count,
+            "pages": pc.sum(rows["further"]).as_py() or 0,
             "staged": self.staged,
             "files": list(files),
             "sizes": [self._write_file(file, table) for file, table in files.items()],

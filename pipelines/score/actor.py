@@ -241,6 +241,7 @@ class GladActor:
             "tiles": [asdict(tile) for tile in detection.tiles],
             "doubt": doubt_about(model.settings, row),
             "position": row["position"],
+            "further": row["further"],
         }
 
     def _stored_map(self, model: Any, anomaly_map: np.ndarray, full_size: tuple[int, int]) -> np.ndarray:
@@ -301,7 +302,7 @@ def _name() -> str:
 
 
 def _error(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in ("image_id", "uri", "stage", "error_type", "message", "position")}
+    return {name: row[name] for name in ("image_id", "uri", "stage", "error_type", "message", "position", "further")}
 
 
 def _png(image: np.ndarray) -> bytes:

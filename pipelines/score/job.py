@@ -88,7 +88,7 @@ def _announce(job: Job, opened: Opened, console: Console) -> None:
         console.print("this cluster has no GPU, so its CPUs compute: --num-gpus 1 waits for GPUs", highlight=False)
     if commits:
         done = _totals(commits.values())
-        console.print(f"resuming after {done['scored'] + done['errors']} images", highlight=False)
+        console.print(f"resuming after {done['done']} images", highlight=False)
     _log(opened).info("%d of %d shards of %s are missing", plan.shards - len(commits), plan.shards, job.run.location)
 
 
@@ -100,23 +100,21 @@ def _score_missing(job: Job, opened: Opened, console: Console) -> None:
     """
     request, run, plan, actors, commits = job.request, job.run, opened.plan, opened.actors, opened.commits
     log, totals = _log(opened), _totals(commits.values())
-    reading = Reading(job.source, request.decode_seconds)
+    reading = Reading(job.source, request.decode_seconds, request.pages)
     waiting_for = partial(session.waiting_for, actors.num_cpus, actors.num_gpus)
     faults = start_faults()
     settings = actor_settings(job, opened, faults)
     with (
-        Progress(
-            console, plan.images, totals["scored"] + totals["errors"], waiting_for, partial(news, faults)
-        ) as progress,
+        Progress(console, plan.images, totals["done"], waiting_for, partial(news, faults)) as progress,
         closing(run_dataflow(run, plan, set(commits), reading, settings, actors)) as pieces,
         ThreadPoolExecutor(COMMITTERS) as pool,
     ):
         for piece, commit in commit_shards(run, plan, pieces, pool):
             totals = {name: count + getattr(piece, name) for name, count in totals.items()}
-            progress.update(totals["scored"] + totals["errors"], totals["anomalies"], totals["errors"])
+            progress.update(totals["done"], totals["anomalies"], totals["errors"])
             if commit is not None:
                 commits[commit.shard] = commit
-                progress.kept += commit.scored + commit.errors
+                progress.kept += commit.done
                 log.info("shard %d committed: %d scored, %d errors", commit.shard, commit.scored, commit.errors)
             if request.max_errors is not None and totals["errors"] > request.max_errors:
                 raise TooManyErrors(
@@ -146,6 +144,7 @@ def _close(job: Job, opened: Opened, started: datetime, seconds: float) -> None:
         blank=plan.blank,
         doubtful=totals["doubtful"],
         left_out=plan.left_out,
+        pages=totals["pages"],
     )
     record = run_record(job.request, job.identity, run, job.models, opened.actors, counts, started, seconds)
     complete(run, plan, commits, record)
@@ -165,7 +164,8 @@ def _has_threshold(job: Job, opened: Opened) -> bool:
 def _totals(commits: Iterable[Written]) -> dict[str, int]:
     commits = list(commits)
     return {
-        name: sum(getattr(commit, name) for commit in commits) for name in ("scored", "anomalies", "errors", "doubtful")
+        name: sum(getattr(commit, name) for commit in commits)
+        for name in ("scored", "anomalies", "errors", "doubtful", "pages", "done")
     }
 
 

@@ -29,7 +29,7 @@ def identity(request: ScoreRequest, source: str, models: Models, searches: dict[
         source: the archive's absolute location.
         searches: how the stop step is searched for, by bundle.
     """
-    fixed = ("category", "method", "good", "seed", "maps", "reconstructions", "precision", "compiled")
+    fixed = ("category", "method", "good", "seed", "pages", "maps", "reconstructions", "precision", "compiled")
     return {
         "source": source,
         "models": {key: description.model_id for key, description in models.descriptions.items()},
@@ -63,7 +63,12 @@ def run_record(
         },
         "method": request.method,
         "request": {"seed": request.seed, "batch_size": actors.slots, "maps": request.maps}
-        | {"reconstructions": request.reconstructions, "category": request.category, "max_errors": request.max_errors}
+        | {
+            "reconstructions": request.reconstructions,
+            "category": request.category,
+            "max_errors": request.max_errors,
+            "pages": request.pages,
+        }
         | {"precision": request.precision, "compiled": request.compiled},
         "actors": asdict(actors),
         "counts": asdict(counts),
@@ -86,7 +91,8 @@ def _calibration(provenance: Provenance) -> dict[str, Any] | None:
 def print_counts(run: Run, counts: Counts, seconds: float, console: Console) -> None:
     """The table that ends a job."""
     table = Table(show_header=False)
-    table.add_row("images", str(counts.images))
+    pages = f" and {counts.pages} further pages of them" if counts.pages else ""
+    table.add_row("images", f"{counts.images}{pages}")
     anomalies = "- (the bundle has no threshold)" if counts.anomalies is None else str(counts.anomalies)
     table.add_row("anomalies", anomalies)
     table.add_row("errors", str(counts.errors) + (f" (see {run.path(ERRORS)})" if counts.errors else ""))

@@ -8,6 +8,7 @@ from typing import Literal
 from glad_core.bundle.settings import Precision, Search
 from pipelines.score.actor_plan import ActorWishes
 
+Pages = Literal["all", "first"]  # of a TIFF or an animation; `pipelines.archive.decode.Pages`
 Maps = Literal["token", "full"]  # resolution of stored maps: the ViT's tokens, or the full size
 Method = Literal["glad", "nearest"]
 
@@ -34,6 +35,7 @@ class ScoreRequest:
     seed: int = 0
     max_errors: int | None = None
     decode_seconds: int = 20  # `pipelines.archive.decoder.SECONDS`, as above
+    pages: Pages = "all"
     maps: Maps = "token"
     reconstructions: bool = False
     address: str | None = None
@@ -52,7 +54,9 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class Counts:
-    """``images`` of the manifest = ``scored`` + ``errors``. ``anomalies`` of the scored, None without a threshold.
+    """``images`` of the manifest and further ``pages`` of them = ``scored`` + ``errors``.
+
+    ``anomalies`` of the scored, None without a threshold.
 
     ``duplicates`` were listed more than once and scored once; ``blank`` entries of a list named nothing. Of the scored,
     ``doubtful`` ones differ from what the model was trained for (column ``doubt``). ``left_out`` counts other files and
@@ -67,3 +71,4 @@ class Counts:
     blank: int = 0
     doubtful: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
+    pages: int = 0

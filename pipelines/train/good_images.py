@@ -61,7 +61,7 @@ def apply_feedback(
         category = next(iter(images)) if len(images) == 1 else row["category"]
         if row["uri"] in known | confirmed:
             continue
-        if category not in kept or row["uri"].startswith("tar://"):
+        if category not in kept or row["uri"].startswith("tar://") or "-" in row["image_id"]:
             unusable += 1
             continue
         kept[category].append(GoodImage(row["uri"], category))
@@ -72,7 +72,9 @@ def apply_feedback(
                 f"{name}: {len(members)} good images left without those confirmed as anomalous; two are needed"
             )
     line = f"feedback: {removed} good images left out, {added} added"
-    return kept, line + (f", {unusable} of another category or inside a tar not added" if unusable else "")
+    return kept, line + (
+        f", {unusable} of another category, inside a tar or on a further page not added" if unusable else ""
+    )
 
 
 def _marked(run: str | None, verdict: str, storage: Storage) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from pipelines.archive.uris import path_of
 from pipelines.cli.main import app
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+MANY = ("animated.gif", "animated.webp", "pages.tif", "torn_page.tif")
 RNG = np.random.default_rng(11)
 
 
@@ -99,6 +100,15 @@ def corpus(root):
     put("many/animated.gif", encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), True)
     put("many/animated.webp", encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]), True)
     put("many/pages.tif", encoded(frames[0], "TIFF", save_all=True, append_images=frames[1:]), True)
+    torn = bytearray(encoded(frames[0], "TIFF", save_all=True, append_images=frames[1:], compression="tiff_lzw"))
+    with Image.open(io.BytesIO(torn)) as opened:
+        opened.seek(1)
+        start = opened.tag_v2[273][0]
+    torn[start : start + 500] = bytes(500)
+    put("many/torn_page.tif", bytes(torn), True)
+    thumbnail = picture(12, 10)
+    thumbnail.encoderinfo = {"tiffinfo": {254: 1}}
+    put("many/thumbnail.tif", encoded(frames[0], "TIFF", save_all=True, append_images=[thumbnail]), True)
     for turn in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = turn
@@ -131,8 +141,9 @@ def test_every_file_ends_in_exactly_one_place(tmp_path, tiny_bundle):
 
     judged = pq.read_table(out / "results").to_pylist()
     lost = pq.read_table(out / "errors").to_pylist()
+    counts = json.loads((out / "run.json").read_text())["counts"]
     ids = [row["image_id"] for row in judged + lost]
-    assert len(ids) == len(set(ids)) == json.loads((out / "run.json").read_text())["counts"]["images"]
+    assert len(ids) == len(set(ids)) == counts["images"] + counts["pages"]
     good = {path_of(row["uri"]) if row["uri"].startswith("file:") else row["uri"] for row in judged}
     bad = {row["uri"]: row for row in lost}
     assert f"{archive}/names/new\nline.png" not in {row["uri"] for row in judged}  # a URI is one line
@@ -141,6 +152,11 @@ def test_every_file_ends_in_exactly_one_place(tmp_path, tiny_bundle):
         assert (path in good) != (path in bad), path
         if expected is not None:
             assert (path in good) is expected, (path, bad.get(path))
+    # Every page is judged: two further ones of each file of three, but no thumbnail.
+    pages = {path.removeprefix(f"{archive}/") for path in good | bad.keys() if "#page=" in path}
+    assert pages == {f"many/{name}#page={page}" for name in MANY for page in (2, 3)}
+    assert f"{archive}/many/torn_page.tif#page=2" in bad
+    assert counts["pages"] == len(pages)
     for row in lost:
         assert row["stage"] in ("list", "fetch", "decode", "score")
         assert row["message"].strip()

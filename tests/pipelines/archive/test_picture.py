@@ -8,7 +8,7 @@ from PIL import Image
 
 from glad_core.images import resize, to_tensor
 from glad_core.views import Framing
-from pipelines.archive.picture import ImageError, decode, decode_image, is_image
+from pipelines.archive.picture import ImageError, decode, decode_image, is_image, pages
 
 
 def encode(image, format="PNG", **options):
@@ -183,3 +183,36 @@ def test_the_white_level_is_white(values, suffix, white, expected):
 
 def test_pictures_of_8_bits_have_no_peak():
     assert decode(encode(Image.fromarray(picture())), 16).peak is None
+
+
+def test_every_page_is_a_picture_but_copies():
+    frames = [Image.fromarray(np.full((24, 40, 3), value, np.uint8)) for value in (10, 90, 170)]
+    for kind, options in (("TIFF", {}), ("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {})):
+        data = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+        assert pages(data) == [1, 2, 3]
+        values = [int(decode(data, 8, page).pixels[0, 0, 0]) for page in (None, 1, 2, 3)]
+        assert np.allclose(values, [10, 10, 90, 170], atol=2), kind
+    thumbnail = frames[1].resize((8, 8))
+    thumbnail.encoderinfo = {"tiffinfo": {254: 1}}
+    assert pages(encode(frames[0], "TIFF", save_all=True, append_images=[thumbnail, frames[2]])) == [1, 3]
+    frames[2].encoderinfo = {"tiffinfo": {254: 0}}
+    first = encode(frames[0], "TIFF", save_all=True, append_images=frames[2:], tiffinfo={254: 1})
+    assert pages(first) == [2]
+    assert pages(encode(frames[0], "JPEG")) == [1]
+
+
+def test_a_chain_of_pages_that_breaks_off_keeps_those_before(monkeypatch):
+    frames = [Image.fromarray(picture()) for _ in range(4)]
+    data = bytearray(encode(frames[0], "TIFF", save_all=True, append_images=frames[1:]))
+    with Image.open(io.BytesIO(data)) as opened:
+        opened.seek(2)
+        start = opened._frame_pos[2]
+    data[start:] = b""
+    found = pages(bytes(data))
+    assert found[:2] == [1, 2]
+    assert len(found) > 2  # and what is broken is an error, not nothing
+    with pytest.raises(ImageError):
+        decode(bytes(data), 8, found[2])
+    monkeypatch.setattr("pipelines.archive.picture.MAX_PAGES", 3)
+    with pytest.raises(ImageError, match="more than 3 pages"):
+        pages(encode(frames[0], "TIFF", save_all=True, append_images=frames[1:]))
