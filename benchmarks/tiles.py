@@ -144,11 +144,15 @@ def seam(folder: Path, **_: int) -> dict[str, float]:
     for x in range(60, 200, 10):
         save(board(10_001, (x, 300, 24)), folder / f"seam/spot/{x:03d}.png")
     options = {"method": "nearest", "good": str(folder / "board/train/good")}
-    found = list(scores(folder / "seam", folder / "s", model, **options).values())
+    found = list(scores(folder / "seam", folder / "s", model, **options).items())
     table = Run.at(str(folder / "s")).results().to_table(columns=["threshold"])
-    threshold = table["threshold"].to_pylist()[0] or float("nan")
-    steps = np.abs(np.diff([value for _, value in sorted(zip(range(60, 200, 10), found, strict=True))]))
-    return {"seam": float(steps.max() / threshold), "seam_score": float(np.mean(found)), "seam_threshold": threshold}
+    threshold = table["threshold"].to_pylist()[0]
+    if threshold is None:  # too few boards for one
+        found_good = scores(folder / "board/test/good", folder / "s-good", model, **options)
+        threshold = float(np.quantile(list(found_good.values()), 0.99))
+    values = [value for _, value in sorted(found)]  # by place
+    largest = float(np.abs(np.diff(values)).max())
+    return {"seam": largest / threshold, "seam_score": float(np.mean(values)), "seam_threshold": threshold}
 
 
 def glad(folder: Path, *, steps: int, **_: int) -> dict[str, float]:

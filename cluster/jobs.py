@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 # The submitter's environment variables that travel with a job: where storage is, but no credentials. Those reach the
 # nodes by their own role, profile or environment.
-PASSED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE")
+PASSED = (
+    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE"),
+    *("AWS_NO_SIGN_REQUEST", "AWS_REQUEST_PAYER"),
+)
 SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 

@@ -42,11 +42,17 @@ class Connection:
     secret_key: str | None = field(default=None, repr=False)
     session_token: str | None = field(default=None, repr=False)
     region: str | None = None
+    ca_bundle: str | None = None  # file with the certificates of an authority of one's own
+    anonymous: bool = False
+    requester_pays: bool = False
     attempts: int = ATTEMPTS
 
     @classmethod
     def from_environment(cls) -> Self:
-        """Read AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN and AWS_REGION.
+        """Read AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION and others.
+
+        The others are AWS_CA_BUNDLE (as botocore and the AWS CLI read it), AWS_NO_SIGN_REQUEST and AWS_REQUEST_PAYER
+        (as GDAL reads them).
 
         A missing setting falls back to the AWS default chain on the machine that connects.
         """
@@ -57,6 +63,9 @@ class Connection:
             secret_key=env("AWS_SECRET_ACCESS_KEY") or None,
             session_token=env("AWS_SESSION_TOKEN") or None,
             region=env("AWS_REGION") or env("AWS_DEFAULT_REGION") or None,
+            ca_bundle=env("AWS_CA_BUNDLE") or None,
+            anonymous=(env("AWS_NO_SIGN_REQUEST") or "").lower() in ("1", "true", "yes"),
+            requester_pays=(env("AWS_REQUEST_PAYER") or "").lower() == "requester",
         )
 
     def patient(self) -> Self:
@@ -81,7 +90,11 @@ def filesystem(connection: Connection, background_writes: bool = True) -> pafs.S
         # what hundreds of processes do at a time, reading and writing whole objects, goes through botocore.
         "retry_strategy": pafs.AwsDefaultS3RetryStrategy(max_attempts=connection.attempts),
     }
-    if connection.access_key:
+    if connection.ca_bundle:
+        options["tls_ca_file_path"] = connection.ca_bundle
+    if connection.anonymous:
+        options["anonymous"] = True
+    elif connection.access_key:
         options |= {"access_key": connection.access_key, "secret_key": connection.secret_key or ""}
         if connection.session_token:
             options["session_token"] = connection.session_token
@@ -292,16 +305,19 @@ def _forget(connection: Connection) -> None:
 @lru_cache(maxsize=8)
 def _client(connection: Connection) -> Any:
     import botocore.session
+    from botocore import UNSIGNED
     from botocore.config import Config
 
-    return botocore.session.get_session().create_client(
+    client = botocore.session.get_session().create_client(
         "s3",
         region_name=connection.region or ("us-east-1" if connection.endpoint else None),
         endpoint_url=connection.endpoint,
         aws_access_key_id=connection.access_key,
         aws_secret_access_key=connection.secret_key,
         aws_session_token=connection.session_token,
+        verify=connection.ca_bundle,
         config=Config(
+            signature_version=UNSIGNED if connection.anonymous else None,
             retries={"mode": "standard", "total_max_attempts": connection.attempts},
             connect_timeout=5,
             read_timeout=READ_TIMEOUT,
@@ -309,6 +325,13 @@ def _client(connection: Connection) -> Any:
             s3={"addressing_style": "path"} if connection.endpoint else {},
         ),
     )
+    if connection.requester_pays:
+        client.meta.events.register("before-call.s3", _agree_to_pay)
+    return client
+
+
+def _agree_to_pay(params: dict[str, Any], **_: Any) -> None:
+    params["headers"]["x-amz-request-payer"] = "requester"
 
 
 def create(connection: Connection, path: str, data: bytes) -> bool:
@@ -340,9 +363,12 @@ def _creating(connection: Connection) -> Any:
         key=connection.access_key,
         secret=connection.secret_key,
         token=connection.session_token,
+        anon=connection.anonymous,
+        requester_pays=connection.requester_pays,
         endpoint_url=connection.endpoint,
         config_kwargs={"retries": {"mode": "standard", "max_attempts": connection.attempts}},
-        client_kwargs={"region_name": connection.region or "us-east-1"} if connection.endpoint else {},
+        client_kwargs=({"region_name": connection.region or "us-east-1"} if connection.endpoint else {})
+        | ({"verify": connection.ca_bundle} if connection.ca_bundle else {}),
     )
 
 

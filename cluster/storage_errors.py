@@ -65,7 +65,14 @@ BUSY_WORDS = (
 NETWORK_WORDS = (
     *("NETWORK_CONNECTION", "Couldn't connect", "Could not connect", "curlCode", "Connection refused"),
     *("Connect timeout", "Read timeout", "Connection was closed", "response stream", "total bytes expected"),
-    *("SSL validation failed", "Failed to connect to proxy"),
+    "Failed to connect to proxy",
+)
+CERTIFICATE_WORDS = (
+    "SSL validation failed",
+    "CERTIFICATE_VERIFY_FAILED",
+    "curlCode: 60",
+    "curlCode: 77",
+    "SSL peer cert",
 )
 
 
@@ -103,6 +110,11 @@ def _s3_reason(uri: str, endpoint: str, text: str, error: OSError) -> str | None
         return (
             f"{endpoint} refused the credentials; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY "
             f"and the rights on bucket '{bucket}'"
+        )
+    if _mentions(text, CERTIFICATE_WORDS):
+        return (
+            f"{endpoint} has a certificate that this machine does not trust; set AWS_CA_BUNDLE to the file with the "
+            "certificate of its authority"
         )
     if _mentions(text, NETWORK_WORDS):
         return f"cannot reach {endpoint}; check AWS_ENDPOINT_URL and the network"

@@ -51,6 +51,9 @@ Other environment variables:
 | `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN` | credentials for `s3://` |
 | `AWS_PROFILE` | a profile with credentials; without both, AWS's default chain applies, such as the machine's role |
 | `AWS_ENDPOINT_URL_S3`, `AWS_ENDPOINT_URL` | URL of an S3 server other than AWS |
+| `AWS_CA_BUNDLE` | file with the certificate of an authority of your own that the S3 server's was signed by |
+| `AWS_NO_SIGN_REQUEST` | `true`: read public buckets without credentials |
+| `AWS_REQUEST_PAYER` | `requester`: agree to pay for requests to buckets whose owner does not |
 | `AWS_REGION`, `AWS_DEFAULT_REGION` | the bucket's region; default with an endpoint: us-east-1 |
 | `GLAD_CACHE` | folder for copies of bundles from `s3://`, one per machine; default: `~/.cache/glad` |
 | `GLAD_CACHE_GB` | gigabytes for these copies, beyond which unused ones are deleted; default: half of the disk |

@@ -1,12 +1,19 @@
 import os
+import ssl
 import subprocess
 import sys
 import threading
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 from conftest import find_weed, make_bucket, serve_s3
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from cluster import s3
 from cluster.storage import Storage, StorageError
@@ -221,3 +228,70 @@ def test_what_the_run_protocol_asks_of_a_server(bucket):
     storage.delete_file(f"{at}/a", only=b"one")
     storage.delete_files([f"{at}/copy", f"{at}/none"])
     assert storage.read_all([f"{at}/a", f"{at}/copy"]) == [None, None]
+
+
+def certificate(folder: Path) -> tuple[str, str]:
+    """A certificate for 127.0.0.1 that signed itself, and its key."""
+    key = rsa.generate_private_key(65537, 2048)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "tests")])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    (folder / "cert.pem").write_bytes(made.public_bytes(Encoding.PEM))
+    (folder / "key.pem").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return str(folder / "cert.pem"), str(folder / "key.pem")
+
+
+def test_a_server_with_an_authority_of_its_own_and_other_terms(tmp_path, monkeypatch):
+    seen = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append({name.lower(): value for name, value in self.headers.items()})
+            contents = "<Contents><Key>flat/a.png</Key><Size>1</Size><ETag>x</ETag></Contents>"
+            body = f"<ListBucketResult><IsTruncated>false</IsTruncated>{contents}</ListBucketResult>".encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    cert, key = certificate(tmp_path)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"https://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        monkeypatch.delenv("AWS_CA_BUNDLE", raising=False)
+        with pytest.raises(StorageError, match=r"certificate that this machine does not trust; set AWS_CA_BUNDLE"):
+            list(Storage.from_environment().entries("s3://b/flat"))
+        monkeypatch.setenv("AWS_CA_BUNDLE", cert)
+        assert [entry.path for entry in Storage.from_environment().entries("s3://b/flat")] == ["a.png"]
+        assert "authorization" in seen[-1]
+        assert "x-amz-request-payer" not in seen[-1]
+        monkeypatch.setenv("AWS_NO_SIGN_REQUEST", "true")
+        monkeypatch.setenv("AWS_REQUEST_PAYER", "requester")
+        assert [entry.path for entry in Storage.from_environment().entries("s3://b/flat")] == ["a.png"]
+        assert "authorization" not in seen[-1]
+        assert seen[-1]["x-amz-request-payer"] == "requester"
+        # What reads Parquet takes the same settings.
+        assert s3.filesystem(s3.Connection.from_environment()) is not None
+    finally:
+        server.shutdown()
+        server.server_close()
