@@ -52,6 +52,7 @@ DECODED_SCHEMA = pa.schema(
         ("message", pa.string()),
         ("position", pa.int64()),
         ("further", pa.bool_()),  # not the first page of its file
+        ("shard_pages", pa.int64()),  # rows of its shard that are
     ]
 )
 
@@ -62,7 +63,7 @@ def fetch_and_decode(
     reading: Reading = READING,
     elsewhere: Callable[[], Iterable[Row]] = tuple,
 ) -> Callable[[pa.Table], pa.Table]:
-    """A stage: manifest rows in, `DECODED_SCHEMA` rows out, one for each page.
+    """A stage: the manifest rows of a shard in, `DECODED_SCHEMA` rows out, one for each page.
 
     It raises only if storage does not answer.
 
@@ -85,7 +86,8 @@ def fetch_and_decode(
             for row, data in zip(manifest, fetched, strict=True)
             for decoded_row in _decode_file(row, data, framings(row["category"]), reading)
         ]
-        return pa.Table.from_pylist(decoded, schema=DECODED_SCHEMA)
+        pages = {"shard_pages": sum(row["further"] for row in decoded)}
+        return pa.Table.from_pylist([row | pages for row in decoded], schema=DECODED_SCHEMA)
 
     return stage
 

@@ -50,10 +50,11 @@ class Written:
     sizes: tuple[int, ...]
     doubtful: int = 0  # of the scored
     pages: int = 0  # of the scored and the errors: pages after the first of their file
+    shard_pages: int = 0  # such pages in the whole shard
 
     @property
     def done(self) -> int:
-        """Files of which every page is scored or an error."""
+        """Files whose first page is scored or an error."""
         return self.scored + self.errors - self.pages
 
     @classmethod
@@ -137,7 +138,7 @@ def commit_shards(
             parts = open_shards.setdefault(piece.shard, [])
             parts.append(piece)
             future = None
-            if sum(part.done for part in parts) == plan.rows_of(piece.shard):
+            if sum(part.scored + part.errors for part in parts) == plan.rows_of(piece.shard) + piece.shard_pages:
                 future = _submit(pool, _commit, run, plan, names[piece.shard], open_shards.pop(piece.shard))
             under_way.append((piece, future))
             yield from finished(MOST_COMMITS)
@@ -252,7 +253,8 @@ def _parsed(data: bytes | None, plan: Plan, shard: int) -> Written | None:
     commit = _stored(data)
     if commit is None or (commit.run, commit.shard) != (plan.run, shard):
         return None
-    if commit.done != plan.rows_of(shard) or len(commit.files) != len(commit.sizes):
+    expected = plan.rows_of(shard) + commit.shard_pages
+    if commit.scored + commit.errors != expected or len(commit.files) != len(commit.sizes):
         return None
     return Written(**{name: value for name, value in vars(commit).items() if name != "run"})
 
@@ -335,4 +337,5 @@ def _sum(parts: Sequence[Written]) -> Written:
         sizes=tuple(size for part in parts for size in part.sizes),
         doubtful=sum(part.doubtful for part in parts),
         pages=sum(part.pages for part in parts),
+        shard_pages=parts[0].shard_pages,
     )

@@ -62,6 +62,7 @@ SCORED_SCHEMA = pa.schema(
         *(ERRORS_SCHEMA.field(name) for name in ("stage", "error_type", "message")),
         ("position", pa.int64()),
         ("further", pa.bool_()),  # not the first page of its file
+        ("shard_pages", pa.int64()),  # rows of its shard that are
     ]
 )
 # Output of the writing stage: a row for each shard that it wrote images of (`commits.Written`).
@@ -73,6 +74,7 @@ WRITTEN_SCHEMA = pa.schema(
         ("errors", pa.int64()),
         ("doubtful", pa.int64()),
         ("pages", pa.int64()),
+        ("shard_pages", pa.int64()),
         ("staged", pa.string()),
         ("files", pa.list_(pa.string())),
         ("sizes", pa.list_(pa.int64())),

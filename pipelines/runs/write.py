@@ -68,6 +68,7 @@ class ResultsWriter:
             "errors": len(errors),
             "doubtful": len(results) - results["doubt"].null_count,
             "pages": pc.sum(rows["further"]).as_py() or 0,
+            "shard_pages": pc.max(rows["shard_pages"]).as_py() or 0,
             "staged": self.staged,
             "files": list(files),
             "sizes": [self._write_file(file, table) for file, table in files.items()],

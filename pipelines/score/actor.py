@@ -35,6 +35,7 @@ from pipelines.score.suspects import Suspects
 
 OVERFLOW = "score it with --precision off, else with another bundle"
 DEADLY = "the process that judged it died twice with no other image at work"
+ERROR_COLUMNS = ("image_id", "uri", "stage", "error_type", "message")
 STAGE = "an actor"  # in what users read
 TELL_EVERY = 10.0  # seconds
 LONG, LARGE = 1.5, 4.0  # times longer than wide, and larger than the model sees: what goes beyond is said
@@ -242,6 +243,7 @@ class GladActor:
             "doubt": doubt_about(model.settings, row),
             "position": row["position"],
             "further": row["further"],
+            "shard_pages": row["shard_pages"],
         }
 
     def _stored_map(self, model: Any, anomaly_map: np.ndarray, full_size: tuple[int, int]) -> np.ndarray:
@@ -302,7 +304,7 @@ def _name() -> str:
 
 
 def _error(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in ("image_id", "uri", "stage", "error_type", "message", "position", "further")}
+    return {name: row[name] for name in (*ERROR_COLUMNS, "position", "further", "shard_pages")}
 
 
 def _png(image: np.ndarray) -> bytes:

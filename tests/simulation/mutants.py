@@ -44,7 +44,7 @@ MUTANTS = [
     # Committing.
     Mutant("commits replace each other", commits, "ours = run.storage.create(file, json.dumps(asdict(written)", "ours = True\n    run.storage.write(file, json.dumps(asdict(written)"),
     Mutant("whoever comes second publishes its own files", commits, "        written = theirs\n", ""),
-    Mutant("a shard is committed before its last piece", commits, "== plan.rows_of(piece.shard):", "> 0:"),
+    Mutant("a shard is committed before its last piece", commits, "== plan.rows_of(piece.shard) + piece.shard_pages:", "> 0:"),
     Mutant("files are published before they are committed", commits, "    written = _sum(parts)\n    file", "    written = _sum(parts)\n    _publish(run, written, {})\n    file"),
     Mutant("no fence after the commit", commits, "        written = theirs\n    check_in_force(run, plan)\n", "        written = theirs\n"),
     Mutant("published by writing, not by linking", commits, "            if run.storage.link(staged, run.path(file)):", "            data = run.storage.read_all([staged])[0]\n            if data is not None:\n                run.storage.write(run.path(file), data)"),

@@ -69,3 +69,18 @@ def test_an_image_is_blamed_only_if_another_can_be_read(tmp_path, monkeypatch):
         file.unlink()
     with pytest.raises(StorageError, match="gone or empty"):
         stage(table)
+
+
+def test_every_row_knows_how_many_pages_its_shard_has(tmp_path):
+    pages = [Image.fromarray(np.full((8, 8), 40 * number, np.uint8)) for number in range(1, 4)]
+    pages[0].save(tmp_path / "a.tiff", save_all=True, append_images=pages[1:])
+    pages[0].save(tmp_path / "b.png")
+    names = ("a.tiff", "b.png")
+    rows = [{"image_id": f"{n:032x}", "uri": str(tmp_path / name), "position": n} for n, name in enumerate(names)]
+    table = pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)
+    out = fetch_and_decode(Storage(), lambda category: 8)(table)
+    assert out["further"].to_pylist() == [False, True, True, False]
+    assert out["shard_pages"].to_pylist() == [2] * 4
+    assert out["position"].to_pylist() == [0, 0, 0, 1]
+    first = fetch_and_decode(Storage(), lambda category: 8, Reading(pages="first"))(table)
+    assert first["shard_pages"].to_pylist() == [0, 0]

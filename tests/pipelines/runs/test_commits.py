@@ -1,6 +1,8 @@
 """Commits on a real disk: damaged books are noticed and mended. `tests/simulation` has the adversary."""
 
 import json
+from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -154,3 +156,23 @@ def test_a_folder_of_an_older_version_can_be_overwritten(tmp_path):
     run, plan = start(tmp_path, generation=2)
     finish(run, plan)
     assert sorted(path.name for path in (tmp_path / "commits").iterdir()) == [f"0000000{n}.2.json" for n in range(3)]
+
+
+@pytest.mark.parametrize("order", permutations(range(3)))
+def test_a_shard_is_committed_once_every_page_of_its_files_is_there(order, tmp_path):
+    """Its rows may come in any pieces: the first pages alone, or the last of a file before its others."""
+    run, plan = start(tmp_path)
+    files = plan.rows_of(0)
+    pieces = []
+    for scored, pages in ((files - 1, 1), (2, 1), (3, 2)):  # 8 files, four further pages
+        piece = stage(run, plan, 0)
+        (file,) = piece.files
+        data = run.storage.read(run.path(piece.staged, file))
+        run.storage.write(run.path("staging/1-a", file), data)
+        pieces.append(replace(piece, staged="staging/1-a", scored=scored, pages=pages, shard_pages=4))
+    assert sum(piece.scored for piece in pieces) == files + 4
+    outcomes = [commit for _, commit in commit_shards(run, plan, [pieces[index] for index in order])]
+    assert outcomes[:2] == [None, None]
+    assert outcomes[2] is not None
+    assert (outcomes[2].scored, outcomes[2].pages, outcomes[2].done) == (files + 4, 4, files)
+    assert read_commits(run, plan) == {0: outcomes[2]}
