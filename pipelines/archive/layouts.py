@@ -23,8 +23,12 @@ from pipelines.archive.uri_list import csv_rows
 SPLIT_FILES = ("split_csv/1cls.csv", "1cls.csv")
 SPLIT_COLUMNS = {"object", "split", "label", "image", "mask"}
 # Names of folders and labels that mean good images, whatever their case; blanks and hyphens count as underscores.
-GOOD_NAMES = {"good", "ok", "normal", "0", "pass", "anomaly_free", "defect_free", "non_defective", "nondefective"}
-SPLITS = ("train", "test", "validation")
+GOOD_NAMES = {
+    *("good", "ok", "normal", "0", "pass", "passed", "undamaged", "non_defective", "nondefective"),
+    *("anomaly_free", "defect_free", "no_anomaly", "no_defect", "no_defects", "nodefect"),
+}
+SPLITS = {"train": "train", "test": "test", "validation": "validation", "val": "validation", "valid": "validation"}
+Key = tuple[str, str]
 MASK_SUFFIX = re.compile(r"_(mask|gt|seg|label)([_-]?\d+)?$", re.IGNORECASE)
 
 
@@ -114,8 +118,7 @@ def read_dataset(location: str, storage: Storage) -> list[Example]:
     examples = read_split_file(root, storage)
     if examples is not None:
         return examples
-    # A dataset may be a test set alone.
-    folders = category_folders(root, storage) or category_folders(root, storage, needed=("test",))
+    folders = category_folders(root, storage, needed=("test",))  # a test set may stand alone
     examples = [example for name, folder in folders.items() for example in _mvtec_examples(name, folder, storage)]
     if not examples:
         raise GladError(
@@ -214,26 +217,53 @@ def _choose_several(known: Collection[str], category: str | None, location: str)
 
 def _mvtec_examples(category: str, folder: str, storage: Storage) -> Iterator[Example]:
     names = {name.casefold(): name for name in storage.folders(folder)}
-    masks: dict[tuple[str, str], list[str]] = {}  # by folder and name of the image
+    images = [
+        (name, PurePosixPath(path))
+        for name in SPLITS
+        if name in names
+        for path, _ in storage.walk(join(folder, names[name]), follow=True)
+        if is_image(path)
+    ]
+    masks: dict[Key, list[str]] = {}
+    pictures = {_key(file) for _, file in images}
+    for file, uri in _mask_files(folder, names, storage):
+        masks.setdefault(_owner(file, pictures), []).append(uri)
+    for name, file in images:
+        kind = file.parts[0] if len(file.parts) > 1 else ""
+        found = () if is_good(kind) else tuple(masks.get(_key(file), ()))
+        path = f"{category}/{names[name]}/{file}"
+        uri = join(folder, names[name], str(file))
+        yield Example(path, uri, category, SPLITS[name], not is_good(kind), found, kind)
+
+
+def _mask_files(folder: str, names: dict[str, str], storage: Storage) -> list[tuple[PurePosixPath, str]]:
+    """The masks of a category by path and URI, in order."""
     truth = join(folder, names.get("ground_truth", "ground_truth"))
-    if storage.kind(truth) == "folder":
-        for path, _ in sorted(storage.walk(truth, follow=True)):
-            file = PurePosixPath(path)
-            if not is_image(path):
-                continue
-            owner = (str(file.parent), MASK_SUFFIX.sub("", file.stem))
-            masks.setdefault(owner, []).append(join(truth, path))
-            if len(file.parts) > 2:  # MVTec LOCO: a folder of masks for each image
-                masks.setdefault((str(file.parent.parent), file.parent.name), []).append(join(truth, path))
-    for split in SPLITS:
-        if split not in names:
-            continue
-        for path, _ in storage.walk(join(folder, names[split]), follow=True):
-            if not is_image(path):
-                continue
-            file = PurePosixPath(path)
-            kind = file.parts[0] if len(file.parts) > 1 else ""
-            good = is_good(kind)
-            found = () if good else tuple(masks.get((str(file.parent), file.stem), ()))
-            uri = join(folder, names[split], path)
-            yield Example(f"{category}/{names[split]}/{path}", uri, category, split, not good, found, kind)
+    if storage.kind(truth) != "folder":
+        return []
+    paths = sorted(path for path, _ in storage.walk(truth, follow=True) if is_image(path))
+    return [(PurePosixPath(path), join(truth, path)) for path in paths]
+
+
+def _key(file: PurePosixPath) -> Key:
+    """What a picture and its mask have in common: folder and name, in any case."""
+    return str(file.parent).casefold(), file.stem.casefold()
+
+
+def _owner(mask: PurePosixPath, pictures: Collection[Key]) -> Key:
+    """The picture a mask is of: of its name, else of that without _mask, else (MVTec LOCO) of its folder's name."""
+    parent, stem = _key(mask)
+    candidates = [(parent, stem), (parent, MASK_SUFFIX.sub("", stem)), _key(mask.parent)]
+    return next((key for key in candidates if key in pictures), candidates[1])
+
+
+def unused_masks(location: str, examples: Collection[Example], storage: Storage) -> list[str]:
+    """Masks of a dataset in MVTec-AD's layout that no image has."""
+    used = {mask for example in examples for mask in example.masks}
+    folders = category_folders(absolute(location), storage, needed=("test",)).values()
+    found = [
+        uri
+        for folder in folders
+        for _, uri in _mask_files(folder, {name.casefold(): name for name in storage.folders(folder)}, storage)
+    ]
+    return [uri for uri in found if uri not in used]

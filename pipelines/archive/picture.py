@@ -211,7 +211,9 @@ def read_labels(data: bytes) -> tuple[np.ndarray, bool]:
         ImageError: as `decode_image`.
     """
     image = _open(data)
-    return np.asarray(image), image.format == "JPEG" or (image.format == "WEBP" and b"VP8L" not in data[:64])
+    lossy = image.format == "JPEG" or (image.format == "WEBP" and b"VP8L" not in data[:64])
+    # In CMYK nothing is white.
+    return np.asarray(image.convert("RGB") if image.mode == "CMYK" else image), lossy
 
 
 def _check(problem: str | None) -> None:

@@ -16,7 +16,7 @@ from rich.table import Table
 from cluster.storage import Storage
 from glad_core.bundle import presets
 from pipelines.archive.fetch import FETCH_THREADS, fetch, neighbours
-from pipelines.archive.layouts import Example, read_dataset
+from pipelines.archive.layouts import Example, read_dataset, unused_masks
 from pipelines.archive.picture import ImageError, decode_image, read_labels
 
 LONG = 1.5  # times longer than wide
@@ -72,7 +72,7 @@ def marked_in(raw: np.ndarray, lossy: bool) -> np.ndarray:
     if raw.ndim == 3 and raw.shape[2] in (2, 4):  # alpha says nothing, unless it is all there is
         colours, alpha = raw[..., :-1], raw[..., -1]
         raw = colours if colours.any() or alpha.min() == alpha.max() else alpha
-    values = raw if raw.ndim == 2 else raw.max(axis=2)
+    values = np.nan_to_num(raw if raw.ndim == 2 else raw.max(axis=2))
     return values > values.max() / 2 if lossy and values.max() > 0 else values != 0
 
 
@@ -101,6 +101,7 @@ def check(location: str, console: Console) -> dict[str, Any]:
         found = list(pool.map(lambda example: _look(example, storage, examples), examples))
     sizes = {example.uri: size for example, (size, _) in zip(examples, found, strict=True) if size is not None}
     problems = [problem for _, problem in found if problem]
+    problems += [f"{uri}: a mask of no anomalous image" for uri in unused_masks(location, examples, storage)]
     names = sorted({example.category for example in examples})
     counts = {name: _counts([example for example in examples if example.category == name]) for name in names}
     dataset = published_name(set(names))

@@ -125,6 +125,8 @@ def mask_files():
         "alpha.png": Image.fromarray(only_alpha),
         "lossy.jpg": Image.fromarray(grey * 255),
         "labels.webp": Image.fromarray(np.stack([grey * 200] * 3, axis=2)),
+        "cmyk.jpg": Image.fromarray(np.stack([grey * 255] * 3, axis=2)).convert("CMYK"),
+        "nan.tiff": Image.fromarray(np.where(MARK, 1.0, np.nan).astype(np.float32)),
         "label.bmp": Image.fromarray(grey * 255),
     }
 
@@ -135,7 +137,7 @@ def test_a_mask_is_read_however_it_is_written(name, tmp_path) -> None:
     mask_files()[name].save(tmp_path / name, **options)
     example = Example("a", "a", "part", "test", True, (str(tmp_path / name),))
     mask = read_mask(example, STORAGE, [example])
-    if name == "lossy.jpg":
+    if name.endswith("jpg"):
         assert mask.doubts == ("lossy: cut at half of the highest value",)
         assert (mask.marked != MARK).sum() < 20
     else:
@@ -206,3 +208,26 @@ def test_masks_of_mvtec_loco_and_of_several_files_are_merged(tmp_path) -> None:
     assert len(anomalous) == 2
     for example in anomalous:
         assert (read_mask(example, STORAGE, examples).marked == (MARK | (other > 0))).all()
+
+
+def test_masks_find_their_pictures_and_the_others_are_named(tmp_path) -> None:
+    grey = (MARK * 255).astype(np.uint8)
+    blank = np.zeros((40, 60, 3), np.uint8)
+    drawn(tmp_path / "whole/train/good/0.png", blank)
+    drawn(tmp_path / "whole/val/good/0.png", blank)
+    for name in ("a", "a_label", "1", "2"):
+        drawn(tmp_path / f"whole/test/Cut/{name}.png", blank)
+    for name in ("a_label_mask", "1_mask", "1/other_mask", "77_mask"):
+        drawn(tmp_path / f"whole/ground_truth/cut/{name}.png", grey)
+    drawn(tmp_path / "alone/test/good/0.png", blank)  # beside a category with train/: no less a category
+    examples = {example.path: example for example in read_dataset(str(tmp_path), STORAGE)}
+    assert examples["whole/val/good/0.png"].split == "validation"
+    assert "alone/test/good/0.png" in examples
+    masks = {path: [m.rpartition("ground_truth/")[2] for m in e.masks] for path, e in examples.items() if e.anomalous}
+    assert masks == {
+        "whole/test/Cut/a.png": [],
+        "whole/test/Cut/a_label.png": ["cut/a_label_mask.png"],
+        "whole/test/Cut/1.png": ["cut/1/other_mask.png", "cut/1_mask.png"],
+        "whole/test/Cut/2.png": [],
+    }
+    assert "cut/77_mask.png: a mask of no anomalous image" in " ".join(check(tmp_path).stdout.split())
