@@ -215,7 +215,7 @@ def update_settings(path: str | Path, settings: Settings, provenance: dict[str, 
 def with_settings(description: Description, settings: Settings, provenance: dict[str, Any]) -> Description:
     """The description of the same weights with new settings, and more provenance."""
     merged = {**description.provenance, **provenance}
-    return _describe(settings.model_dump(), description.category, merged, description.files)
+    return _describe(settings.model_dump(mode="json"), description.category, merged, description.files)
 
 
 def write_description(path: Path, settings: dict[str, Any], category: str, provenance: dict[str, Any]) -> Description:

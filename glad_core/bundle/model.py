@@ -131,7 +131,7 @@ def save_bundle(
         stored = {"cond": prompt_cond, "uncond": prompt_uncond}
         stored |= {f"cond/{name}": value for name, value in (prompts or {}).items()}
         _save_tensors(partial / "prompt.safetensors", stored, "prompt")
-        description = write_description(partial, settings.model_dump(), category, provenance)
+        description = write_description(partial, settings.model_dump(mode="json"), category, provenance)
         partial.chmod(0o755)  # mkdtemp makes it private
         if path.exists():
             shutil.rmtree(path)

@@ -36,7 +36,7 @@ def test_an_image_that_ends_its_process_twice_is_an_error_and_no_other(
 
     class Fragile(GladActor):
         def _load(self, key):
-            engine = super()._load(key)
+            (engine,) = engines = super()._load(key)
             work = engine.work
 
             def work_or_die():
@@ -45,7 +45,7 @@ def test_an_image_that_ends_its_process_twice_is_an_error_and_no_other(
                 return work()
 
             engine.work = work_or_die
-            return engine
+            return engines
 
     monkeypatch.setattr(dataflow, "GladActor", Fragile)
     outcome = score(archive, tiny_bundle, tmp_path / "out", "--actors", "1", "--batch-size", "4")

@@ -81,6 +81,7 @@ def test_broken_files_are_errors_and_the_job_goes_on(tmp_path, tiny_bundle, phot
         "blank": 0,
         "doubtful": 0,
         "left_out": {},
+        "pages": 0,
     }
     results, errors = pq.read_table(out / "results"), pq.read_table(out / "errors")
     kinds = {row["uri"].rsplit("/", 1)[1]: row["error_type"] for row in errors.to_pylist()}

@@ -75,7 +75,8 @@ def test_archive_and_bundle_and_results_on_s3(s3, s3_server, archive, tiny_bundl
         "duplicates": 0,
         "blank": 0,
         "doubtful": 0,
-        "left_out": {},
+        "left_out": {"files in tars that are no images": 3},
+        "pages": 0,
     }
     results, errors = read(s3, f"{out}/results"), read(s3, f"{out}/errors")
     assert len(set(results["image_id"].to_pylist()) | set(errors["image_id"].to_pylist())) == 13

@@ -76,7 +76,9 @@ main.main()
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_command_ends_in_one_line_with_the_code_of_a_shell(number, code):
-    process = start(COMMAND, "wait")
+    process = start(
+        COMMAND, "wait", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    )  # under nohup it is ignored
     process.send_signal(number)
     assert outcome(process) == (code, "stopped\n")
 

@@ -73,4 +73,4 @@ def test_false_alarms_of_other_categories_or_inside_a_tar_are_not_added(judged) 
     kept, change = apply_feedback(images, None, run.location, run.storage)
     assert [image.uri for image in kept["bottle"][2:]] == [false_alarm["uri"]]
     assert kept["nut"] == images["nut"]
-    assert change.endswith("1 added, 2 of another category or inside a tar not added")
+    assert change.endswith("1 added, 2 of another category, inside a tar or on a further page not added")
