@@ -17,7 +17,7 @@ from urllib.parse import urlparse
 import pyarrow.fs as pafs
 
 from cluster.local import Listed
-from cluster.storage_errors import ChangedError, UnorderedError
+from cluster.storage_errors import ChangedError, StorageError, UnorderedError
 
 ATTEMPTS, PATIENT_ATTEMPTS = 3, 12  # per request to S3; with doubling waits, twelve outlast 50 seconds
 READ_TIMEOUT = 20  # seconds without a byte
@@ -77,8 +77,10 @@ class Connection:
 
 
 @lru_cache(maxsize=8)
-def filesystem(connection: Connection, background_writes: bool = True) -> pafs.S3FileSystem:
+def filesystem(connection: Connection, background_writes: bool = True) -> pafs.FileSystem:
     """Reads and writes objects. Writes in the background are faster, but a slow server leaves them all in memory."""
+    if connection.requester_pays:  # pyarrow cannot send the header that agrees to it
+        return pafs.PyFileSystem(pafs.FSSpecHandler(_creating(connection)))
     options: dict[str, Any] = {
         "connect_timeout": 5,
         "request_timeout": 60,
@@ -90,8 +92,8 @@ def filesystem(connection: Connection, background_writes: bool = True) -> pafs.S
         # what hundreds of processes do at a time, reading and writing whole objects, goes through botocore.
         "retry_strategy": pafs.AwsDefaultS3RetryStrategy(max_attempts=connection.attempts),
     }
-    if connection.ca_bundle:
-        options["tls_ca_file_path"] = connection.ca_bundle
+    if authority := _authority(connection):
+        options["tls_ca_file_path"] = authority
     if connection.anonymous:
         options["anonymous"] = True
     elif connection.access_key:
@@ -315,7 +317,7 @@ def _client(connection: Connection) -> Any:
         aws_access_key_id=connection.access_key,
         aws_secret_access_key=connection.secret_key,
         aws_session_token=connection.session_token,
-        verify=connection.ca_bundle,
+        verify=_authority(connection),
         config=Config(
             signature_version=UNSIGNED if connection.anonymous else None,
             retries={"mode": "standard", "total_max_attempts": connection.attempts},
@@ -328,6 +330,13 @@ def _client(connection: Connection) -> Any:
     if connection.requester_pays:
         client.meta.events.register("before-call.s3", _agree_to_pay)
     return client
+
+
+def _authority(connection: Connection) -> str | None:
+    """The file of AWS_CA_BUNDLE; each client says something else of one that is not there. Raises StorageError."""
+    if connection.ca_bundle and not os.path.exists(connection.ca_bundle):
+        raise StorageError(f"{connection.ca_bundle}: no such file; AWS_CA_BUNDLE names it")
+    return connection.ca_bundle
 
 
 def _agree_to_pay(params: dict[str, Any], **_: Any) -> None:
@@ -358,17 +367,22 @@ def create(connection: Connection, path: str, data: bytes) -> bool:
 @lru_cache(maxsize=8)
 def _creating(connection: Connection) -> Any:
     import s3fs
+    from aiobotocore.session import get_session
 
+    session = get_session()
+    if connection.requester_pays:  # s3fs's own switch leaves out the requests about a bucket
+        session.register("before-call.s3", _agree_to_pay)
     return s3fs.S3FileSystem(
+        session=session,
         key=connection.access_key,
         secret=connection.secret_key,
         token=connection.session_token,
         anon=connection.anonymous,
-        requester_pays=connection.requester_pays,
+        use_listings_cache=False,
         endpoint_url=connection.endpoint,
         config_kwargs={"retries": {"mode": "standard", "max_attempts": connection.attempts}},
         client_kwargs=({"region_name": connection.region or "us-east-1"} if connection.endpoint else {})
-        | ({"verify": connection.ca_bundle} if connection.ca_bundle else {}),
+        | ({"verify": authority} if (authority := _authority(connection)) else {}),
     )
 
 

@@ -65,11 +65,12 @@ BUSY_WORDS = (
 NETWORK_WORDS = (
     *("NETWORK_CONNECTION", "Couldn't connect", "Could not connect", "curlCode", "Connection refused"),
     *("Connect timeout", "Read timeout", "Connection was closed", "response stream", "total bytes expected"),
-    "Failed to connect to proxy",
+    *("Failed to connect to proxy", "SSL validation failed"),
 )
 CERTIFICATE_WORDS = (
-    "SSL validation failed",
     "CERTIFICATE_VERIFY_FAILED",
+    "X509",
+    "doesn't match",
     "curlCode: 60",
     "curlCode: 77",
     "SSL peer cert",
@@ -114,7 +115,7 @@ def _s3_reason(uri: str, endpoint: str, text: str, error: OSError) -> str | None
     if _mentions(text, CERTIFICATE_WORDS):
         return (
             f"{endpoint} has a certificate that this machine does not trust; set AWS_CA_BUNDLE to the file with the "
-            "certificate of its authority"
+            "certificate of its authority, and check its dates and the host that it names"
         )
     if _mentions(text, NETWORK_WORDS):
         return f"cannot reach {endpoint}; check AWS_ENDPOINT_URL and the network"

@@ -265,6 +265,12 @@ def test_a_server_with_an_authority_of_its_own_and_other_terms(tmp_path, monkeyp
             self.end_headers()
             self.wfile.write(body)
 
+        def do_HEAD(self):
+            seen.append({name.lower(): value for name, value in self.headers.items()})
+            self.send_response(200 if self.path.endswith("a.png") else 404)
+            self.send_header("Content-Length", "1")
+            self.end_headers()
+
         def log_message(self, *_):
             pass
 
@@ -288,10 +294,16 @@ def test_a_server_with_an_authority_of_its_own_and_other_terms(tmp_path, monkeyp
         monkeypatch.setenv("AWS_NO_SIGN_REQUEST", "true")
         monkeypatch.setenv("AWS_REQUEST_PAYER", "requester")
         assert [entry.path for entry in Storage.from_environment().entries("s3://b/flat")] == ["a.png"]
-        assert "authorization" not in seen[-1]
-        assert seen[-1]["x-amz-request-payer"] == "requester"
-        # What reads Parquet takes the same settings.
-        assert s3.filesystem(s3.Connection.from_environment()) is not None
+        asked = len(seen)
+        assert Storage.from_environment().kind("s3://b/flat") == "folder"
+        assert Storage.from_environment().open("s3://b/flat/a.png").read() != b""
+        assert len(seen) > asked + 1
+        for headers in seen[asked - 1 :]:
+            assert "authorization" not in headers
+            assert headers["x-amz-request-payer"] == "requester"
+        monkeypatch.setenv("AWS_CA_BUNDLE", "/none.pem")
+        with pytest.raises(StorageError, match=r"/none.pem: no such file; AWS_CA_BUNDLE names it"):
+            Storage.from_environment().kind("s3://b/flat")
     finally:
         server.shutdown()
         server.server_close()
