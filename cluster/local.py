@@ -19,6 +19,8 @@ import pyarrow.fs as pafs
 
 from cluster.storage_errors import ChangedError, StorageError, explain
 
+IS_HIDDEN = "hidden"
+
 
 @lru_cache(maxsize=1)
 def filesystem() -> pafs.LocalFileSystem:
@@ -55,19 +57,19 @@ class Entry(NamedTuple):
     problem: str | None = None
 
 
-def entries(folder: str, follow: bool, prefix: str) -> Iterator[Entry]:
+def entries(folder: str, follow: bool, prefix: str, hidden: bool = False) -> Iterator[Entry]:
     """Everything below ``folder`` that `level` lists, but for the folders in it, in order of path.
 
     A folder that cannot be listed is an entry without size whose problem begins with its location.
     """
-    below = [(prefix, level(folder, follow, prefix))]
+    below = [(prefix, level(folder, follow, prefix, hidden))]
     while below:
         above, listed = below[-1]
         try:
             for entry in listed:
                 if entry.size is None:
                     inside = f"{entry.path}/"
-                    below.append((inside, level(f"{folder}/{entry.path[len(prefix) :]}", follow, inside)))
+                    below.append((inside, level(f"{folder}/{entry.path[len(prefix) :]}", follow, inside, hidden)))
                     break
                 yield entry
             else:
@@ -77,8 +79,11 @@ def entries(folder: str, follow: bool, prefix: str) -> Iterator[Entry]:
             yield Entry(above.rstrip("/"), None, None, str(error))
 
 
-def level(folder: str, follow: bool = True, prefix: str = "") -> Iterator[Entry]:
-    """Files and folders directly in ``folder``, in order of name, with ``prefix`` before it; without hidden ones.
+def level(folder: str, follow: bool = True, prefix: str = "", hidden: bool = False) -> Iterator[Entry]:
+    """Files and folders directly in ``folder``, in order of name, with ``prefix`` before it.
+
+    Hidden ones (a leading dot) are left out, or with ``hidden`` are entries with the problem `IS_HIDDEN`. A hidden
+    folder is not opened: a snapshot in it may be as large as the archive.
 
     A link to a folder is that folder if links are to ``follow``, unless it is one that the path to the link leads
     through. Pipes, sockets, devices and other links to folders are entries with a problem.
@@ -91,9 +96,11 @@ def level(folder: str, follow: bool = True, prefix: str = "") -> Iterator[Entry]
     except OSError as error:
         raise StorageError(explain(folder, None, error)) from error
     for entry in listed:
-        if entry.name.startswith("."):
-            continue
         path = prefix + entry.name
+        if entry.name.startswith("."):
+            if hidden:
+                yield Entry(path, 0, None, IS_HIDDEN)
+            continue
         try:
             if entry.is_dir(follow_symlinks=False):
                 yield Entry(path, None, None)

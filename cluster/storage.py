@@ -22,11 +22,12 @@ import pyarrow.fs as pafs
 import tenacity
 
 from cluster import local, s3
-from cluster.local import Entry, Listed
+from cluster.local import IS_HIDDEN, Entry, Listed
 from cluster.locations import absolute, is_s3, join, local_path, spelled
 from cluster.storage_errors import ChangedError, StorageError, UnorderedError, explain, is_disk_full, is_trouble
 
 __all__ = [
+    "IS_HIDDEN",
     "ChangedError",
     "Entry",
     "Listed",
@@ -95,21 +96,31 @@ class Storage(s3.Connection):
                 raise StorageError(entry.problem)
 
     def entries(
-        self, uri: str, follow: bool = True, prefix: str = "", after: str | None = None, last: str | None = None
+        self,
+        uri: str,
+        follow: bool = True,
+        prefix: str = "",
+        after: str | None = None,
+        last: str | None = None,
+        hidden: bool = False,
     ) -> Iterator[Entry]:
         """Everything below ``uri`` but folders, in order of path, S3 in its own; ``prefix`` is put before their paths.
 
-        What cannot be listed or read is an entry with a problem; only hidden files and folders (a leading dot) are left
-        out. Links to folders are followed, but never in a circle. Streamed: memory holds one page of S3's listing or
-        one folder. On S3, only the keys after ``after`` and up to ``last``, see `s3.keys`.
+        What cannot be listed or read is an entry with a problem. Only hidden files and folders (a leading dot) are left
+        out, or with ``hidden`` have the problem `IS_HIDDEN`: a local folder once, on S3 each file in it. Links to
+        folders are followed, but never in a circle. Streamed: memory holds one page of S3's listing or one folder. On
+        S3, only the keys after ``after`` and up to ``last``, see `s3.keys`.
         """
         _, root = self.resolve(uri)
         if not is_s3(uri):
-            yield from local.entries(root, follow, prefix)
+            yield from local.entries(root, follow, prefix, hidden)
             return
         with clear_errors(uri, self):
             for key, size, version in s3.keys(self, *root.partition("/")[::2], after=after, last=last):
-                if not any(part.startswith(".") for part in key.split("/")):
+                if any(part.startswith(".") for part in (prefix + key).split("/")):
+                    if hidden:
+                        yield Entry(prefix + key, size, version, IS_HIDDEN)
+                else:
                     yield Entry(prefix + key, size, version, KEY_OF_A_FOLDER if key[-1:] in ("", "/") else None)
 
     def next_key(self, uri: str, after: str | None) -> str | None:
@@ -120,16 +131,16 @@ class Storage(s3.Connection):
     def level(self, uri: str, prefix: str = "") -> Iterator[Entry]:
         """The files and folders directly in ``uri``, in the order of `entries`, with ``prefix`` before their names.
 
-        Leaves out what `entries` leaves out.
+        With the hidden ones, as `entries` has them; a hidden folder on S3 is a folder.
         """
         _, root = self.resolve(uri)
         if not is_s3(uri):
-            yield from local.level(root, prefix=prefix)
+            yield from local.level(root, prefix=prefix, hidden=True)
             return
         with clear_errors(uri, self):
             for name, size, version in s3.keys(self, *root.partition("/")[::2], delimiter="/"):
-                if not name.startswith("."):
-                    yield Entry(prefix + name, size, version)
+                is_hidden = name.startswith(".") and size is not None
+                yield Entry(prefix + name, size, version, IS_HIDDEN if is_hidden else None)
 
     def entry(self, uri: str) -> Entry:
         """One file as its folder lists it. Raises FileNotFoundError if there is none."""

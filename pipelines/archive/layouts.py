@@ -148,7 +148,7 @@ def read_split_file(root: str, storage: Storage) -> list[Example] | None:
         missing = SPLIT_COLUMNS - set(rows.fieldnames or [])
         if missing:
             raise GladError(f"{file}: lacks the column {', '.join(sorted(missing))}; VisA's split file is expected")
-        return [_split_example(row, root, f"{file}: line {rows.line_num}") for row in rows]
+        return [_split_example(row, root, f"{file}: line {rows.line_num}") for row in rows if any(row.values())]
     except (UnicodeDecodeError, csv.Error) as error:
         raise GladError(f"{file}: no text in UTF-8 or UTF-16; VisA's split file is expected") from error
 
@@ -163,7 +163,7 @@ def _split_example(row: dict[str, str | None], root: str, line: str) -> Example:
     label = row["label"] or ""
     masks = (join(root, mask),) if mask and not is_good(label) else ()
     split = (row["split"] or "").strip().casefold()
-    return Example(image, join(root, image), row["object"] or "", split, not is_good(label), masks, label)
+    return Example(image, join(root, image), (row["object"] or "").strip(), split, not is_good(label), masks, label)
 
 
 def good_images(location: str, category: str | None, storage: Storage) -> dict[str, list[str]]:

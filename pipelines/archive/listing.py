@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster import session
-from cluster.storage import Entry, Storage, StorageError, UnorderedError, absolute, clear_errors, is_s3, join
+from cluster.storage import Entry, Storage, StorageError, UnorderedError, absolute, clear_errors, is_s3, join, spelled
 from glad_core.errors import GladError
 from pipelines.archive.key_ranges import cut
 from pipelines.archive.rows import OUTSIDE, LeftOut, Row
@@ -176,14 +176,18 @@ def split(archive: Archive, in_ranges: bool = True) -> list[list[Part] | None]:
 
 
 def count_outside(archive: Archive) -> int:
-    """Files of the datasets in an archive that are not listed, since they lie outside of a test set."""
+    """Files below a dataset's folder that are not listed, since they lie outside of the test sets that are."""
     source, storage = archive.source, archive.storage
-    count = 0
-    for tree in trees_of(source, archive.category, storage, archive.several) or []:
-        if tree.folder != source:
-            home, _, test = tree.folder.rpartition("/")
-            count += sum(not file.path.startswith(f"{test}/") for file in storage.entries(home))
-    return count
+    if storage.kind(source) != "folder":
+        return 0
+    trees = trees_of(source, archive.category, storage, archive.several)
+    if trees is None:
+        listed = {row["uri"] for row in list_source(source, archive.category, storage, archive.several)}
+        return sum(spelled(join(source, file.path)) not in listed for file in storage.entries(source, hidden=True))
+    if any(tree.folder == source for tree in trees):
+        return 0
+    tests = tuple(f"{tree.folder.removeprefix(source).strip('/')}/" for tree in trees)
+    return sum(not file.path.startswith(tests) for file in storage.entries(source, hidden=True))
 
 
 def _in_ranges(parts: list[Part], flat: set[Part], storage: Storage) -> list[Part]:
@@ -263,7 +267,7 @@ def _piece_rows(piece: Sequence[Part], archive: Archive, left_out: LeftOut) -> I
         if part[2] is not None:
             return (Entry(*part[1:]),)
         location, prefix = _below(*part[:2])
-        return archive.storage.entries(location, prefix=prefix, after=part[3], last=part[4])
+        return archive.storage.entries(location, prefix=prefix, after=part[3], last=part[4], hidden=True)
 
     rows = (row for part in piece for row in tree_rows(part[0], files(part), archive.storage, left_out))
     return with_categories(rows, archive.source, archive.category, archive.storage) if archive.several else rows

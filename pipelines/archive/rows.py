@@ -16,11 +16,11 @@ from pipelines.archive.uris import image_id, printable, tar_uri
 # Files that systems leave beside pictures, which nobody means.
 HIDDEN = re.compile(r"(^|/)(\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini|__MACOSX/.*)$", re.IGNORECASE)
 # Why a file or entry has no row, as users read it.
-IN_TARS, SYSTEM_FILES, COMMENTS, OUTSIDE = (
+IN_TARS, HIDDEN_FILES, COMMENTS, OUTSIDE = (
     "files in tars that are no images",
-    "hidden files of a system",
+    "hidden files or folders",
     "comments of the list",
-    "files of the dataset outside of its test set",
+    "files outside of the dataset's test set",
 )
 LONGEST_MESSAGE = 500  # characters
 Row = dict[str, Any]
@@ -68,7 +68,7 @@ def file_rows(
         file: size and version, as far as they are known.
     """
     if HIDDEN.search(path):
-        left_out.others[SYSTEM_FILES] += 1
+        left_out.others[HIDDEN_FILES] += 1
         return ()
     if uri.lower().endswith((".tar", ".tar.gz", ".tgz")):
         return _tar_rows(uri, path, file, category, storage, left_out)
@@ -82,7 +82,7 @@ def _tar_rows(
     left_out.duplicates += sum(map(is_image, tar.index.repeated))
     for member in tar.index.files():
         if HIDDEN.search(member.name):
-            left_out.others[SYSTEM_FILES] += 1
+            left_out.others[HIDDEN_FILES] += 1
         elif not is_image(member.name):  # such as WebDataset's .json, .cls and .txt
             left_out.others[IN_TARS] += 1
         else:

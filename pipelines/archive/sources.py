@@ -17,14 +17,30 @@ from pathlib import PurePosixPath
 from fsspec.utils import glob_translate
 
 from cluster.locations import SCHEME, UNSPEAKABLE
-from cluster.storage import Entry, Storage, StorageError, absolute, clear_errors, is_s3, join, spelled
+from cluster.storage import IS_HIDDEN, Entry, Storage, StorageError, absolute, clear_errors, is_s3, join, spelled
 from glad_core.errors import GladError
 from pipelines.archive.layouts import category_folders, choose_category, read_split_file, split_file, split_folder
-from pipelines.archive.rows import HIDDEN, LeftOut, Row, Tar, error_row, file_rows, image_row, member_row, read_tar
+from pipelines.archive.rows import (
+    HIDDEN,
+    HIDDEN_FILES,
+    LeftOut,
+    Row,
+    Tar,
+    error_row,
+    file_rows,
+    image_row,
+    member_row,
+    read_tar,
+)
 from pipelines.archive.uri_list import LIST_SUFFIXES, read_list
 from pipelines.archive.uris import image_id, one_line, path_of, printable, split_tar_uri
 
 WILDCARDS = re.compile(r"[*?\[]")
+# What lists are written in that no picture or tar is; read as a picture, each would be a broken one.
+OTHER_LISTS = re.compile(
+    r"\.(jsonl?|ndjson|xlsx?|ods|feather|arrow|orc|avro|pq|ya?ml|(csv|tsv|txt|lst|parquet)\.(gz|bz2|xz|zst|zip))$",
+    re.IGNORECASE,
+)
 TARS = 4  # whose members are kept in memory, if a list names members one by one
 LONGEST_ENTRY = 2**15  # characters of a list's entry; a path has 4096 bytes at most
 
@@ -58,7 +74,9 @@ def list_source(
     trees = trees_of(source, category, storage, several)
     if trees is not None:
         rows: Iterator[Row] = (
-            row for tree in trees for row in tree_rows(tree, storage.entries(tree.folder), storage, left_out)
+            row
+            for tree in trees
+            for row in tree_rows(tree, storage.entries(tree.folder, hidden=True), storage, left_out)
         )
     elif storage.kind(source) == "folder":
         rows = _list_split_file(source, category, storage, several)
@@ -94,7 +112,7 @@ def trees_of(source: str, category: str | None, storage: Storage, several: bool 
 
 def _nothing_else(source: str, folders: dict[str, str], storage: Storage) -> bool:
     """Whether a dataset's folder holds no other folders than its categories."""
-    return all(name in folders or HIDDEN.search(f"{name}/") for name in storage.folders(source))
+    return all(name in folders or name.startswith(".") or HIDDEN.search(f"{name}/") for name in storage.folders(source))
 
 
 def _one_category(source: str, folders: dict[str, str], category: str | None) -> list[str]:
@@ -116,7 +134,9 @@ def tree_rows(tree: Tree, files: Iterable[Entry], storage: Storage, left_out: Le
     for file in files:
         path = tree.inside + file.path
         location = f"{tree.folder}/{file.path}" if file.path else tree.folder
-        if file.problem is None:
+        if file.problem == IS_HIDDEN:
+            left_out.others[HIDDEN_FILES] += 1
+        elif file.problem is None:
             yield from file_rows(spelled(location), path, file, tree.category, storage, left_out)
         else:
             yield error_row(spelled(location), image_id(path), tree.category, "unreadable", file.problem)
@@ -150,7 +170,7 @@ def _first_folder(row: Row, base: str | None) -> str | None:
     tar = row.get("shard")
     inside = [path_of(row["uri"])] if tar else []
     below = [path_of(tar or row["uri"]).removeprefix(base).strip("/")] if base is not None else []
-    parts = [path.split("/") for path in inside + below]
+    parts = [[name for name in path.split("/") if name not in ("", ".")] for path in inside + below]  # ./bolt/1.png
     return next((printable(part[0]) for part in parts if len(part) > 1), None)
 
 
@@ -158,6 +178,8 @@ def _list_no_folder(source: str, storage: Storage, left_out: LeftOut) -> Iterato
     if storage.kind(source) == "file":
         if PurePosixPath(source).suffix.lower() in LIST_SUFFIXES:
             return _list_uris(source, storage, left_out)
+        if OTHER_LISTS.search(source):
+            raise GladError(f"{source}: not read; write the list as text, CSV or Parquet ({', '.join(LIST_SUFFIXES)})")
         with clear_errors(source, storage):
             return tree_rows(Tree(source.rpartition("/")[0]), [storage.entry(source)], storage, left_out)
     if WILDCARDS.search(source):
@@ -186,7 +208,7 @@ def _list_glob(pattern: str, storage: Storage, left_out: LeftOut) -> Iterator[Ro
     matches = re.compile(glob_translate(below)).match
     files = (
         file
-        for file in storage.entries(fixed or "/")
+        for file in storage.entries(fixed or "/", hidden=True)
         if matches(file.path) or (file.size is None and _may_lead_to(file.path, below))
     )
     return tree_rows(Tree(fixed), files, storage, left_out)

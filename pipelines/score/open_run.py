@@ -11,6 +11,7 @@ from cluster.storage import Storage, StorageError, absolute
 from glad_core.engine.search import search_of
 from glad_core.errors import GladError
 from pipelines.archive import sources
+from pipelines.archive.layouts import choose_category
 from pipelines.archive.listing import list_remotely
 from pipelines.models.find import Models, find_models
 from pipelines.runs.claim import Found, Plan, claim, draft, memory_file
@@ -59,6 +60,8 @@ def check(request: ScoreRequest) -> Job:
     if source == run.location or run.location.startswith(source.rstrip("/") + "/"):
         raise GladError(f"{run.location} lies inside the archive {source}: choose an --out outside of it")
     models = find_models(request.model, storage)
+    if models.categories and request.category is not None:
+        choose_category(models.categories, request.category, request.model)
     searches = {key: search_of(settings, request.search) for key, settings in models.settings().items()}
     if (request.method == "nearest") != (request.good is not None):
         raise GladError("--method nearest and --good FOLDER go together: it compares with those good images")

@@ -158,6 +158,8 @@ def test_what_no_key_can_name_is_said(storage, monkeypatch):
     entries = list(storage.entries("s3://bucket/x", prefix="x/"))
     assert [entry.path for entry in entries] == ["x/a.png", "x/a.png/", "x/c//d.png"]
     assert [entry.problem is None for entry in entries] == [True, False, True]
+    inside = list(storage.entries("s3://bucket/x/.old", prefix=".old/", hidden=True))
+    assert {entry.problem for entry in inside} == {"hidden"}  # whatever hides the folder that is listed
 
 
 def test_links_to_folders_are_followed_only_in_archives(storage, tmp_path):

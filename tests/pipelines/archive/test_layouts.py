@@ -223,7 +223,8 @@ def test_a_test_set_alone_is_a_dataset(tmp_path):
 def test_a_split_file_from_excel_is_read(visa):
     file = visa / "split_csv/1cls.csv"
     plain = read_dataset(str(visa), STORAGE)
-    text = file.read_text().replace(",", "; ").replace("/", "\\").replace("normal", "Normal")
+    text = file.read_text().replace(",", " ; ").replace("/", "\\").replace("normal", "Normal")
+    text = "sep=;\n" + text.replace("object", "Object") + ";;;;\n"
     for encoding in ("utf-16", "utf-8-sig"):
         file.write_bytes(text.replace("\n", "\r\n").encode(encoding))
         found = read_dataset(str(visa), STORAGE)

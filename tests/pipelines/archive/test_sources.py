@@ -11,7 +11,7 @@ import pytest
 from cluster.storage import Storage, StorageError
 from glad_core.errors import GladError
 from pipelines.archive.fetch import fetch
-from pipelines.archive.listing import MANIFEST_SCHEMA, Archive, count_outside
+from pipelines.archive.listing import MANIFEST_SCHEMA, Archive, count_outside, split, write_manifest
 from pipelines.archive.rows import LeftOut
 from pipelines.archive.sources import list_source
 
@@ -259,7 +259,7 @@ def test_a_folder_with_train_and_test_hides_nothing_beside_it(tmp_path):
     sources(tmp_path, "a/train/good/1.png", "a/test/good/2.png", "b/3.png", "4.png", "c/Thumbs.db")
     rows, left_out = found(tmp_path)
     assert sorted(names(rows, tmp_path)) == ["4.png", "a/test/good/2.png", "a/train/good/1.png", "b/3.png"]
-    assert left_out.others == {"hidden files of a system": 1}
+    assert left_out.others == {"hidden files or folders": 1}
     chosen, _ = found(tmp_path, "a")
     assert names(chosen, tmp_path) == ["a/test/good/2.png"]
 
@@ -269,6 +269,26 @@ def test_files_outside_of_a_test_set_are_counted(tmp_path):
     assert names(found(tmp_path / "a")[0], tmp_path) == ["a/test/good/2.png"]
     assert count_outside(Archive(str(tmp_path / "a"), None, STORAGE, False)) == 3
     assert count_outside(Archive(str(tmp_path / "a/val"), None, STORAGE, False)) == 0
+    sources(tmp_path, "b/train/good/1.png", "b/test/good/2.png", "loose.png", ".DS_Store")
+    assert count_outside(Archive(str(tmp_path), "b", STORAGE, False)) == 7
+    assert count_outside(Archive(str(tmp_path), None, STORAGE, True)) == 6
+    split_file = "object,split,label,image,mask\nx,test,normal,loose.png,\nx,train,normal,a/val/3.png,\n"
+    (tmp_path / "1cls.csv").write_text(split_file)
+    assert count_outside(Archive(str(tmp_path), None, STORAGE, False)) == 8  # the split file, and all but loose.png
+
+
+def test_hidden_files_are_counted_and_make_no_archive_of_a_dataset(tmp_path):
+    root, out = tmp_path / "set", str(tmp_path / "manifest")
+    sources(root, "a/train/1.png", "a/test/good/2.png", "a/test/.x/3.png", "a/test/good/._2.png", ".cache/4.png")
+    rows, left_out = found(root)
+    assert names(rows, root) == ["a/test/good/2.png"]
+    assert left_out.others == {"hidden files or folders": 2}
+    counts, _ = write_manifest(Archive(str(root), None, STORAGE, False), None, 0, out)
+    (piece,) = split(Archive(str(root), None, STORAGE, False))
+    pieced, _ = write_manifest(Archive(str(root), None, STORAGE, False), piece, 1, out)
+    assert counts == pieced
+    _, globbed = found(f"{root}/a/**/*.png")
+    assert globbed.others == {"hidden files or folders": 1}
 
 
 def test_what_a_tar_holds_beside_images_is_counted(tmp_path):
@@ -277,7 +297,7 @@ def test_what_a_tar_holds_beside_images_is_counted(tmp_path):
             tar.addfile(tarfile.TarInfo(name), io.BytesIO())
     rows, left_out = found(tmp_path / "x.tar")
     assert len(rows) == 1
-    assert left_out.others == {"files in tars that are no images": 2, "hidden files of a system": 2}
+    assert left_out.others == {"files in tars that are no images": 2, "hidden files or folders": 2}
 
 
 LISTS = {
@@ -290,6 +310,8 @@ LISTS = {
     ),
     "polars.parquet": lambda path: pl.DataFrame({"uri": ["a.png"], "category": ["nut"]}).write_parquet(path),
     "commas.csv": lambda path: path.write_text("uri,category\na.png,nut\n,\n"),
+    "tabs.tsv": lambda path: path.write_text("uri\tcategory\na.png\tnut\n"),
+    "separator.csv": lambda path: path.write_text("sep=;\nuri ; category\na.png ; nut\n"),
     "excel.CSV": lambda path: path.write_bytes('Category; URI\r\nnut; "a.png"\r\n'.encode("utf-16")),
 }
 
@@ -310,6 +332,20 @@ def test_comments_of_a_list_are_counted_and_other_csv_files_refused(tmp_path):
         found(tmp_path / "other.csv")
 
 
+def test_a_column_of_row_numbers_is_no_category_and_numbers_may_be_categories(tmp_path):
+    pd.DataFrame({"uri": ["a.png"]}).to_csv(tmp_path / "index.csv")
+    assert [row["category"] for row in found(tmp_path / "index.csv")[0]] == [None]
+    pd.DataFrame({"uri": ["a.png"], "category": [0]}).to_parquet(tmp_path / "numbers.parquet")
+    assert [row["category"] for row in found(tmp_path / "numbers.parquet", several=True)[0]] == ["0"]
+
+
+@pytest.mark.parametrize("name", ["list.jsonl", "list.csv.gz", "LIST.XLSX", "list.pq"])
+def test_a_list_in_another_format_is_no_broken_picture(name, tmp_path):
+    sources(tmp_path, name)
+    with pytest.raises(GladError, match="not read; write the list as text, CSV or Parquet"):
+        found(tmp_path / name)
+
+
 def test_one_rule_gives_categories(tmp_path):
     sources(tmp_path, "lines/nut/1/a.png", "lines/bolt/b.png")
     (tmp_path / "list.txt").write_text(f"{tmp_path}/lines/nut/1/a.png\n")
@@ -319,5 +355,5 @@ def test_one_rule_gives_categories(tmp_path):
     globbed, _ = found(f"{tmp_path}/lines/**/*.png", several=True)
     assert sorted(row["category"] for row in globbed) == ["bolt", "nut"]
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        tar.addfile(tarfile.TarInfo("nut/a.png"), io.BytesIO())
+        tar.addfile(tarfile.TarInfo("./nut/a.png"), io.BytesIO())  # as `tar cf x.tar .` writes it
     assert [row["category"] for row in found(tmp_path / "x.tar", several=True)[0]] == ["nut"]
