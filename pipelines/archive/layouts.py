@@ -163,6 +163,7 @@ def _split_example(row: dict[str, str | None], root: str, line: str) -> Example:
     label = row["label"] or ""
     masks = (join(root, mask),) if mask and not is_good(label) else ()
     split = (row["split"] or "").strip().casefold()
+    split = SPLITS.get(split, split)
     return Example(image, join(root, image), (row["object"] or "").strip(), split, not is_good(label), masks, label)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import numpy as np
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 
 from glad_core.views import Framing
 from pipelines.archive import damage
@@ -214,6 +214,16 @@ def read_labels(data: bytes) -> tuple[np.ndarray, bool]:
     lossy = image.format == "JPEG" or (image.format == "WEBP" and b"VP8L" not in data[:64])
     # In CMYK nothing is white.
     return np.asarray(image.convert("RGB") if image.mode == "CMYK" else image), lossy
+
+
+def orientation(data: bytes) -> int:
+    """An image's EXIF orientation: 1 upright, 2 to 4 mirrored or upside down, 5 to 8 on its side.
+
+    Raises:
+        ImageError: as `decode_image`.
+    """
+    stored = _header(data).getexif().get(ExifTags.Base.Orientation, 1)
+    return stored if stored in range(2, 9) else 1
 
 
 def _check(problem: str | None) -> None:

@@ -16,8 +16,8 @@ from rich.table import Table
 from cluster.storage import Storage
 from glad_core.bundle import presets
 from pipelines.archive.fetch import FETCH_THREADS, fetch, neighbours
-from pipelines.archive.layouts import Example, read_dataset, unused_masks
-from pipelines.archive.picture import ImageError, decode_image, read_labels
+from pipelines.archive.layouts import SPLITS, Example, read_dataset, unused_masks
+from pipelines.archive.picture import ImageError, decode_image, orientation, read_labels
 
 LONG = 1.5  # times longer than wide
 COLUMNS = ("train good", "test good", "test anomalous", "with mask")
@@ -30,10 +30,11 @@ def published_name(categories: set[str]) -> str | None:
 
 
 class Mask(NamedTuple):
-    """Where an anomalous image is anomalous, bool [H, W], and what is doubtful about it, in words."""
+    """Where an anomalous image is anomalous, bool [H, W], what is doubtful about it, and whether its EXIF turns it."""
 
     marked: np.ndarray
     doubts: tuple[str, ...]
+    turned: bool
 
 
 def read_mask(example: Example, storage: Storage, examples: Sequence[Example]) -> Mask:
@@ -49,9 +50,12 @@ def read_mask(example: Example, storage: Storage, examples: Sequence[Example]) -
         ImageError: one is not readable. StorageError: nor are other images.
     """
     marked: np.ndarray | None = None
+    turned = False
     doubts: dict[str, None] = {}
     for uri in example.masks:
-        raw, lossy = read_labels(_fetch(uri, storage, examples))
+        data = _fetch(uri, storage, examples)
+        raw, lossy = read_labels(data)
+        turned |= orientation(data) > 1
         one = marked_in(raw, lossy)
         if lossy:
             doubts["lossy: cut at half of the highest value"] = None
@@ -64,7 +68,7 @@ def read_mask(example: Example, storage: Storage, examples: Sequence[Example]) -
         doubts["nothing is marked in it"] = None
     elif marked.mean() > 0.5:
         doubts[f"{marked.mean():.0%} of it is marked: is it inverted?"] = None
-    return Mask(marked, tuple(doubts))
+    return Mask(marked, tuple(doubts), turned)
 
 
 def marked_in(raw: np.ndarray, lossy: bool) -> np.ndarray:
@@ -80,8 +84,12 @@ def _fetch(uri: str, storage: Storage, examples: Sequence[Example]) -> bytes:
     return fetch(storage, {"uri": uri}, lambda: neighbours({"uri": uri}, [{"uri": other.uri} for other in examples]))
 
 
-def _read(uri: str, storage: Storage, examples: Sequence[Example]) -> np.ndarray:
-    return decode_image(_fetch(uri, storage, examples))
+def _marks(uri: str, storage: Storage, examples: Sequence[Example]) -> bool:
+    """Whether a mask of no image marks anything. Black ones of good images lose nothing; unreadable ones may."""
+    try:
+        return bool(marked_in(*read_labels(_fetch(uri, storage, examples))).any())
+    except ImageError:
+        return True
 
 
 def resize_mask(mask_HW: np.ndarray, size: Sequence[int]) -> np.ndarray:
@@ -101,7 +109,8 @@ def check(location: str, console: Console) -> dict[str, Any]:
         found = list(pool.map(lambda example: _look(example, storage, examples), examples))
     sizes = {example.uri: size for example, (size, _) in zip(examples, found, strict=True) if size is not None}
     problems = [problem for _, problem in found if problem]
-    problems += [f"{uri}: a mask of no anomalous image" for uri in unused_masks(location, examples, storage)]
+    unused = [uri for uri in unused_masks(location, examples, storage) if _marks(uri, storage, examples)]
+    problems += [f"{uri}: a mask of no anomalous image" for uri in unused]
     names = sorted({example.category for example in examples})
     counts = {name: _counts([example for example in examples if example.category == name]) for name in names}
     dataset = published_name(set(names))
@@ -134,7 +143,7 @@ def _shapes(sizes: Sequence[tuple[int, int]]) -> list[str]:
     long = sum(max(size) > LONG * min(size) for size in sizes)
     lines = []
     if len(set(sizes)) > 1:
-        areas = sorted(sizes, key=lambda size: size[0] * size[1])
+        areas = sorted(sizes, key=lambda size: (size[0] * size[1], size))
         (low_h, low_w), (high_h, high_w) = areas[0], areas[-1]
         lines.append(f"{len(set(sizes))} sizes, from {low_w} x {low_h} to {high_w} x {high_h} pixels")
     if long:
@@ -154,14 +163,21 @@ def _counts(examples: list[Example]) -> dict[str, int]:
 def _look(example: Example, storage: Storage, examples: Sequence[Example]) -> tuple[tuple[int, int] | None, str | None]:
     """Height and width of an image, and what is wrong with it or its masks."""
     try:
-        image = _read(example.uri, storage, examples)
+        data = _fetch(example.uri, storage, examples)
+        image, way = decode_image(data), orientation(data)
     except ImageError as error:
         return None, f"{example.uri}: {error}"
     size = (image.shape[0], image.shape[1])
-    return size, _problem(example, size, storage, examples) if example.anomalous else None
+    if example.split not in SPLITS.values():
+        return size, f"{example.uri}: of the split '{example.split}'; only train, test and validation count"
+    # On its side, a picture that is not square has a mask of its size only if that was drawn on the upright one.
+    turned = way in (2, 3, 4) or (way > 4 and size[0] == size[1])
+    return size, _problem(example, size, turned, storage, examples) if example.anomalous else None
 
 
-def _problem(example: Example, size: tuple[int, int], storage: Storage, examples: Sequence[Example]) -> str | None:
+def _problem(
+    example: Example, size: tuple[int, int], turned: bool, storage: Storage, examples: Sequence[Example]
+) -> str | None:
     if example.split != "test":
         return f"{example.uri}: an anomalous image among the {example.split} images"
     if not example.masks:
@@ -173,6 +189,8 @@ def _problem(example: Example, size: tuple[int, int], storage: Storage, examples
     doubts = [*mask.doubts]
     if mask.marked.shape != size:
         (h, w), (mask_h, mask_w) = size, mask.marked.shape
-        turned = "; is the image turned by its EXIF, and the mask not?" if (mask_h, mask_w) == (w, h) else ""
-        doubts.insert(0, f"{mask_w} x {mask_h} pixels, its image has {w} x {h}{turned}")
+        why = "; is the image turned by its EXIF, and the mask not?" if (mask_h, mask_w) == (w, h) else ""
+        doubts.insert(0, f"{mask_w} x {mask_h} pixels, its image has {w} x {h}{why}")
+    elif turned and not mask.turned:
+        doubts.append("its image is turned by its EXIF, and the mask is not: was it drawn on the upright image?")
     return f"{example.masks[0]}: {'; '.join(doubts)}" if doubts else None

@@ -181,6 +181,40 @@ def test_what_is_doubtful_about_a_mask_is_said(tmp_path) -> None:
     assert "2 sizes, from 60 x 40 to 40 x 60 pixels" in text
 
 
+def test_a_mask_of_a_turned_picture_is_doubtful_unless_its_shape_tells(tmp_path) -> None:
+    root = tmp_path / "set/part"
+    grey = (MARK * 255).astype(np.uint8)
+    for way in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = way
+        drawn(root / f"test/cut/{way}.jpg", np.zeros((40, 60, 3), np.uint8), exif=exif)
+        drawn(root / f"ground_truth/cut/{way}.png", grey if way < 5 else grey.T.copy())
+        drawn(root / f"test/square/{way}.jpg", np.zeros((40, 40, 3), np.uint8), exif=exif)
+        drawn(root / f"ground_truth/square/{way}.png", grey[:, :40].copy())
+        drawn(root / f"test/both/{way}.jpg", np.zeros((40, 60, 3), np.uint8), exif=exif)
+        drawn(root / f"ground_truth/both/{way}.png", grey, exif=exif)
+    doubtful = [line for line in check(tmp_path / "set").stdout.splitlines() if "drawn on the upright image?" in line]
+    names = [line.partition("ground_truth/")[2].partition(".png")[0] for line in doubtful]
+    assert names == [f"cut/{way}" for way in (2, 3, 4)] + [f"square/{way}" for way in range(2, 9)]
+
+
+def test_black_masks_of_good_images_are_no_problem_and_marked_ones_are(mvtec: Path) -> None:
+    draw_mask(mvtec / "bottle/ground_truth/good/000_mask.png", value=0)
+    assert "6 images, 0 problems" in check(mvtec).stdout
+    draw_mask(mvtec / "bottle/ground_truth/good/000_mask.png")
+    assert "good/000_mask.png: a mask of no anomalous image" in check(mvtec).stdout
+
+
+def test_a_split_that_is_not_known_is_named(tmp_path) -> None:
+    for name in "ab":
+        drawn(tmp_path / f"{name}.png", np.zeros((40, 60, 3), np.uint8))
+    (tmp_path / "1cls.csv").write_text("object,split,label,image,mask\nc,Val,ok,a.png,\nc,extra,ok,b.png,\n")
+    assert [e.split for e in read_dataset(str(tmp_path), STORAGE)] == ["validation", "extra"]
+    text = check(tmp_path).stdout
+    assert "b.png: of the split 'extra'; only train, test and validation count" in text
+    assert "2 images, 1 problems" in text
+
+
 def test_check_counts_pictures_that_a_square_would_squeeze(tmp_path) -> None:
     for number, size in enumerate([(20, 100), (90, 40), (40, 40)]):
         drawn(tmp_path / f"part/train/good/{number}.png", np.zeros((*size, 3), np.uint8))
