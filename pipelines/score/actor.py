@@ -98,7 +98,7 @@ class GladActor:
     async def __call__(self, rows: pa.Table) -> AsyncIterator[pa.Table]:
         if self.failure is not None:
             raise self.failure
-        images = rows["image"]  # no copies
+        images = rows["image"]
         decoded = rows.drop_columns(["image"]).to_pylist()
         failed = [_error(row) for row in decoded if row["error_type"] is not None]
         judged = await asyncio.gather(
