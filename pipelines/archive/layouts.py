@@ -9,7 +9,6 @@ VisA and PCB-Bank:            split_csv/1cls.csv or 1cls.csv with the columns ob
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import PurePosixPath
 from cluster.storage import Storage, StorageError, absolute, clear_errors, is_s3, join
 from glad_core.errors import GladError, did_you_mean
 from pipelines.archive.picture import is_image
+from pipelines.archive.rows import LeftOut
 from pipelines.archive.uri_list import csv_rows
 
 SPLIT_FILES = ("split_csv/1cls.csv", "1cls.csv")
@@ -144,27 +144,26 @@ def read_split_file(root: str, storage: Storage) -> list[Example] | None:
         return None
     try:
         with clear_errors(file, storage):
-            rows = csv_rows(storage.read(file))
-        missing = SPLIT_COLUMNS - set(rows.fieldnames or [])
-        if missing:
-            raise GladError(f"{file}: lacks the column {', '.join(sorted(missing))}; VisA's split file is expected")
-        return [_split_example(row, root, f"{file}: line {rows.line_num}") for row in rows if any(row.values())]
-    except (UnicodeDecodeError, csv.Error) as error:
+            columns, rows = csv_rows(storage.read(file), SPLIT_COLUMNS, file, LeftOut())
+    except UnicodeError as error:
         raise GladError(f"{file}: no text in UTF-8 or UTF-16; VisA's split file is expected") from error
+    missing = SPLIT_COLUMNS - set(columns)
+    if missing:
+        raise GladError(f"{file}: lacks the column {', '.join(sorted(missing))}; VisA's split file is expected")
+    return [_split_example(row, root, f"{file}: line {number}") for number, row in rows if any(row.values())]
 
 
-def _split_example(row: dict[str, str | None], root: str, line: str) -> Example:
-    if not row["image"] or row["mask"] is None:
+def _split_example(row: dict[str, str], root: str, line: str) -> Example:
+    if not row.get("image") or not row.keys() >= SPLIT_COLUMNS:
         raise GladError(f"{line} has too few columns; the file may be cut off")
-    image, mask = (row[name].strip().replace("\\", "/") for name in ("image", "mask"))  # type: ignore[union-attr]
+    image, mask = (row[name].strip().replace("\\", "/") for name in ("image", "mask"))
     for path in (image, mask):
         if path.startswith("/") or ".." in path.split("/") or "\0" in path:
             raise GladError(f"{line} leads outside of the dataset's folder: {path!r}")
-    label = row["label"] or ""
-    masks = (join(root, mask),) if mask and not is_good(label) else ()
-    split = (row["split"] or "").strip().casefold()
-    split = SPLITS.get(split, split)
-    return Example(image, join(root, image), (row["object"] or "").strip(), split, not is_good(label), masks, label)
+    label = row["label"]
+    masks = (join(root, mask),) if mask else ()
+    split = SPLITS.get(row["split"].strip().casefold(), row["split"].strip().casefold())
+    return Example(image, join(root, image), row["object"].strip(), split, not is_good(label), masks, label)
 
 
 def good_images(location: str, category: str | None, storage: Storage) -> dict[str, list[str]]:

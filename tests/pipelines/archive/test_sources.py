@@ -109,8 +109,8 @@ def test_lists_of_uris(tmp_path):
     (root / "bad.parquet").write_bytes(b"no")
     with pytest.raises(GladError, match="not a readable Parquet"):
         listed(root / "bad.parquet")
-    (root / "utf16.txt").write_text("ä.png", encoding="utf-16")
-    with pytest.raises(GladError, match="UTF-8"):
+    (root / "utf16.txt").write_bytes("ä.png".encode("utf-16")[:-1])
+    with pytest.raises(GladError, match="no text in UTF-8 or UTF-16"):
         listed(root / "utf16.txt")
 
 
@@ -312,6 +312,14 @@ LISTS = {
     "commas.csv": lambda path: path.write_text("uri,category\na.png,nut\n,\n"),
     "tabs.tsv": lambda path: path.write_text("uri\tcategory\na.png\tnut\n"),
     "separator.csv": lambda path: path.write_text("sep=;\nuri ; category\na.png ; nut\n"),
+    "comment.csv": lambda path: path.write_text(
+        "# from a camera, uri and all\n\nuri,category\n#x.png,nut\na.png,nut\n"
+    ),
+    "hash.csv": lambda path: path.write_text("#uri,category\na.png,nut\n"),
+    "note.csv": lambda path: path.write_text('uri,category,note,note\na.png,nut,"two\nlines","5"\n'),
+    "blanks.csv": lambda path: path.write_text('"uri" , "category"\n"a.png" , "nut" \n'),
+    "capitals.parquet": lambda path: pl.DataFrame({"URI": ["a.png"], "Category ": ["nut"]}).write_parquet(path),
+    "csv.txt": lambda path: path.write_text("# x\nURI\tcategory\na.png\tnut\n"),
     "excel.CSV": lambda path: path.write_bytes('Category; URI\r\nnut; "a.png"\r\n'.encode("utf-16")),
 }
 
@@ -330,6 +338,43 @@ def test_comments_of_a_list_are_counted_and_other_csv_files_refused(tmp_path):
     (tmp_path / "other.csv").write_text("name,score\na,1\n")
     with pytest.raises(GladError, match="needs a column 'uri' in its first line; it has name, score"):
         found(tmp_path / "other.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("uri,URI\na.png,b.png\n", "has the column 'uri' 2 times"),
+        ("uri,category,Category\na.png,1,2\n", "has the column 'category' 2 times"),
+        ('uri\na.png\n"b.png\nc.png\n', "line 3: a quote is open"),  # c.png would vanish
+        ('uri\n\n"a.png\nb.png"\n', "line 3: a quote is open"),
+        ('uri,note\na.png,"6 inch\nb.png,\n', "line 2: a quote is open"),
+        ('# a list\nuri\n"a"b.png\n', "line 3: a quote is open"),
+        ("uri\na,b.png\n", "line 2 has 2 cells for 1 columns"),
+        ("path\na.png\n", "needs a column 'uri'"),
+        ("", "needs a column 'uri'"),
+    ],
+)
+def test_a_csv_list_that_would_lose_an_image_is_refused(text, message, tmp_path):
+    (tmp_path / "list.csv").write_text(text)
+    with pytest.raises(GladError, match=message):
+        found(tmp_path / "list.csv")
+
+
+def test_a_parquet_list_with_two_columns_for_one_is_refused(tmp_path):
+    for names in (["uri", "URI"], ["uri", "uri"]):
+        pq.write_table(pa.table([["a.png"], ["b.png"]], names=names), tmp_path / "list.parquet")
+        with pytest.raises(GladError, match="has the column 'uri' 2 times"):
+            found(tmp_path / "list.parquet")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])
+def test_a_text_list_may_have_a_header_and_excel_s_encoding(encoding, tmp_path):
+    text = "URI\nä,1.png\r\nuri\n"  # a file may be called so
+    mark = "\ufeff" if encoding == "utf-16-le" else ""
+    (tmp_path / "list.txt").write_bytes((mark + text).encode(encoding))
+    rows, left_out = found(tmp_path / "list.txt")
+    assert names(rows, tmp_path) == ["ä,1.png", "uri"]
+    assert left_out.others == {"header of the list": 1}
 
 
 def test_a_column_of_row_numbers_is_no_category_and_numbers_may_be_categories(tmp_path):
