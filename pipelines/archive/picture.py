@@ -205,15 +205,32 @@ def _open(data: bytes, page: int | None = None) -> Image.Image:
 def read_labels(data: bytes) -> tuple[np.ndarray, bool]:
     """The stored values of a mask, [H, W] or [H, W, C] of any type, upright; and whether its compression is lossy.
 
-    Of a palette the indices. Nothing is scaled, as `decode_image` does: a label 1 of 16 bits stays 1.
+    Of a palette the indices, or its colours if they say which one is the background. Nothing is scaled, as
+    `decode_image` does: a label 1 of 16 bits stays 1.
 
     Raises:
         ImageError: as `decode_image`.
     """
     image = _open(data)
     lossy = image.format == "JPEG" or (image.format == "WEBP" and b"VP8L" not in data[:64])
+    if image.mode == "P":
+        return _palette_labels(image), lossy
     # In CMYK nothing is white.
     return np.asarray(image.convert("RGB") if image.mode == "CMYK" else image), lossy
+
+
+def _palette_labels(image: Image.Image) -> np.ndarray:
+    """Indices [H, W]; but colours [H, W, 3] if every index in use has one of its own and one of these is black.
+
+    Background is black then, whatever its index: programs sort a palette as they like.
+    """
+    indices = np.asarray(image)
+    used = np.unique(indices)
+    palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+    if used[-1] >= len(palette) or len(np.unique(palette[used], axis=0)) < len(used) or palette[used].any(axis=1).all():
+        return indices
+    colours: np.ndarray = palette[indices]
+    return colours
 
 
 def orientation(data: bytes) -> int:

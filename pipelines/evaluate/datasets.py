@@ -1,23 +1,22 @@
-"""`glad datasets check`: what a dataset holds and what is wrong with it; and the masks of its anomalous images."""
+"""`glad datasets check`: what a dataset holds and what is wrong with it."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from cluster.storage import Storage
 from glad_core.bundle import presets
-from pipelines.archive.fetch import FETCH_THREADS, fetch, neighbours
+from pipelines.archive.fetch import FETCH_THREADS
 from pipelines.archive.layouts import SPLITS, Example, read_dataset, unused_masks
-from pipelines.archive.picture import ImageError, decode_image, orientation, read_labels
+from pipelines.archive.picture import ImageError, decode_image, orientation
+from pipelines.evaluate.masks import fetch_from, marks, read_mask
 
 LONG = 1.5  # times longer than wide
 COLUMNS = ("train good", "test good", "test anomalous", "with mask")
@@ -27,74 +26,6 @@ def published_name(categories: set[str]) -> str | None:
     """The paper's dataset that has all of these categories."""
     datasets = presets.table()["datasets"]
     return next((name for name, facts in datasets.items() if categories <= set(facts["categories"])), None)
-
-
-class Mask(NamedTuple):
-    """Where an anomalous image is anomalous, bool [H, W], what is doubtful about it, and whether its EXIF turns it."""
-
-    marked: np.ndarray
-    doubts: tuple[str, ...]
-    turned: bool
-
-
-def read_mask(example: Example, storage: Storage, examples: Sequence[Example]) -> Mask:
-    """The masks of an anomalous image together.
-
-    A mask is a label image: every pixel whose stored value is not 0 is marked, in any channel but alpha. Masks with
-    compression noise (JPEG) are cut at half instead.
-
-    Args:
-        examples: of the dataset. If one of their images can be read and a mask cannot, the mask is at fault.
-
-    Raises:
-        ImageError: one is not readable. StorageError: nor are other images.
-    """
-    marked: np.ndarray | None = None
-    turned = False
-    doubts: dict[str, None] = {}
-    for uri in example.masks:
-        data = _fetch(uri, storage, examples)
-        raw, lossy = read_labels(data)
-        turned |= orientation(data) > 1
-        one = marked_in(raw, lossy)
-        if lossy:
-            doubts["lossy: cut at half of the highest value"] = None
-        if marked is not None and one.shape != marked.shape:
-            doubts["masks of several sizes: stretched"] = None
-            one = resize_mask(one, marked.shape)
-        marked = one if marked is None else marked | one
-    assert marked is not None
-    if not marked.any():
-        doubts["nothing is marked in it"] = None
-    elif marked.mean() > 0.5:
-        doubts[f"{marked.mean():.0%} of it is marked: is it inverted?"] = None
-    return Mask(marked, tuple(doubts), turned)
-
-
-def marked_in(raw: np.ndarray, lossy: bool) -> np.ndarray:
-    """Marked pixels of a mask's stored values [H, W] or [H, W, C], bool [H, W]."""
-    if raw.ndim == 3 and raw.shape[2] in (2, 4):  # alpha says nothing, unless it is all there is
-        colours, alpha = raw[..., :-1], raw[..., -1]
-        raw = colours if colours.any() or alpha.min() == alpha.max() else alpha
-    values = np.nan_to_num(raw if raw.ndim == 2 else raw.max(axis=2))
-    return values > values.max() / 2 if lossy and values.max() > 0 else values != 0
-
-
-def _fetch(uri: str, storage: Storage, examples: Sequence[Example]) -> bytes:
-    return fetch(storage, {"uri": uri}, lambda: neighbours({"uri": uri}, [{"uri": other.uri} for other in examples]))
-
-
-def _marks(uri: str, storage: Storage, examples: Sequence[Example]) -> bool:
-    """Whether a mask of no image marks anything. Black ones of good images lose nothing; unreadable ones may."""
-    try:
-        return bool(marked_in(*read_labels(_fetch(uri, storage, examples))).any())
-    except ImageError:
-        return True
-
-
-def resize_mask(mask_HW: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """bool [H, W] to bool of ``size`` (height, width), nearest pixel."""
-    return np.asarray(Image.fromarray(mask_HW).resize((size[1], size[0]), Image.Resampling.NEAREST))
 
 
 def check(location: str, console: Console) -> dict[str, Any]:
@@ -109,7 +40,7 @@ def check(location: str, console: Console) -> dict[str, Any]:
         found = list(pool.map(lambda example: _look(example, storage, examples), examples))
     sizes = {example.uri: size for example, (size, _) in zip(examples, found, strict=True) if size is not None}
     problems = [problem for _, problem in found if problem]
-    unused = [uri for uri in unused_masks(location, examples, storage) if _marks(uri, storage, examples)]
+    unused = [uri for uri in unused_masks(location, examples, storage) if marks(uri, storage, examples)]
     problems += [f"{uri}: a mask of no anomalous image" for uri in unused]
     names = sorted({example.category for example in examples})
     counts = {name: _counts([example for example in examples if example.category == name]) for name in names}
@@ -163,7 +94,7 @@ def _counts(examples: list[Example]) -> dict[str, int]:
 def _look(example: Example, storage: Storage, examples: Sequence[Example]) -> tuple[tuple[int, int] | None, str | None]:
     """Height and width of an image, and what is wrong with it or its masks."""
     try:
-        data = _fetch(example.uri, storage, examples)
+        data = fetch_from(example.uri, storage, examples)
         image, way = decode_image(data), orientation(data)
     except ImageError as error:
         return None, f"{example.uri}: {error}"

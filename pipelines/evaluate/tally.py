@@ -22,7 +22,7 @@ from glad_core.pixel_metrics import PixelCounts
 from pipelines.archive.layouts import Example
 from pipelines.archive.picture import ImageError
 from pipelines.archive.uris import path_of
-from pipelines.evaluate.datasets import read_mask, resize_mask
+from pipelines.evaluate.masks import read_mask, resize_mask
 from pipelines.runs.run import Run
 from pipelines.runs.schema import ERRORS, RESULTS
 

@@ -9,9 +9,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cluster.storage import Storage
-from pipelines.archive.layouts import Example, read_dataset
+from pipelines.archive.layouts import read_dataset
 from pipelines.cli.main import app
-from pipelines.evaluate.datasets import published_name, read_mask, resize_mask
+from pipelines.evaluate.datasets import published_name
+from pipelines.evaluate.masks import read_mask
 
 STORAGE = Storage()
 
@@ -38,13 +39,6 @@ def test_every_value_but_0_of_a_mask_is_anomalous(mvtec: Path, visa: Path) -> No
         examples = read_dataset(str(root), STORAGE)
         masks = [read_mask(example, STORAGE, examples) for example in examples if example.masks]
         assert [(mask.marked.shape, mask.marked.sum()) for mask in masks] == [((10, 12), MARKED)] * 2
-
-
-def test_a_resized_mask_keeps_its_corner() -> None:
-    whole = np.zeros((10, 20), bool)
-    whole[:5, 10:] = True
-    small = resize_mask(whole, (4, 4))
-    assert small.tolist() == [[False, False, True, True]] * 2 + [[False] * 4] * 2
 
 
 def check(path: Path):
@@ -102,47 +96,6 @@ def test_a_disk_that_fails_is_no_problem_of_the_dataset(mvtec: Path, monkeypatch
 
 MARK = np.zeros((40, 60), bool)
 MARK[5:15, 10:20] = True
-
-
-def mask_files():
-    """Ways in which people write the same mask, by file name."""
-    grey = MARK.astype(np.uint8)
-    rgba = np.zeros((40, 60, 4), np.uint8)
-    rgba[MARK, 0] = 255  # alpha 0 everywhere
-    only_alpha = np.zeros((40, 60, 4), np.uint8)
-    only_alpha[MARK, 3] = 255
-    palette = Image.fromarray(grey * 7)
-    palette.putpalette([0, 0, 0] * 256)  # every label looks black
-    return {
-        "ones.png": Image.fromarray(grey),
-        "sixteen.png": Image.fromarray((grey * 3).astype(np.uint16)),
-        "thirty_two.tiff": Image.fromarray(grey.astype(np.int32) * 70_000),
-        "float.tiff": Image.fromarray(grey.astype(np.float32)),
-        "bits.png": Image.fromarray(MARK),
-        "palette.png": palette,
-        "rgb.png": Image.fromarray(np.stack([grey * 0, grey * 9, grey * 0], axis=2)),
-        "rgba.png": Image.fromarray(rgba),
-        "alpha.png": Image.fromarray(only_alpha),
-        "lossy.jpg": Image.fromarray(grey * 255),
-        "labels.webp": Image.fromarray(np.stack([grey * 200] * 3, axis=2)),
-        "cmyk.jpg": Image.fromarray(np.stack([grey * 255] * 3, axis=2)).convert("CMYK"),
-        "nan.tiff": Image.fromarray(np.where(MARK, 1.0, np.nan).astype(np.float32)),
-        "label.bmp": Image.fromarray(grey * 255),
-    }
-
-
-@pytest.mark.parametrize("name", mask_files())
-def test_a_mask_is_read_however_it_is_written(name, tmp_path) -> None:
-    options = {"quality": 90} if name.endswith("jpg") else {"lossless": True} if name.endswith("webp") else {}
-    mask_files()[name].save(tmp_path / name, **options)
-    example = Example("a", "a", "part", "test", True, (str(tmp_path / name),))
-    mask = read_mask(example, STORAGE, [example])
-    if name.endswith("jpg"):
-        assert mask.doubts == ("lossy: cut at half of the highest value",)
-        assert (mask.marked != MARK).sum() < 20
-    else:
-        assert mask.doubts == ()
-        assert (mask.marked == MARK).all()
 
 
 def drawn(path: Path, values: np.ndarray, **options) -> str:
