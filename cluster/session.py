@@ -312,6 +312,15 @@ def gpu_nodes() -> list[tuple[float, float]]:
     return [(node.get("CPU", 0.0), node["GPU"]) for node in nodes if node.get("GPU")]
 
 
+def store_bytes() -> float:
+    """The smallest object store of a living node, bytes."""
+    import ray
+
+    return min(
+        (node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0
+    )
+
+
 def root_cause(error: BaseException, *kinds: type[Exception]) -> BaseException:
     """The exception of one of ``kinds`` inside Ray's wrappers, for its one line; else ``error`` itself."""
     layer: BaseException | None = error

@@ -20,7 +20,8 @@ from glad_core.training.recipe import Part, Recipe
 from glad_core.views import Framing, random_tile
 from pipelines.archive.picture import ImageError
 from pipelines.train.good_images import GoodImage
-from pipelines.train.pixels import read_picture, texture_pool
+from pipelines.train.kept_frames import Kept, read_frames
+from pipelines.train.textures import texture_pool
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +32,7 @@ MAX_DEATHS = 8  # of a maker, before its trainer gives up
 
 
 class _Maker:
-    """Makes the rows of batches; an actor, with its own cache of decoded images."""
+    """Makes the rows of batches; an actor."""
 
     def __init__(
         self,
@@ -41,6 +42,7 @@ class _Maker:
         framings: tuple[Framing, ...],
         storage: Storage,
         textures: str | None,
+        kept: Kept | None,
     ) -> None:
         with quick_imports():
             import torch
@@ -49,17 +51,16 @@ class _Maker:
         torch.set_num_threads(1)
         self.samples = samples
         self.images, self.recipe, self.part, self.framings = images, recipe, part, framings
-        self.storage, self.textures = storage, textures
+        self.storage, self.textures, self.kept = storage, textures, kept
 
     def make(self, positions: range) -> dict[str, np.ndarray]:
         """The rows of `samples.make_rows` at these positions of the sample order."""
         chosen = [self.samples.sample_at(self.recipe, position, len(self.images)) for position in positions]
         side = self.framings[0].side
+        images = [self.images[sample.index] for sample in chosen]
         pixels = [
-            random_tile(
-                read_picture(self.storage, self.images[sample.index].uri, self.framings).frames, side, sample.tile_seed
-            )
-            for sample in chosen
+            random_tile(frames.frames, side, sample.tile_seed)
+            for sample, frames in zip(chosen, read_frames(images, self.framings, self.storage, self.kept), strict=True)
         ]
         pool = texture_pool(self.storage, self.textures, side) if self.textures else None
         return self.samples.make_rows(pixels, chosen, self.recipe, self.part, pool)
@@ -77,6 +78,7 @@ def batches(
     rank: int = 0,
     world: int = 1,
     makers: int = 1,
+    kept: Kept | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """This worker's share of every step from ``first_step`` on, in order, as rows of `samples.make_rows`.
 
@@ -85,6 +87,7 @@ def batches(
     Args:
         rank, world: this worker among all.
         makers: processes that make the batches, on this machine.
+        kept: pictures that need not be decoded anew.
 
     Raises:
         GladError, StorageError, ImageError: an image or a texture cannot be read any more.
@@ -100,7 +103,7 @@ def batches(
     actor = ray.remote(_Maker).options(
         num_cpus=0, max_restarts=MAX_DEATHS, max_task_retries=-1, scheduling_strategy=here
     )
-    settings = (images, recipe, part, framings, storage, textures)
+    settings = (images, recipe, part, framings, storage, textures, kept)
     pool: deque[Any] = deque(actor.remote(*settings) for _ in range(min(makers, len(starts))))  # the next one first
     pending: deque[Any] = deque()
     while True:

@@ -18,7 +18,7 @@ from glad_core.errors import GladError
 from pipelines.models.find import local_bundle
 from pipelines.train.choose_views import usual_size
 from pipelines.train.failure import out_of_memory
-from pipelines.train.pixels import read_frames
+from pipelines.train.kept_frames import read_frames
 from pipelines.train.side_by_side import send_event
 from pipelines.train.spec import FINAL, Deliver, Outcome, TrainJob
 from pipelines.train.survey import Survey

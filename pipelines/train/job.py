@@ -26,10 +26,11 @@ from pipelines.models.find import describe
 from pipelines.models.variant import check_free
 from pipelines.train.choose_views import choose_views
 from pipelines.train.good_images import GoodImage, apply_feedback, good_images
+from pipelines.train.kept_frames import TASK_MEMORY, Kept, keep
 from pipelines.train.plan import TrainRequest, claim_work, plan_job, with_resources
 from pipelines.train.side_by_side import run_side_by_side, send_event
 from pipelines.train.spec import FATAL, IDENTITY, Deliver, Outcome, TrainJob, clear_work
-from pipelines.train.survey import TASK_MEMORY, Survey, survey
+from pipelines.train.survey import Survey, survey
 
 
 def train(request: TrainRequest, console: Console) -> str:
@@ -95,7 +96,9 @@ def run_training(
             return prepared
         job = prepared
     _check_identity(job, surveyed)
-    checkpoint = _fit(job, events)
+    kept, surveyed = _kept(job, surveyed), replace(surveyed, kept=None)  # of no use after the training
+    checkpoint = _fit(replace(job, kept=kept), events)
+    del kept
     finishing = ray.remote(num_cpus=job.cpus, num_gpus=job.gpus, memory=TASK_MEMORY)(_finish)
     return ray.get(finishing.remote(job, surveyed, checkpoint, deliver, events))
 
@@ -104,7 +107,7 @@ def _survey(job: TrainJob, images: dict[str, list[GoodImage]], events: Any) -> S
     send = partial(send_event, events, job.name, "survey")
     send()
     description = describe(job.base, job.storage)
-    surveyed = survey(images, description.settings["resolution"], job.storage)
+    surveyed = survey(images, description.settings["resolution"], job.storage, job.kept_bytes)
     for uri, reason in surveyed.skipped:
         send(warning=f"{uri}: {reason}; skipped")
     if surveyed.white_level is not None:
@@ -127,6 +130,15 @@ def _with_views(job: TrainJob, surveyed: Survey, events: Any) -> TrainJob:
     if [view.kind for view in views] != ["squash"]:
         send_event(events, job.name, "survey", warning=f"{reason}; --views decides otherwise")
     return replace(job, views=views)
+
+
+def _kept(job: TrainJob, surveyed: Survey) -> Kept:
+    """Pictures as the training sees them: the survey's own, if it saw them the same way."""
+    framings = job.framings(describe(job.base, job.storage).settings["resolution"])
+    seen = surveyed.kept
+    if seen is not None and not surveyed.peaks and framings == tuple(replace(f, white=None) for f in seen.framings):
+        return replace(seen, framings=framings)
+    return keep(surveyed.fit, surveyed.shapes[: len(surveyed.fit)], framings, job.storage, job.kept_bytes)
 
 
 def _check_identity(job: TrainJob, surveyed: Survey) -> None:

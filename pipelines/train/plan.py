@@ -12,9 +12,9 @@ from glad_core.bundle.settings import View
 from glad_core.errors import GladError
 from glad_core.training.recipe import Part, Recipe
 from pipelines.models.find import bundle_location, describe
-from pipelines.train.pixels import load_textures
+from pipelines.train.kept_frames import DATA_CPUS, kept_bytes
 from pipelines.train.spec import TrainJob
-from pipelines.train.survey import DATA_CPUS
+from pipelines.train.textures import load_textures
 
 LEAST_CPUS = 0.25  # of a worker
 MOST_MAKERS = 4  # that one GPU can use: each makes tens of images a second
@@ -97,6 +97,7 @@ def with_resources(job: TrainJob, request: TrainRequest, parallel: int = 1) -> T
         GladError: more than this machine has. A cluster may grow, so nothing is refused there.
     """
     grows = request.address is not None
+    job = replace(job, kept_bytes=kept_bytes(parallel))
     gpus = session.gpus(session.resources())
     if request.device == "cuda" or (request.device is None and gpus):
         if job.workers > gpus and not grows:

@@ -24,11 +24,11 @@ from pipelines.models import registry
 from pipelines.models.find import local_bundle
 from pipelines.train.good_images import apply_feedback, good_images
 from pipelines.train.job import run_training
-from pipelines.train.pixels import read_frames
+from pipelines.train.kept_frames import DATA_CPUS, read_frames
 from pipelines.train.plan import TrainRequest, claim_work, plan_job, with_resources
 from pipelines.train.side_by_side import run_side_by_side
 from pipelines.train.spec import Outcome, TrainJob, clear_work
-from pipelines.train.survey import DATA_CPUS, Survey
+from pipelines.train.survey import Survey
 
 if TYPE_CHECKING:
     from glad_core.model_comparison import ModelComparison

@@ -16,7 +16,8 @@ from glad_core.bundle.settings import View
 from glad_core.training.recipe import Part, Recipe
 from glad_core.views import Framing
 from pipelines.train.good_images import GoodImage
-from pipelines.train.survey import TASK_MEMORY, Survey
+from pipelines.train.kept_frames import TASK_MEMORY, Kept
+from pipelines.train.survey import Survey
 
 # In a run's folder; FATAL says why trying again is pointless.
 IDENTITY, FATAL, METRICS, TENSORBOARD = "identity.json", "fatal.txt", "metrics", "tensorboard"
@@ -30,7 +31,7 @@ class TrainJob:
     ``base_id`` is the model id of the bundle ``base`` when the job began. ``categories`` are those of ``images``;
     several share one model. ``views`` are None until they are chosen from the survey of the images. ``work`` is the
     run's folder, local or S3. ``cpus`` and ``gpus`` are per worker, and so are ``makers``, the processes that make its
-    batches.
+    batches. While it trains, decoded pictures are ``kept``, ``kept_bytes`` at most.
     """
 
     name: str
@@ -51,6 +52,8 @@ class TrainJob:
     device: str = "cpu"
     views: tuple[View, ...] | None = None
     white_level: float | None = None
+    kept_bytes: int = 0
+    kept: Kept | None = None
 
     def framings(self, resolution: int) -> tuple[Framing, ...]:
         """How training sees pictures: as the bundle's views do. Features are adapted to whole pictures."""

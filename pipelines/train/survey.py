@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from cluster.storage import Storage, StorageError
+from cluster.storage import Storage
 from glad_core.errors import GladError
-from glad_core.views import Framing
+from glad_core.views import Frames, Framing
 from pipelines.archive.fetch import Row, fetch, neighbours
 from pipelines.archive.picture import ImageError, decode
 from pipelines.train.good_images import GoodImage
-from pipelines.train.pixels import read_picture
+from pipelines.train.kept_frames import DATA_CPUS, TASK_MEMORY, Kept, places
 
-DATA_CPUS = 0.5  # of a task that decodes images
-# Bytes that every process of a run asks Ray for: a machine that declares no memory for work, as a head may, gets none.
-TASK_MEMORY = 500_000_000
 BATCH = 32  # images decoded in one call
 HELD_OUT_SHARE, HELD_OUT_MAX = 0.1, 40  # of a category's images
 
@@ -27,7 +26,7 @@ class Survey:
 
     ``skipped`` holds (URI, reason); ``sizes`` the different "width x height" of all images; ``fingerprint`` is a hash
     of the decoded pixels of all usable images. ``shapes`` are their heights and widths.
-    ``peaks`` are the largest stored values of those of more than 8 bits.
+    ``peaks`` are the largest stored values of those of more than 8 bits. ``kept`` are the frames seen, in Ray's store.
     """
 
     fit: list[GoodImage]
@@ -37,6 +36,7 @@ class Survey:
     fingerprint: str
     shapes: list[tuple[int, int]]
     peaks: list[float] = field(default_factory=list)
+    kept: Kept | None = None
 
     @property
     def white_level(self) -> float | None:
@@ -55,8 +55,8 @@ class Survey:
         return min(self.peaks) / 2 or None if self.peaks else None
 
 
-def survey(candidates: dict[str, list[GoodImage]], resolution: int, storage: Storage) -> Survey:
-    """Decode every image once, in Ray tasks.
+def survey(candidates: dict[str, list[GoodImage]], resolution: int, storage: Storage, most_bytes: int = 0) -> Survey:
+    """Decode every image once, in Ray tasks, as one square each; ``most_bytes`` of the squares are kept.
 
     Held out is a tenth of each category, at least one image and at most 40. The choice depends on the images' names, so
     that an image mostly stays on its side when others are added.
@@ -64,7 +64,8 @@ def survey(candidates: dict[str, list[GoodImage]], resolution: int, storage: Sto
     Raises:
         GladError: fewer than two readable images in a category.
     """
-    rows = _examine([image.uri for images in candidates.values() for image in images], resolution, storage)
+    uris = [image.uri for images in candidates.values() for image in images]
+    rows, kept = _examine(uris, resolution, storage, most_bytes)
     skipped = [
         (image.uri, rows[image.uri]["reason"])
         for images in candidates.values()
@@ -86,39 +87,46 @@ def survey(candidates: dict[str, list[GoodImage]], resolution: int, storage: Sto
     sizes = sorted({row["size"] for row in rows.values() if row["size"]})
     shapes = [(int(height), int(width)) for image in [*fit, *held_out] for width, height in [_parts(rows[image.uri])]]
     peaks = [float(rows[image.uri]["peak"]) for image in [*fit, *held_out] if rows[image.uri]["peak"]]
-    return Survey(fit, held_out, skipped, sizes, _fingerprint([*fit, *held_out]), shapes, peaks)
+    return Survey(fit, held_out, skipped, sizes, _fingerprint([*fit, *held_out]), shapes, peaks, kept)
 
 
 def _parts(row: dict[str, str]) -> list[str]:
     return row["size"].split(" x ")
 
 
-def _examine(uris: list[str], resolution: int, storage: Storage) -> dict[str, dict[str, str]]:
-    """Digest, size and reason of failure of every image, by URI."""
+def _examine(
+    uris: list[str], resolution: int, storage: Storage, most_bytes: int
+) -> tuple[dict[str, dict[str, str]], Kept]:
+    """Digest, size and reason of failure of every image, by URI; and the first images' frames."""
     import ray
 
-    def examine(batch: list[str]) -> list[dict[str, str]]:
-        near = [{"uri": uri} for uri in batch]
-        return [_examine_one(storage, row, near, resolution) for row in near]
-
-    task = ray.remote(num_cpus=DATA_CPUS, memory=TASK_MEMORY)(examine)
-    batches = [uris[start : start + BATCH] for start in range(0, len(uris), BATCH)]
-    rows = ray.get([task.remote(batch) for batch in batches])
-    return dict(zip(uris, (row for batch in rows for row in batch), strict=True))
-
-
-def _examine_one(storage: Storage, row: Row, near: list[Row], resolution: int) -> dict[str, str]:
     framings = (Framing("squash", resolution, white=0),)  # the white level is not known yet
+
+    def examine(batch: list[str], keep: bool) -> tuple[list[dict[str, str]], list[Frames | None]]:
+        near = [{"uri": uri} for uri in batch]
+        rows, frames = zip(*(_examine_one(storage, row, near, framings) for row in near), strict=True)
+        return list(rows), list(frames) if keep else []
+
+    task = ray.remote(num_cpus=DATA_CPUS, memory=TASK_MEMORY, num_returns=2)(examine)
+    batches = [uris[start : start + BATCH] for start in range(0, len(uris), BATCH)]
+    count = most_bytes // (BATCH * 3 * resolution**2)
+    results: list[Any] = [task.remote(batch, number < count) for number, batch in enumerate(batches)]
+    rows = ray.get([row for row, _ in results])
+    kept = Kept(framings, [frames for _, frames in results[:count]], places(batches[:count]))
+    return dict(zip(uris, (row for batch in rows for row in batch), strict=True)), kept
+
+
+def _examine_one(
+    storage: Storage, row: Row, near: list[Row], framings: Sequence[Framing]
+) -> tuple[dict[str, str], Frames | None]:
     try:
-        try:
-            picture = read_picture(storage, row["uri"], framings)
-        except StorageError:  # unless it is this image's own fault
-            picture = decode(fetch(storage, row, lambda: neighbours(row, near)), framings)
+        picture = decode(fetch(storage, row, lambda: neighbours(row, near)), framings)
     except ImageError as error:
-        return {"digest": "", "reason": str(error), "size": "", "peak": ""}
+        return {"digest": "", "reason": str(error), "size": "", "peak": ""}, None
     digest = hashlib.sha256(picture.pixels.tobytes()).hexdigest()
     size = f"{picture.width} x {picture.height}"
-    return {"digest": digest, "reason": "", "size": size, "peak": str(picture.peak or "")}
+    found = {"digest": digest, "reason": "", "size": size, "peak": str(picture.peak or "")}
+    return found, Frames(picture.frames, (picture.height, picture.width))
 
 
 def _fingerprint(images: list[GoodImage]) -> str:

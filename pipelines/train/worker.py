@@ -23,8 +23,8 @@ from pipelines.train.batches import batches
 from pipelines.train.checkpoints import Checkpoints, resume, trained
 from pipelines.train.failure import give_up
 from pipelines.train.good_images import GoodImage
+from pipelines.train.kept_frames import read_frames
 from pipelines.train.metrics import note
-from pipelines.train.pixels import read_frames
 from pipelines.train.side_by_side import send_event
 from pipelines.train.spec import FATAL, TrainJob
 
@@ -81,6 +81,7 @@ def _train(job: TrainJob, events: Any) -> None:
         rank=rank,
         world=world,
         makers=job.makers,
+        kept=job.kept,
     )
     checkpoints = Checkpoints(job, rank, world)
     done: list[StepResult] = []
@@ -144,7 +145,7 @@ def _for_each(
         indices = own[start : start + size]
         images = [job.images[index] for index in indices]
         (framing,) = job.framings(model.settings.resolution)
-        pixels = np.stack([frames.frames[0] for frames in read_frames(images, (framing,), job.storage)])
+        pixels = np.stack([frames.frames[0] for frames in read_frames(images, (framing,), job.storage, job.kept)])
         parts = make(model, images, pixels)
         tensors |= {index: tuple(part[row] for part in parts) for row, index in enumerate(indices)}
     if world > 1:

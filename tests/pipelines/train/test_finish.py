@@ -7,9 +7,10 @@ from tiny_training import make_batches
 from cluster.storage import Storage
 from glad_core.bundle.model import load_bundle
 from glad_core.training.loop import TrainState, fine_tune
+from glad_core.views import Framing
 from pipelines.train.finish import with_weights
 from pipelines.train.good_images import GoodImage
-from pipelines.train.pixels import read_pixels
+from pipelines.train.kept_frames import read_frames
 from pipelines.train.plan import TrainRequest, plan_job
 from pipelines.train.worker import make_loss
 
@@ -25,7 +26,7 @@ def test_adapting_dino_or_vae_changes_it_and_nothing_else(dataset, tiny_bundle, 
     job = replace(job, recipe=job.recipe.model_copy(update={"learning_rate": 1e-2}))
     loss = make_loss(job, load_bundle(tiny_bundle))
     state = TrainState.start(loss, job.recipe)
-    images = read_pixels(job.images, 32, Storage())
+    images = [frames.frames[0] for frames in read_frames(job.images, (Framing("squash", 32),), Storage())]
     assert len(list(fine_tune(state, make_batches(job.recipe, images, part=part), job.recipe))) == 4
     state.finish()
     trained = {name: value for name, value in loss.state_dict().items() if name.startswith(prefix)}

@@ -10,6 +10,7 @@ from PIL import Image
 
 from cluster.storage import Storage, StorageError
 from glad_core.errors import GladError
+from glad_core.views import Framing
 from pipelines.train import survey as survey_file
 from pipelines.train.good_images import GoodImage
 from pipelines.train.survey import HELD_OUT_MAX, survey
@@ -23,7 +24,7 @@ def unreadable(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """No image is decoded: its name decides its pixels. Names in the returned set cannot be read."""
     names: set[str] = set()
 
-    def examine(uris, resolution, storage):
+    def examine(uris, resolution, storage, most_bytes):
         rows = {}
         for uri in uris:
             name = uri.rpartition("/")[2]
@@ -31,7 +32,7 @@ def unreadable(monkeypatch: pytest.MonkeyPatch) -> set[str]:
             rows[uri] = {"digest": digest, "reason": "", "size": "40 x 40", "peak": PEAKS.get(name, "")}
             if name in names:
                 rows[uri] = {"digest": "", "reason": "damaged", "size": "", "peak": ""}
-        return rows
+        return rows, None
 
     monkeypatch.setattr(survey_file, "_examine", examine)
     return names
@@ -88,13 +89,19 @@ def test_ray_tasks_examine_the_images(tmp_path: Path, ray_session) -> None:
         Image.fromarray(array).save(tmp_path / f"{number}.png")
     (tmp_path / "3.png").write_text("no image")
     (tmp_path / "4.png").write_bytes((tmp_path / "0.png").read_bytes())
-    surveyed = survey({"nut": [GoodImage(str(tmp_path / f"{number}.png"), "nut") for number in range(5)]}, 16, STORAGE)
+    surveyed = survey(
+        {"nut": [GoodImage(str(tmp_path / f"{number}.png"), "nut") for number in range(5)]}, 16, STORAGE, 10**6
+    )
     digests = {image.uri[-5:]: image.digest for image in surveyed.fit + surveyed.held_out}
     assert digests["0.png"] == digests["4.png"] == hashlib.sha256(pixels[0].tobytes()).hexdigest()
     assert len(set(digests.values())) == 3
     assert surveyed.sizes == ["16 x 16", "17 x 16", "18 x 16"]
     ((uri, reason),) = surveyed.skipped
     assert uri.endswith("3.png")
+    assert surveyed.kept is not None
+    seen = surveyed.kept.frames(str(tmp_path / "0.png"))
+    assert seen is not None
+    assert np.array_equal(seen.frames[0], pixels[0])
     assert "not PNG" in reason
 
 
@@ -111,12 +118,13 @@ def test_one_forbidden_image_is_skipped_and_a_disk_that_forbids_all_stops(tmp_pa
         return os.open(path, flags)
 
     monkeypatch.setattr("cluster.local._at_once", opens)
-    examined = [survey_file._examine_one(STORAGE, row, rows, 8) for row in rows]
+    framings = (Framing("squash", 8),)
+    examined = [survey_file._examine_one(STORAGE, row, rows, framings)[0] for row in rows]
     assert [bool(row["digest"]) for row in examined] == [True, False, True, True]
     assert "Permission denied" in examined[1]["reason"]
     forbidden |= {row["uri"] for row in rows}
     with pytest.raises(StorageError, match="permission denied"):
-        survey_file._examine_one(STORAGE, rows[1], rows, 8)
+        survey_file._examine_one(STORAGE, rows[1], rows, framings)
 
 
 @pytest.mark.usefixtures("unreadable")

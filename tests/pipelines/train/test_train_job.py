@@ -18,9 +18,10 @@ from glad_core.bundle.glad_json import verify
 from glad_core.bundle.model import load_bundle
 from glad_core.training.loop import TrainState, fine_tune
 from glad_core.training.recipe import Recipe
+from glad_core.views import Framing
 from pipelines.cli.main import app
 from pipelines.train.good_images import GoodImage
-from pipelines.train.pixels import read_pixels
+from pipelines.train.kept_frames import read_frames
 
 
 def command(dataset: Path, base: Path, out: Path | str, steps: int, *more: object, category: str = "part") -> list[str]:
@@ -44,7 +45,8 @@ def in_one_process(dataset: Path, base: Path, steps: int) -> tuple[dict, list[fl
     recipe = Recipe(steps=steps, batch_size=2, learning_rate=1e-4)
     files = {path.name: str(path) for path in (dataset / "part/train/good").iterdir()}
     held_out = min(files, key=lambda name: hashlib.sha256(name.encode()).digest())
-    images = read_pixels([GoodImage(files[name], "part") for name in sorted(files) if name != held_out], 32, Storage())
+    fit = [GoodImage(files[name], "part") for name in sorted(files) if name != held_out]
+    images = [frames.frames[0] for frames in read_frames(fit, (Framing("squash", 32),), Storage())]
     state = TrainState.start(make_atp_loss(model, images, at_a_time=2), recipe)
     history = [step.loss for step in fine_tune(state, make_batches(recipe, images), recipe)]
     return model.unet.state_dict(), history
