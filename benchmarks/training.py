@@ -7,6 +7,7 @@
   thread, half of the images anomalous.
 - ``data_wait_share``: share of a training step spent waiting for data, small model on demo boards, all CPUs.
 - ``parallel_ratio``: time of two categories retrained side by side on 2 CPUs over that of one category on one core.
+- ``rate_10000_over_400``: training speed on 10,000 pictures of 1024 x 768 over that on 400, small model, all CPUs.
 - ``eight_categories_ok``: eight categories on 2 CPUs all reach the registry although one training worker is killed -9.
 """
 
@@ -40,6 +41,7 @@ from pipelines.demo.boards import make_board
 GLAD = [sys.executable, "-c", "from pipelines.cli.main import main; main()"]
 SIDE, TEXTURES, IMAGES = 512, 5640, 64  # as many textures as DTD has
 TRAIN_STEPS = 120
+DRAWN = 200  # different pictures of a dataset, under many names
 CATEGORY_STEPS = 40
 
 
@@ -176,6 +178,25 @@ def data_wait(work: Path) -> dict[str, float]:
     return {"data_wait_share": share, "training_images_per_second": float(1 / seconds.mean())}
 
 
+def many(work: Path) -> dict[str, float]:
+    """Images/s of the steps after the first ten, from the metrics of a run on few pictures and of one on many."""
+    drawn = work / "drawn"
+    drawn.mkdir()
+    for number in range(DRAWN):
+        board = Image.fromarray(make_board(np.random.default_rng(number))[0])
+        board.resize((1024, 768), Image.Resampling.BICUBIC).save(drawn / f"{number}.jpg", quality=92)
+    rates = {}
+    for count in (400, 10_000):
+        good = work / f"many{count}" / "board" / "train" / "good"
+        good.mkdir(parents=True)
+        for number in range(count):
+            (good / f"{number:05}.jpg").hardlink_to(drawn / f"{number % DRAWN}.jpg")
+        run("train", work / f"many{count}", "--out", work / f"of{count}", "--steps", TRAIN_STEPS, "--seed", 0)
+        rows = pq.read_table(work / f"of{count}.training.parquet").to_pandas()[10:]
+        rates[count] = float(1 / (1 / rows.images_per_second).mean())
+    return {"rate_400": rates[400], "rate_10000": rates[10_000], "rate_10000_over_400": rates[10_000] / rates[400]}
+
+
 def side_by_side(work: Path) -> dict[str, float]:
     """Two categories on both cores against one category confined to one core; each category does the same work."""
     data = dataset(work, 2, 20)
@@ -238,7 +259,7 @@ def main(as_json: Annotated[bool, typer.Option("--json", help="one JSON object a
     work = Path(tempfile.mkdtemp(prefix="glad-bench-"))
     figures: dict[str, object] = {}
     try:
-        for part in (synthesis, data_wait, side_by_side, eight):
+        for part in (synthesis, data_wait, many, side_by_side, eight):
             figures |= part(work)
             Console(stderr=True).print({name: figures[name] for name in list(figures)})
     finally:
