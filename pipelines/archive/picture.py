@@ -10,9 +10,10 @@ from pathlib import PurePosixPath
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
+from PIL.ImageFile import ImageFile
 
 from glad_core.views import Framing
-from pipelines.archive import damage
+from pipelines.archive import damage, deep, tiff
 
 # EPS would start Ghostscript and the exotic decoders are where the security holes are: only what cameras write.
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "PPM", "GIF")
@@ -36,6 +37,7 @@ OTHER_FORMATS = {
 }
 MAX_PIXELS = 250_000_000  # with more it is taken for a decompression bomb
 MAX_PAGES = 10_000  # of one file
+BAND = 2**20  # values that are scaled in one go
 MAX_MEMORY = 3 * 2**30  # bytes that decoding one image may take
 TOO_MUCH = f"its decoder asked for more memory than the {MAX_MEMORY // 2**20} MiB that one image may take"
 
@@ -95,7 +97,7 @@ def as_framings(framings: int | Sequence[Framing]) -> Sequence[Framing]:
 
 
 def decode_image(data: bytes) -> np.ndarray:
-    """Encoded bytes to uint8 [H, W, 3] RGB, upright by its EXIF orientation. See `to_rgb` for the colour modes.
+    """Encoded bytes to uint8 [H, W, 3] RGB, upright by its EXIF orientation. See `to_rgb` and `to_8_bits`.
 
     Raises:
         ImageError: not_an_image, damaged or too_large.
@@ -105,10 +107,13 @@ def decode_image(data: bytes) -> np.ndarray:
 
 def _decoded(data: bytes, white: float | None, page: int | None = None) -> tuple[np.ndarray, float | None]:
     """`decode_image`, and the largest stored value if there are more than 8 bits."""
-    image = _open(data, page)
+    stored = _open(data, page)
     try:
-        peak = float(np.asarray(image).max()) if is_deep(image.mode) else None
-        return np.asarray(to_rgb(image, white)), peak
+        if isinstance(stored, Image.Image):
+            return np.asarray(to_rgb(stored)), None
+        grey = to_8_bits(stored, white)
+        peak = float(stored.max()) if stored.dtype.itemsize > 1 else None
+        return np.repeat(grey[..., None], 3, -1) if grey.ndim == 2 else grey, peak
     except ImageError:
         raise
     except Exception as error:
@@ -124,45 +129,21 @@ def pages(data: bytes) -> list[int]:
     Raises:
         ImageError: as `decode_image`; too_large also with more than `MAX_PAGES`.
     """
-    return _pages(_header(data))
-
-
-def _pages(image: Image.Image) -> list[int]:
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        found, last = _tiff_pages(image)
-    else:
-        last = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-        found = list(range(1, min(last, MAX_PAGES) + 1))
-    if last > MAX_PAGES:
-        raise ImageError("too_large", f"more than {MAX_PAGES} pages")
-    return found or [1]
-
-
-def _tiff_pages(image: TiffImagePlugin.TiffImageFile) -> tuple[list[int], int]:
-    """The pages that are no copies, and the number of all. One that cannot be opened counts: decoding it says why."""
-    found, number, opened = [], 1, True
-    while number <= MAX_PAGES:
-        if not opened or not _is_reduced(image):
-            found.append(number)
+    if data.startswith(tiff.SIGNATURES):
         try:
-            image.seek(number)
-            opened = True
-        except EOFError:
-            return found, number
-        except Exception:  # as in `_header`
-            if opened is False:  # two in a row: the chain of pages is broken
-                return found, number
-            opened = False
-        number += 1
-    return found, number
+            numbers, count = tiff.pages(data, MAX_PAGES)
+        except Exception as error:
+            raise _refused(error) from error
+    else:
+        image = _header(data)
+        count = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+        numbers = list(range(1, min(count, MAX_PAGES) + 1))
+    if count > MAX_PAGES:
+        raise ImageError("too_large", f"more than {MAX_PAGES} pages")
+    return numbers or [1]
 
 
-def _is_reduced(image: TiffImagePlugin.TiffImageFile) -> bool:
-    """Whether a TIFF's page is a reduced copy of another or a transparency mask (NewSubfileType, SubfileType)."""
-    return bool(int(image.tag_v2.get(254, 0)) & 5) or image.tag_v2.get(255) == 2
-
-
-def _header(data: bytes) -> Image.Image:
+def _header(data: bytes) -> ImageFile:
     """An image that is opened and not decoded. Raises as `decode_image`."""
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
@@ -176,22 +157,55 @@ def _header(data: bytes) -> Image.Image:
         raise _refused(error) from error
 
 
-def _open(data: bytes, page: int | None = None) -> Image.Image:
-    """A decoded image, upright, in the mode that it is stored in. Raises as `decode_image`."""
+def _open(data: bytes, page: int | None = None) -> Image.Image | np.ndarray:
+    """A decoded picture, upright: an image, or of more than 8 bits its stored values [H, W] or [H, W, 3].
+
+    Raises as `decode_image`.
+    """
+    is_tiff = data.startswith(tiff.SIGNATURES)
+    page = page or (pages(data)[0] if is_tiff else 1)
+    try:
+        image = _at_page(data, page)
+    except ImageError as error:
+        if is_tiff and error.kind == "damaged":
+            return _other_tiff(data, page)
+        raise
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and not tiff.trusted(image):
+        return _other_tiff(data, page)
+    if not deep.is_colour(image):
+        image = _loaded(image, data)
+        return deep.grey_values(image) if deep.is_deep(image.mode) else image
+    if page > 1 and not is_tiff:
+        raise ImageError("unsupported", "an animation of 16-bit colours is not read; write its frames as files")
+    upper, lower = _loaded(image, data), _at_page(data, page)
+    grey = deep.keep_lower(lower)
+    return deep.combined(upper, _loaded(lower, data), grey)
+
+
+def _at_page(data: bytes, page: int) -> ImageFile:
+    """An opened image at a page. Raises as `decode_image`."""
     image = _header(data)
     try:
-        if page is None and isinstance(image, TiffImagePlugin.TiffImageFile) and _is_reduced(image):
-            page = _pages(image)[0]
-        image.seek((page or 1) - 1)
+        image.seek(page - 1)
     except Exception as error:
         raise _refused(error) from error
-    if image.width * image.height > MAX_PIXELS:
+    _check_size(image.width, image.height)
+    return image
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
         raise ImageError(
-            "too_large", f"decompression bomb: {image.width} x {image.height} pixels, the limit is {MAX_PIXELS} in all"
+            "too_large", f"decompression bomb: {width} x {height} pixels, the limit is {MAX_PIXELS} in all"
         )
+
+
+def _loaded(image: ImageFile, data: bytes) -> ImageFile:
+    """A decoded image, upright, in the mode that it is stored in. Raises as `decode_image`."""
     try:
         _check(damage.of_structure(data, image))
-        _ignore_alpha(image)
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            tiff.mend(image)
         image.load()
         _check(damage.of_pixels(data, image))
         ImageOps.exif_transpose(image, in_place=True)
@@ -200,6 +214,22 @@ def _open(data: bytes, page: int | None = None) -> Image.Image:
     except Exception as error:
         raise _refused(error) from error
     return image
+
+
+def _other_tiff(data: bytes, number: int) -> np.ndarray:
+    """The values of a TIFF's page that Pillow does not read right, as of `_open`. Raises as `decode_image`."""
+    try:
+        with tiff.page(data, number) as page:
+            _check_size(page.imagewidth, page.imagelength)
+            return tiff.values(page, len(data))
+    except ImageError:
+        raise
+    except tiff.UnreadTiffError as error:
+        raise ImageError(
+            "unsupported", f"{error} is not read; write it uncompressed, as unsigned integers of 8 or 16 bits"
+        ) from error
+    except Exception as error:
+        raise _refused(error) from error
 
 
 def read_labels(data: bytes) -> tuple[np.ndarray, bool]:
@@ -212,6 +242,8 @@ def read_labels(data: bytes) -> tuple[np.ndarray, bool]:
         ImageError: as `decode_image`.
     """
     image = _open(data)
+    if isinstance(image, np.ndarray):
+        return image, False
     lossy = image.format == "JPEG" or (image.format == "WEBP" and b"VP8L" not in data[:64])
     if image.mode == "P":
         return _palette_labels(image), lossy
@@ -239,7 +271,13 @@ def orientation(data: bytes) -> int:
     Raises:
         ImageError: as `decode_image`.
     """
-    stored = _header(data).getexif().get(ExifTags.Base.Orientation, 1)
+    try:
+        stored = _header(data).getexif().get(ExifTags.Base.Orientation, 1)
+    except ImageError:
+        if not data.startswith(tiff.SIGNATURES):
+            raise
+        with tiff.page(data, 1) as page:
+            stored = tiff.orientation(page)
     return stored if stored in range(2, 9) else 1
 
 
@@ -253,42 +291,41 @@ def _named(data: bytes) -> str:
     return next((f" but {name}" for mark, name in OTHER_FORMATS.items() if data.startswith(mark, 4)), "")
 
 
-def _ignore_alpha(image: Image.Image) -> None:
-    """Have a TIFF with associated alpha decoded to its stored colours: Pillow divides them by alpha, 0 makes black."""
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        for number, tile in enumerate(image.tile):
-            assert isinstance(tile.args, tuple)
-            raw = tile.args[0].replace("RGBa", "RGBA")
-            image.tile[number] = tile._replace(args=("A" if raw == "a" else raw, *tile.args[1:]))
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode of 8 bits to RGB.
+
+    Transparency is ignored, as in the field's data loaders: cameras write files whose alpha is 0 everywhere. CMYK is
+    converted without a colour profile.
+    """
+    if image.mode == "La":  # as in `tiff.mend`: converted, its grey would be divided by alpha
+        image = Image.frombytes("LA", image.size, image.tobytes())
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
-def is_deep(mode: str) -> bool:
-    """Whether a Pillow mode has more than 8 bits a channel."""
-    return mode.startswith("I") or mode == "F"
+def to_8_bits(values: np.ndarray, white: float | None = None) -> np.ndarray:
+    """Stored values [H, W, ...] to uint8.
 
-
-def to_rgb(image: Image.Image, white: float | None = None) -> Image.Image:
-    """Any Pillow mode to RGB, 8 bits.
-
-    Transparency is ignored, as in the field's data loaders: cameras write files whose alpha is 0 everywhere. Of
-    more than 8 bits, ``white`` becomes 255, and what is brighter too (see `Framing`); without it the full range stays
-    the full range: 16-bit values are divided by 257, floating point is taken as 0..1. CMYK is converted without a
-    colour profile.
+    ``white`` becomes 255, and what is brighter too (see `Framing`); without it the full range stays the full range:
+    16-bit values are divided by 257, floating point is taken as 0..1. Values of 8 bits stay.
 
     Raises:
         ImageError: damaged, if values are negative or not finite; without ``white``, if integers exceed 16 bits or
             floats 1.
     """
-    mode = image.mode
-    if is_deep(mode):
-        values = np.asarray(image).astype(np.float64)
-        top = (1.0 if mode == "F" else 65535.0) if white is None else white or max(float(values.max()), 1e-9)
-        if not np.isfinite(values).all() or values.min() < 0 or (white is None and values.max() > top):
-            raise ImageError("damaged", f"grey values outside 0..{top:g} cannot be brought to 8 bits")
-        image = Image.fromarray(np.round(np.minimum(values * (255 / top), 255)).astype(np.uint8))
-    if mode == "La":  # as in `_ignore_alpha`: converted, its grey would be divided by alpha
-        image = Image.frombytes("LA", image.size, image.tobytes())
-    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+    least, most = values.min(), values.max()
+    top = 1.0 if values.dtype.kind == "f" else 65535.0
+    if values.dtype.itemsize == 1:
+        top, white = 255.0, None
+    top = top if white is None else white or max(float(most), 1e-9)
+    if not np.isfinite(least) or not np.isfinite(most) or least < 0 or (white is None and most > top):
+        raise ImageError("damaged", f"grey values outside 0..{top:g} cannot be brought to 8 bits")
+    out = np.empty(values.shape, np.uint8)
+    rows = max(1, BAND // values[0].size)
+    for start in range(0, len(values), rows):
+        band = values[start : start + rows].astype(np.float64)
+        band *= 255 / top
+        out[start : start + rows] = np.rint(np.minimum(band, 255, out=band), out=band)
+    return out
 
 
 def _refused(error: Exception) -> ImageError:

@@ -270,6 +270,8 @@ def doubt_about(settings: Settings, row: dict[str, Any]) -> str | None:
     if "tiles" not in kinds and large > LARGE and not as_large:
         doubts.append(f"{large:.0f} times larger than the model sees")
     peak = row.get("peak")
+    if peak is not None and settings.white_level is None and peak < (1 if peak <= 1 else 65535) / 4:
+        doubts.append("less than a quarter of its bits' range, and the model has no white level")
     if peak is not None and settings.white_level is not None and peak > settings.white_level:
         doubts.append("brighter than the white level")
     if peak is not None and settings.dark_level is not None and peak < settings.dark_level:

@@ -258,6 +258,9 @@ def test_what_the_model_was_not_made_for_is_said():
     assert "larger than the model sees" in doubt_about(usual, row | {"width": 300, "height": 290})
     assert doubt_about(usual, row | {"peak": 5000.0}) == "brighter than the white level"
     assert doubt_about(usual, row | {"peak": 40.0}) == "far darker than the training pictures"
+    unleveled = usual.model_copy(update={"white_level": None, "dark_level": None})
+    for peak, doubtful in ((4095.0, True), (40_000.0, False), (0.1, True), (0.9, False), (None, False)):
+        assert ("no white level" in (doubt_about(unleveled, row | {"peak": peak}) or "")) is doubtful
     trained = usual.model_copy(update={"picture_size": (300, 900)})
     assert doubt_about(trained, row | {"height": 300, "width": 900}) is None
     tiled = usual.model_copy(update={"views": (View(), View(kind="tiles"))})
