@@ -3,55 +3,32 @@
 MVTec-AD (also MPDD):         CATEGORY/train/good/NAME.png
                               CATEGORY/test/DEFECT/NAME.png    CATEGORY/ground_truth/DEFECT/NAME[_mask].png
 MVTec LOCO:                   the same, with CATEGORY/validation/good, and the masks of an image in a folder of its name
+MVTec AD 2:                   the same, with CATEGORY/test_public/DEFECT and CATEGORY/test_public/ground_truth/DEFECT
 VisA and PCB-Bank:            split_csv/1cls.csv or 1cls.csv with the columns object, split, label, image, mask;
                               image and mask are paths from the dataset's folder
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection
 from pathlib import PurePosixPath
 
-from cluster.storage import Storage, StorageError, absolute, clear_errors, is_s3, join
+from cluster.storage import Storage, StorageError, absolute, is_s3, join
 from glad_core.errors import GladError, did_you_mean
+from pipelines.archive.examples import SPLITS, Dataset, Example, is_good
+from pipelines.archive.mask_files import (
+    MaskFile,
+    Owners,
+    PictureFile,
+    is_mask_folder,
+    part_masks,
+    without_mask_folders,
+)
 from pipelines.archive.picture import is_image
-from pipelines.archive.rows import LeftOut
-from pipelines.archive.uri_list import csv_rows
+from pipelines.archive.split_file import read_split_file
 
-SPLIT_FILES = ("split_csv/1cls.csv", "1cls.csv")
-SPLIT_COLUMNS = {"object", "split", "label", "image", "mask"}
-# Names of folders and labels that mean good images, whatever their case; blanks and hyphens count as underscores.
-GOOD_NAMES = {
-    *("good", "ok", "normal", "0", "pass", "passed", "undamaged", "non_defective", "nondefective"),
-    *("anomaly_free", "defect_free", "no_anomaly", "no_defect", "no_defects", "nodefect"),
-}
-SPLITS = {"train": "train", "test": "test", "validation": "validation", "val": "validation", "valid": "validation"}
-Key = tuple[str, str]
-MASK_SUFFIX = re.compile(r"_(mask|gt|seg|label)([_-]?\d+)?$", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Example:
-    """One image of a dataset.
-
-    ``path`` ends the URI of its scored result; ``split`` is train, test or validation. ``masks`` are URIs, all of which
-    count; there may be none. ``kind`` is the folder or label that said whether it is good.
-    """
-
-    path: str
-    uri: str
-    category: str
-    split: str
-    anomalous: bool
-    masks: tuple[str, ...]
-    kind: str = ""
-
-
-def is_good(name: str) -> bool:
-    """Whether a folder or label of this name means good images."""
-    return re.sub(r"[\s-]+", "_", name.strip().casefold()) in GOOD_NAMES
+SHARED = "its mask may be of another image of the same name: name it with the suffix, such as a.jpg_mask.png"
+MOST_CATEGORIES = 50  # looked into to name a layout that is not read
 
 
 def category_folders(location: str, storage: Storage, needed: Collection[str] = ("train", "test")) -> dict[str, str]:
@@ -63,7 +40,7 @@ def category_folders(location: str, storage: Storage, needed: Collection[str] = 
 
     def is_category(folder: str) -> bool:
         try:
-            return all(split_folder(folder, name, storage) is not None for name in needed)
+            return all(split_folders(folder, name, storage) for name in needed)
         except StorageError:
             if is_s3(folder):
                 raise
@@ -75,18 +52,19 @@ def category_folders(location: str, storage: Storage, needed: Collection[str] = 
     return {name: folder for name, folder in folders.items() if is_category(folder)}
 
 
-def split_folder(category: str, split: str, storage: Storage) -> str | None:
-    """The folder of a split in a category's folder, written train, Train or TRAIN; None if there is none."""
-    spellings = (join(category, name) for name in (split, split.capitalize(), split.upper()))
-    return next((folder for folder in spellings if storage.kind(folder) == "folder"), None)
+def split_folders(category: str, split: str, storage: Storage) -> list[str]:
+    """The folders of a split in a category's folder, written test, Test or TEST, or (MVTec AD 2) test_public."""
+    names = [name for name, meant in SPLITS.items() if meant == split]
+    spellings = (join(category, word) for name in names for word in (name, name.capitalize(), name.upper()))
+    if all(storage.kind(folder) != "folder" for folder in spellings):
+        return []  # without a look at what may be a large folder
+    return [join(category, name) for name in storage.folders(category) if SPLITS.get(name.casefold()) == split]
 
 
 def _train_good(category: str, storage: Storage) -> list[str]:
     """The folders of good training images in a category's folder."""
-    train = split_folder(category, "train", storage)
-    if train is None:
-        return []
-    return [join(train, name) for name in storage.folders(train) if is_good(name)]
+    trains = split_folders(category, "train", storage)
+    return [join(train, name) for train in trains for name in storage.folders(train) if is_good(name)]
 
 
 def choose_category(known: Collection[str], category: str | None, location: str) -> str:
@@ -107,7 +85,12 @@ def choose_category(known: Collection[str], category: str | None, location: str)
 
 
 def read_dataset(location: str, storage: Storage) -> list[Example]:
-    """Every image of a dataset, train and test.
+    """Every image of a dataset, train and test. Raises as `read_whole`."""
+    return read_whole(location, storage).examples
+
+
+def read_whole(location: str, storage: Storage) -> Dataset:
+    """Every image of a dataset, and what else is in its folder.
 
     Raises:
         GladError: no dataset of a known layout there. StorageError: storage cannot be used.
@@ -117,53 +100,32 @@ def read_dataset(location: str, storage: Storage) -> list[Example]:
         raise GladError(f"{root}: no such dataset folder")
     examples = read_split_file(root, storage)
     if examples is not None:
-        return examples
+        return Dataset(examples, [], [])
     folders = category_folders(root, storage, needed=("test",))  # a test set may stand alone
-    examples = [example for name, folder in folders.items() for example in _mvtec_examples(name, folder, storage)]
-    if not examples:
+    parts = [_read_category(name, folder, storage) for name, folder in folders.items()]
+    whole = Dataset(
+        [example for part in parts for example in part.examples],
+        [mask for part in parts for mask in part.orphans],
+        [folder for part in parts for folder in part.others],
+    )
+    if not whole.examples:
+        _refuse_real_iad(root, storage)
         raise GladError(
             f"{root}: no dataset there; known are MVTec-AD's layout (CATEGORY/train, CATEGORY/test, "
             "CATEGORY/ground_truth) and VisA's (split_csv/1cls.csv)"
         )
-    return examples
+    return whole
 
 
-def split_file(root: str, storage: Storage) -> str | None:
-    """The split file that makes a folder a dataset in VisA's layout, None if there is none."""
-    return next((join(root, name) for name in SPLIT_FILES if storage.kind(join(root, name)) == "file"), None)
-
-
-def read_split_file(root: str, storage: Storage) -> list[Example] | None:
-    """Every image of a dataset in VisA's layout, None if the folder has no split file.
-
-    Raises:
-        GladError: the file lacks a column, is cut off or no text, or leads outside of the dataset's folder.
-    """
-    file = split_file(root, storage)
-    if file is None:
-        return None
-    try:
-        with clear_errors(file, storage):
-            columns, rows = csv_rows(storage.read(file), SPLIT_COLUMNS, file, LeftOut())
-    except UnicodeError as error:
-        raise GladError(f"{file}: no text in UTF-8 or UTF-16; VisA's split file is expected") from error
-    missing = SPLIT_COLUMNS - set(columns)
-    if missing:
-        raise GladError(f"{file}: lacks the column {', '.join(sorted(missing))}; VisA's split file is expected")
-    return [_split_example(row, root, f"{file}: line {number}") for number, row in rows if any(row.values())]
-
-
-def _split_example(row: dict[str, str], root: str, line: str) -> Example:
-    if not row.get("image") or not row.keys() >= SPLIT_COLUMNS:
-        raise GladError(f"{line} has too few columns; the file may be cut off")
-    image, mask = (row[name].strip().replace("\\", "/") for name in ("image", "mask"))
-    for path in (image, mask):
-        if path.startswith("/") or ".." in path.split("/") or "\0" in path:
-            raise GladError(f"{line} leads outside of the dataset's folder: {path!r}")
-    label = row["label"]
-    masks = (join(root, mask),) if mask else ()
-    split = SPLITS.get(row["split"].strip().casefold(), row["split"].strip().casefold())
-    return Example(image, join(root, image), row["object"].strip(), split, not is_good(label), masks, label)
+def _refuse_real_iad(root: str, storage: Storage) -> None:
+    """Name Real-IAD: folders OK and NG of a category, and what is which in json files."""
+    names = storage.folders(root)
+    inner = [name for folder in names[:MOST_CATEGORIES] for name in storage.folders(join(root, folder))]
+    if any(name.casefold().startswith("realiad") for name in names) or {"OK", "NG"} <= {*names} | {*inner}:
+        raise GladError(
+            f"{root}: Real-IAD's layout (OK, NG and json files) is not read; copy or link its pictures into "
+            "CATEGORY/train/good, CATEGORY/test/DEFECT and CATEGORY/ground_truth/DEFECT"
+        )
 
 
 def good_images(location: str, category: str | None, storage: Storage) -> dict[str, list[str]]:
@@ -194,16 +156,20 @@ def good_images(location: str, category: str | None, storage: Storage) -> dict[s
         if (train := _train_good(folder, storage))
     }
     if not by_category:
+        _refuse_real_iad(root, storage)
         raise GladError(f"{root}: no category with train/good in it; MVTec-AD's layout is expected, or VisA's")
     return {
         name: [
-            join(folder, path)
+            join(folder, str(picture))
             for folder in by_category[name]
-            for path, _ in storage.walk(folder, follow=True)
-            if is_image(path)
+            for picture in part_masks(_images_below(folder, storage))[0]
         ]
         for name in _choose_several(by_category, category, root)
     }
+
+
+def _images_below(folder: str, storage: Storage) -> list[PurePosixPath]:
+    return [PurePosixPath(path) for path, _ in storage.walk(folder, follow=True) if is_image(path)]
 
 
 def _choose_several(known: Collection[str], category: str | None, location: str) -> list[str]:
@@ -215,55 +181,50 @@ def _choose_several(known: Collection[str], category: str | None, location: str)
     return [choose_category(known, name, location) for name in names]
 
 
-def _mvtec_examples(category: str, folder: str, storage: Storage) -> Iterator[Example]:
-    names = {name.casefold(): name for name in storage.folders(folder)}
-    images = [
-        (name, PurePosixPath(path))
-        for name in SPLITS
-        if name in names
-        for path, _ in storage.walk(join(folder, names[name]), follow=True)
-        if is_image(path)
+def _read_category(category: str, folder: str, storage: Storage) -> Dataset:
+    """A category's folder in MVTec-AD's layout."""
+    names = storage.folders(folder)
+    masks: list[MaskFile] = []
+    pictures: list[PictureFile] = []
+    for name in names:
+        if name.casefold() in SPLITS:
+            found, inner = part_masks(_images_below(join(folder, name), storage))
+            pictures += [PictureFile(name, file) for file in found]
+            masks += [MaskFile(without_mask_folders(file), join(folder, name, str(file)), name) for file in inner]
+        elif is_mask_folder(name):
+            masks += [
+                MaskFile(file, join(folder, name, str(file))) for file in _images_below(join(folder, name), storage)
+            ]
+    owners = Owners(pictures, [picture for picture in pictures if not _is_good_picture(picture)])
+    by_picture: dict[PictureFile, list[MaskFile]] = {}
+    shared: set[PictureFile] = set()
+    orphans = []
+    for mask in sorted(masks):
+        found_pictures = owners.of(mask)
+        for picture in found_pictures:
+            by_picture.setdefault(picture, []).append(mask)
+        shared.update(found_pictures if len(found_pictures) > 1 else ())
+        orphans += [] if found_pictures else [mask.uri]
+    examples = [
+        Example(
+            f"{category}/{picture.split}/{picture.path}",
+            join(folder, picture.split, str(picture.path)),
+            category,
+            SPLITS[picture.split.casefold()],
+            not _is_good_picture(picture),
+            tuple(mask.uri for mask in by_picture.get(picture, [])),
+            _kind(picture),
+            doubts=(SHARED,) if picture in shared else (),
+        )
+        for picture in pictures
     ]
-    masks: dict[Key, list[str]] = {}
-    pictures = {_key(file) for _, file in images}
-    for file, uri in _mask_files(folder, names, storage):
-        masks.setdefault(_owner(file, pictures), []).append(uri)
-    for name, file in images:
-        kind = file.parts[0] if len(file.parts) > 1 else ""
-        found = () if is_good(kind) else tuple(masks.get(_key(file), ()))
-        path = f"{category}/{names[name]}/{file}"
-        uri = join(folder, names[name], str(file))
-        yield Example(path, uri, category, SPLITS[name], not is_good(kind), found, kind)
+    others = [join(folder, name) for name in names if name.casefold() not in SPLITS and not is_mask_folder(name)]
+    return Dataset(examples, orphans, others)
 
 
-def _mask_files(folder: str, names: dict[str, str], storage: Storage) -> list[tuple[PurePosixPath, str]]:
-    """The masks of a category by path and URI, in order."""
-    truth = join(folder, names.get("ground_truth", "ground_truth"))
-    if storage.kind(truth) != "folder":
-        return []
-    paths = sorted(path for path, _ in storage.walk(truth, follow=True) if is_image(path))
-    return [(PurePosixPath(path), join(truth, path)) for path in paths]
+def _kind(picture: PictureFile) -> str:
+    return picture.path.parts[0] if len(picture.path.parts) > 1 else ""
 
 
-def _key(file: PurePosixPath) -> Key:
-    """What a picture and its mask have in common: folder and name, in any case."""
-    return str(file.parent).casefold(), file.stem.casefold()
-
-
-def _owner(mask: PurePosixPath, pictures: Collection[Key]) -> Key:
-    """The picture a mask is of: of its name, else of that without _mask, else (MVTec LOCO) of its folder's name."""
-    parent, stem = _key(mask)
-    candidates = [(parent, stem), (parent, MASK_SUFFIX.sub("", stem)), _key(mask.parent)]
-    return next((key for key in candidates if key in pictures), candidates[1])
-
-
-def unused_masks(location: str, examples: Collection[Example], storage: Storage) -> list[str]:
-    """Masks of a dataset in MVTec-AD's layout that no image has."""
-    used = {mask for example in examples for mask in example.masks}
-    folders = category_folders(absolute(location), storage, needed=("test",)).values()
-    found = [
-        uri
-        for folder in folders
-        for _, uri in _mask_files(folder, {name.casefold(): name for name in storage.folders(folder)}, storage)
-    ]
-    return [uri for uri in found if uri not in used]
+def _is_good_picture(picture: PictureFile) -> bool:
+    return is_good(_kind(picture))

@@ -16,12 +16,13 @@ from pipelines.archive.uris import image_id, printable, tar_uri
 # Files that systems leave beside pictures, which nobody means.
 HIDDEN = re.compile(r"(^|/)(\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini|__MACOSX/.*)$", re.IGNORECASE)
 # Why a file or entry has no row, as users read it.
-IN_TARS, HIDDEN_FILES, COMMENTS, HEADERS, OUTSIDE = (
+IN_TARS, HIDDEN_FILES, COMMENTS, HEADERS, OUTSIDE, MASKS = (
     "files in tars that are no images",
     "hidden files or folders",
     "comments of the list",
     "header of the list",
     "files outside of the dataset's test set",
+    "masks in the dataset's test set",
 )
 LONGEST_MESSAGE = 500  # characters
 Row = dict[str, Any]

@@ -19,10 +19,13 @@ from fsspec.utils import glob_translate
 from cluster.locations import SCHEME, UNSPEAKABLE
 from cluster.storage import IS_HIDDEN, Entry, Storage, StorageError, absolute, clear_errors, is_s3, join, spelled
 from glad_core.errors import GladError
-from pipelines.archive.layouts import category_folders, choose_category, read_split_file, split_file, split_folder
+from pipelines.archive.layouts import category_folders, choose_category, split_folders
+from pipelines.archive.mask_files import in_mask_folder, named_picture
+from pipelines.archive.picture import is_image
 from pipelines.archive.rows import (
     HIDDEN,
     HIDDEN_FILES,
+    MASKS,
     LeftOut,
     Row,
     Tar,
@@ -32,6 +35,7 @@ from pipelines.archive.rows import (
     member_row,
     read_tar,
 )
+from pipelines.archive.split_file import read_split_file, split_file
 from pipelines.archive.uri_list import LIST_SUFFIXES, read_list
 from pipelines.archive.uris import image_id, one_line, path_of, printable, split_tar_uri
 
@@ -105,8 +109,11 @@ def trees_of(source: str, category: str | None, storage: Storage, several: bool 
     else:
         chosen = _one_category(source, folders, category)
     # Ids count from the category's name on, so they are the same for the category's folder and for the one above it.
-    tests = {name: split_folder(folders[name], "test", storage) or join(folders[name], "test") for name in chosen}
-    trees = [Tree(test, f"{name}/{test.rpartition('/')[2]}/", printable(name)) for name, test in tests.items()]
+    trees = [
+        Tree(test, f"{name}/{test.rpartition('/')[2]}/", printable(name))
+        for name in chosen
+        for test in split_folders(folders[name], "test", storage)
+    ]
     return trees or [Tree(source)]
 
 
@@ -130,12 +137,28 @@ def _one_category(source: str, folders: dict[str, str], category: str | None) ->
 
 
 def tree_rows(tree: Tree, files: Iterable[Entry], storage: Storage, left_out: LeftOut) -> Iterator[Row]:
-    """Manifest rows of what is listed in a tree; its paths are relative to the tree's folder."""
+    """Manifest rows of what is listed in a tree; its paths are relative to the tree's folder.
+
+    Masks in a dataset's test set are left out, as `mask_files.part_masks` finds them.
+    """
+
+    @lru_cache(maxsize=1)
+    def stems(folder: str) -> set[str]:
+        names = [PurePosixPath(entry.path) for entry in storage.level(join(tree.folder, folder))]
+        return {name.stem.casefold() for name in names if is_image(name.name)}
+
+    def is_mask(name: str) -> bool:
+        path = PurePosixPath(name)
+        bare = named_picture(path.stem)
+        return in_mask_folder(path) or (bare is not None and bare in stems(str(path.parent)))
+
     for file in files:
         path = tree.inside + file.path
         location = f"{tree.folder}/{file.path}" if file.path else tree.folder
         if file.problem == IS_HIDDEN:
             left_out.others[HIDDEN_FILES] += 1
+        elif tree.category is not None and is_image(file.path) and is_mask(file.path):
+            left_out.others[MASKS] += 1
         elif file.problem is None:
             yield from file_rows(spelled(location), path, file, tree.category, storage, left_out)
         else:
@@ -197,7 +220,8 @@ def _list_split_file(source: str, category: str | None, storage: Storage, severa
         known = [category]
     for example in examples:
         if example.category in known:
-            yield image_row(spelled(absolute(example.uri)), image_id(example.path), example.category)
+            row = image_row(spelled(absolute(example.uri)), image_id(example.path), example.category)
+            yield from (dict(row) for _ in range(example.rows))  # repeated ones are counted where all rows are
 
 
 def _list_glob(pattern: str, storage: Storage, left_out: LeftOut) -> Iterator[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,13 +14,16 @@ from rich.table import Table
 
 from cluster.storage import Storage
 from glad_core.bundle import presets
+from pipelines.archive.examples import SPLITS, Example
 from pipelines.archive.fetch import FETCH_THREADS
-from pipelines.archive.layouts import SPLITS, Example, read_dataset, unused_masks
+from pipelines.archive.layouts import read_whole
 from pipelines.archive.picture import ImageError, decode_image, orientation
 from pipelines.evaluate.masks import fetch_from, marks, read_mask
 
 LONG = 1.5  # times longer than wide
+EACH = 3  # problems of a kind that have a line each
 COLUMNS = ("train good", "test good", "test anomalous", "with mask")
+Problem = tuple[str, str]  # URI of the file, and what is wrong with it
 
 
 def published_name(categories: set[str]) -> str | None:
@@ -35,13 +39,18 @@ def check(location: str, console: Console) -> dict[str, Any]:
         GladError: no dataset of a known layout there. StorageError: storage cannot be used.
     """
     storage = Storage.from_environment()
-    examples = read_dataset(location, storage)
+    examples, orphans, others = read_whole(location, storage)
+    spare = [mask for example in examples if not example.anomalous for mask in example.masks] + orphans
     with ThreadPoolExecutor(FETCH_THREADS) as pool:
         found = list(pool.map(lambda example: _look(example, storage, examples), examples))
+        marked = list(pool.map(lambda uri: marks(uri, storage, examples), spare))
     sizes = {example.uri: size for example, (size, _) in zip(examples, found, strict=True) if size is not None}
     problems = [problem for _, problem in found if problem]
-    unused = [uri for uri in unused_masks(location, examples, storage) if marks(uri, storage, examples)]
-    problems += [f"{uri}: a mask of no anomalous image" for uri in unused]
+    problems += [
+        (uri, "a mask of no anomalous image") for uri, marks_some in zip(spare, marked, strict=True) if marks_some
+    ]
+    repeated = [example for example in examples if example.rows > 1]
+    problems += [(example.uri, f"in {example.rows} rows of the split file; it counts once") for example in repeated]
     names = sorted({example.category for example in examples})
     counts = {name: _counts([example for example in examples if example.category == name]) for name in names}
     dataset = published_name(set(names))
@@ -49,12 +58,29 @@ def check(location: str, console: Console) -> dict[str, Any]:
     for name, row in counts.items():
         table.add_row(name, *map(str, row.values()))
     console.print(table)
-    for line in _taken_for(examples) + _shapes(list(sizes.values())):
+    notes = [f"left out, since it is no split and holds no masks: {folder}" for folder in others]
+    for line in _taken_for(examples) + _shapes(list(sizes.values())) + notes:
         console.print(escape(line), highlight=False, soft_wrap=True)
-    for problem in problems:
-        console.print(f"[red]{escape(problem)}[/red]", highlight=False, soft_wrap=True)
+    for line in _grouped(problems):
+        console.print(f"[red]{escape(line)}[/red]", highlight=False, soft_wrap=True)
     console.print(f"{len(examples)} images, {len(problems)} problems", highlight=False)
-    return {"dataset": dataset, "images": len(examples), "categories": counts, "problems": problems}
+    lines = [f"{uri}: {what}" for uri, what in problems]
+    return {"dataset": dataset, "images": len(examples), "categories": counts, "problems": lines}
+
+
+def _grouped(problems: Sequence[Problem]) -> list[str]:
+    """A line for each problem; of more than `EACH` that differ in numbers at most, one for all."""
+    kinds: dict[str, list[Problem]] = {}
+    for problem in problems:
+        kinds.setdefault(re.sub(r"\d+", "#", problem[1]), []).append(problem)
+    lines = []
+    for kind in kinds.values():
+        if len(kind) > EACH:
+            (uri, what), names = kind[0], "--json names all"
+            lines.append(f"{len(kind)} files, the first {uri}: {what} ({names})")
+        else:
+            lines += [f"{uri}: {what}" for uri, what in kind]
+    return lines
 
 
 def _taken_for(examples: Sequence[Example]) -> list[str]:
@@ -87,20 +113,22 @@ def _shapes(sizes: Sequence[tuple[int, int]]) -> list[str]:
 
 def _counts(examples: list[Example]) -> dict[str, int]:
     kinds = Counter((example.split, example.anomalous) for example in examples)
-    masks = sum(bool(example.masks) for example in examples)
+    masks = sum(example.anomalous and bool(example.masks) for example in examples)
     return dict(zip(COLUMNS, (kinds["train", False], kinds["test", False], kinds["test", True], masks), strict=True))
 
 
-def _look(example: Example, storage: Storage, examples: Sequence[Example]) -> tuple[tuple[int, int] | None, str | None]:
+def _look(
+    example: Example, storage: Storage, examples: Sequence[Example]
+) -> tuple[tuple[int, int] | None, Problem | None]:
     """Height and width of an image, and what is wrong with it or its masks."""
     try:
         data = fetch_from(example.uri, storage, examples)
         image, way = decode_image(data), orientation(data)
     except ImageError as error:
-        return None, f"{example.uri}: {error}"
+        return None, (example.uri, str(error))
     size = (image.shape[0], image.shape[1])
     if example.split not in SPLITS.values():
-        return size, f"{example.uri}: of the split '{example.split}'; only train, test and validation count"
+        return size, (example.uri, f"of the split '{example.split}'; only train, test and validation count")
     # On its side, a picture that is not square has a mask of its size only if that was drawn on the upright one.
     turned = way in (2, 3, 4) or (way > 4 and size[0] == size[1])
     return size, _problem(example, size, turned, storage, examples) if example.anomalous else None
@@ -108,15 +136,15 @@ def _look(example: Example, storage: Storage, examples: Sequence[Example]) -> tu
 
 def _problem(
     example: Example, size: tuple[int, int], turned: bool, storage: Storage, examples: Sequence[Example]
-) -> str | None:
+) -> Problem | None:
     if example.split != "test":
-        return f"{example.uri}: an anomalous image among the {example.split} images"
+        return example.uri, f"an anomalous image among the {example.split} images"
     if not example.masks:
-        return f"{example.uri}: anomalous, but without a mask"
+        return example.uri, "anomalous, but without a mask"
     try:
         mask = read_mask(example, storage, examples)
     except ImageError as error:
-        return f"{example.masks[0]}: {error}"
+        return example.masks[0], str(error)
     doubts = [*mask.doubts]
     if mask.marked.shape != size:
         (h, w), (mask_h, mask_w) = size, mask.marked.shape
@@ -124,4 +152,4 @@ def _problem(
         doubts.insert(0, f"{mask_w} x {mask_h} pixels, its image has {w} x {h}{why}")
     elif turned and not mask.turned:
         doubts.append("its image is turned by its EXIF, and the mask is not: was it drawn on the upright image?")
-    return f"{example.masks[0]}: {'; '.join(doubts)}" if doubts else None
+    return (example.masks[0], "; ".join(doubts)) if doubts else None

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from cluster.storage import Storage
+from pipelines.archive.examples import Example
 from pipelines.archive.fetch import fetch, neighbours
-from pipelines.archive.layouts import Example
 from pipelines.archive.picture import ImageError, orientation, read_labels
 
 LOSSY = "lossy: cut at half of the highest value"
@@ -41,7 +41,7 @@ def read_mask(example: Example, storage: Storage, examples: Sequence[Example]) -
     """
     marked: np.ndarray | None = None
     turned = False
-    doubts: dict[str, None] = {}
+    doubts = dict.fromkeys(example.doubts)
     for uri in example.masks:
         data = fetch_from(uri, storage, examples)
         turned |= orientation(data) > 1

@@ -19,7 +19,8 @@ from rich.table import Column, Table
 
 from cluster import session
 from cluster.storage import Storage, absolute, join
-from pipelines.archive.layouts import Example, read_dataset
+from pipelines.archive.examples import Example
+from pipelines.archive.layouts import read_dataset
 from pipelines.evaluate.datasets import published_name
 from pipelines.evaluate.tally import Tally, tally_results
 from pipelines.runs.run import Run

@@ -19,10 +19,10 @@ from cluster.storage import StorageError
 from glad_core.errors import GladError
 from glad_core.image_metrics import auroc_interval, image_metrics
 from glad_core.pixel_metrics import PixelCounts
-from pipelines.archive.layouts import Example
+from pipelines.archive.examples import Example
 from pipelines.archive.picture import ImageError
 from pipelines.archive.uris import path_of
-from pipelines.evaluate.masks import read_mask, resize_mask
+from pipelines.evaluate.masks import marks, read_mask, resize_mask
 from pipelines.runs.run import Run
 from pipelines.runs.schema import ERRORS, RESULTS
 
@@ -148,6 +148,8 @@ def _count_pixels(
     tally: Tally, example: Example, anomaly_map: np.ndarray, size: tuple[int, int], run: Run, examples: list[Example]
 ) -> None:
     if not example.anomalous:
+        if any(marks(uri, run.storage, examples) for uri in example.masks):
+            tally.doubts["of images that count as good: left out"] += 1
         tally.pixels.add(anomaly_map, None)
         return
     try:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import roc_curve
 
-from pipelines.archive.layouts import Example
+from pipelines.archive.examples import Example
 from pipelines.evaluate.tally import Tally, find_example, tally_results
 from pipelines.runs.run import Run
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 from conftest import make_bucket
-from drawn_datasets import draw_image, draw_mvtec, draw_visa
+from drawn_datasets import draw_image, draw_mask, draw_mvtec, draw_visa
+from typer.testing import CliRunner
 
 from cluster.storage import Storage
 from glad_core.errors import GladError
@@ -14,6 +15,7 @@ from pipelines.archive.layouts import category_folders, choose_category, good_im
 from pipelines.archive.listing import Archive, read_manifest, split, write_manifest
 from pipelines.archive.picture import decode_image, is_image
 from pipelines.archive.sources import list_source
+from pipelines.cli.main import app
 
 STORAGE = Storage()
 
@@ -231,3 +233,46 @@ def test_a_split_file_from_excel_is_read(visa):
         assert [(e.path, e.uri, e.split, e.anomalous, e.masks) for e in found] == [
             (e.path, e.uri, e.split, e.anomalous, e.masks) for e in plain
         ]
+
+
+def test_a_row_that_is_there_twice_counts_once_and_one_that_contradicts_is_refused(visa):
+    file = visa / "split_csv/1cls.csv"
+    plain = read_dataset(str(visa), STORAGE)
+    rows = file.read_text().splitlines()
+    draw_mask(visa / "pcb2/more.png")
+    again = rows[6].replace("Data/Images", "./Data//Images").replace("pcb2/Data/Masks/Anomaly/2.png", "pcb2/more.png")
+    file.write_text("\n".join([*rows, again, rows[1]]) + "\n")
+    examples = read_dataset(str(visa), STORAGE)
+    assert [example.rows for example in examples] == [2, 1, 1, 1, 1, 2]
+    assert examples[5].masks == (*plain[5].masks, f"{visa}/pcb2/more.png")  # both count
+    assert good_images(str(visa), "pcb1", STORAGE) == {"pcb1": [f"{visa}/pcb1/Data/Images/Normal/0.JPG"]}
+    text = CliRunner().invoke(app, ["datasets", "check", str(visa)]).output
+    assert "Normal/0.JPG: in 2 rows of the split file; it counts once" in text
+    assert "6 images, 2 problems" in text
+    for old, new, message in (
+        (",train,normal", ",test,normal", "line 8 has the split 'test' for pcb1.*, a line before it 'train'"),
+        (",train,normal", ",train,anomaly", "line 8 has the label 'anomaly'"),
+        ("pcb1,train", "pcb2,train", "line 8 has the object 'pcb2'"),
+    ):
+        file.write_text("\n".join([*rows, rows[1].replace(old, new)]) + "\n")
+        with pytest.raises(GladError, match=message):
+            read_dataset(str(visa), STORAGE)
+
+
+def test_a_mask_of_a_row_that_is_labelled_good_is_named(visa):
+    file = visa / "split_csv/1cls.csv"
+    file.write_text(file.read_text().replace("pcb1,test,anomaly", "pcb1,test,normal"))
+    text = CliRunner().invoke(app, ["datasets", "check", str(visa)]).output
+    assert "pcb1/Data/Masks/Anomaly/2.png: a mask of no anomalous image" in text
+    assert "6 images, 1 problems" in text
+
+
+@pytest.mark.parametrize("root", ["", "realiad_1024/"])
+def test_real_iad_is_named(root, tmp_path):
+    for name in ("OK/S0001/a_OK_C1.jpg", "NG/AK/S0002/a_NG_C1.jpg", "NG/AK/S0002/a_NG_C1.png"):
+        draw_image(tmp_path / f"{root}audiojack/{name}")
+    (tmp_path / "realiad_jsons").mkdir()
+    for folder in (tmp_path, tmp_path / f"{root}audiojack"):
+        for read in (read_dataset, lambda location, storage: good_images(location, None, storage)):
+            with pytest.raises(GladError, match="Real-IAD's layout"):
+                read(str(folder), STORAGE)

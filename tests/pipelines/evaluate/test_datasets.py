@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -146,7 +147,10 @@ def test_a_mask_of_a_turned_picture_is_doubtful_unless_its_shape_tells(tmp_path)
         drawn(root / f"ground_truth/square/{way}.png", grey[:, :40].copy())
         drawn(root / f"test/both/{way}.jpg", np.zeros((40, 60, 3), np.uint8), exif=exif)
         drawn(root / f"ground_truth/both/{way}.png", grey, exif=exif)
-    doubtful = [line for line in check(tmp_path / "set").stdout.splitlines() if "drawn on the upright image?" in line]
+    assert "10 files, the first " in check(tmp_path / "set").stdout
+    outcome = CliRunner().invoke(app, ["datasets", "check", str(tmp_path / "set"), "--json"])
+    problems = json.loads(outcome.stdout)["problems"]
+    doubtful = [line for line in problems if "drawn on the upright image?" in line]
     names = [line.partition("ground_truth/")[2].partition(".png")[0] for line in doubtful]
     assert names == [f"cut/{way}" for way in (2, 3, 4)] + [f"square/{way}" for way in range(2, 9)]
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from cluster.storage import Storage
-from pipelines.archive.layouts import Example
+from pipelines.archive.examples import Example
 from pipelines.archive.picture import read_labels
 from pipelines.evaluate.masks import LOSSY, is_smeared, marked_in, read_mask, resize_mask
 

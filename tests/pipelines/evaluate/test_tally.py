@@ -32,13 +32,15 @@ def test_any_batches_give_the_same_tallies(scored) -> None:
 
 def test_a_missing_mask_is_counted_and_left_out(scored) -> None:
     run, data, rows = scored
-    (data / "bottle/ground_truth/cut/000_mask.png").unlink()
+    (data / "bottle/ground_truth/good").mkdir()
+    (data / "bottle/ground_truth/cut/000_mask.png").rename(data / "bottle/ground_truth/good/000_mask.png")
     columns = ("uri", "category", "score", "anomaly_map", "map_height", "map_width", "height", "width")
     batch = {name: np.array([row[name] for row in rows]) for name in columns}
     examples = read_dataset(str(data), Storage())
     (packed,) = count_batch(batch, Run.at(str(run)), examples)["tallies"]
     bottle = unpack(packed)["bottle"]
     assert bottle.without_mask == 1
+    assert bottle.doubts == {"of images that count as good: left out": 1}
     assert len(bottle.images) == 9
     assert bottle.pixels.normal.sum() + bottle.pixels.anomalous.sum() == 8 * 32 * 32
 
