@@ -18,6 +18,7 @@ from pipelines.archive.picture import ImageError
 from pipelines.archive.uris import page_id, page_uri
 
 Pages = Literal["all", "first"]
+UNJUDGED = "pages: thumbnails, masks and previews, or those after the first"
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ DECODED_SCHEMA = pa.schema(
         ("position", pa.int64()),
         ("further", pa.bool_()),  # not the first page of its file
         ("shard_pages", pa.int64()),  # rows of its shard that are
+        ("unjudged", pa.int64()),  # of its file's first page: pages that get no row
     ]
 )
 
@@ -107,7 +109,7 @@ def _decode_file(
     row: Row, data: bytes | ImageError | None, framings: int | Sequence[Framing], reading: Reading
 ) -> Iterator[dict[str, Any]]:
     """A row for each page that is judged; the first has the id and URI of the file."""
-    out = _kept(row) | {"further": False}
+    out = _kept(row) | {"further": False, "unjudged": 0}
     if data is None:
         yield out | {name: row[name] for name in ("stage", "error_type", "message")}
         return
@@ -115,14 +117,16 @@ def _decode_file(
         yield out | {"stage": "fetch", "error_type": data.kind, "message": str(data)}
         return
     try:
-        numbers = decoder(reading.seconds).pages(data)[: 1 if reading.pages == "first" else None]
+        numbers, count = decoder(reading.seconds).pages(data)
+        numbers = numbers[:1] if reading.pages == "first" else numbers
     except ImageError as error:
         yield out | _failed(error)
         return
+    out["unjudged"] = count - len(numbers)
     for number in numbers:
         if number != numbers[0]:
             names = {"image_id": page_id(row["image_id"], number), "uri": page_uri(row["uri"], number)}
-            out = out | names | {"further": True}
+            out = out | names | {"further": True, "unjudged": 0}
         yield out | _decode_page(data, framings, number, reading.seconds)
 
 

@@ -31,6 +31,7 @@ from pipelines.archive.picture import MAX_MEMORY, TOO_MUCH, ImageError, Picture,
 
 SECONDS = 20  # of CPU time that decoding one image may take
 PAGED = (b"II", b"MM", b"GIF8", b"\x89PNG", b"RIFF")  # how files begin that may hold several pages
+MULTI_PICTURE = b"MPF\0"  # in the head of a JPEG with further pictures
 TRIES = 2  # for an image whose process dies of anything but the limit of time
 READY = b"ready\n"
 PIPE_BYTES = 2**20
@@ -56,12 +57,12 @@ class Decoder:
         views = list(map(asdict, as_framings(framings)))
         return _picture(*self._request({"framings": views, "page": page}, data))
 
-    def pages(self, data: bytes) -> list[int]:
+    def pages(self, data: bytes) -> tuple[list[int], int]:
         """As `picture.pages`; raises as `decode`."""
-        if not data.startswith(PAGED):
-            return [1]
-        pages: list[int] = self._request({}, data)[0]["pages"]
-        return pages
+        if not data.startswith(PAGED) and MULTI_PICTURE not in data[: 2**16]:
+            return [1], 1
+        answer = self._request({}, data)[0]
+        return answer["pages"], answer["count"]
 
     def _request(self, request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
         request |= {"bytes": len(data), "seconds": self._seconds}
@@ -174,7 +175,8 @@ def _answer(data: bytes, request: dict[str, Any]) -> tuple[dict[str, Any], list[
         _limit(resource.RLIMIT_DATA, size + MAX_MEMORY)
     try:
         if "framings" not in request:
-            return {"pages": pages(data), "sizes": []}, []
+            numbers, count = pages(data)
+            return {"pages": numbers, "count": count, "sizes": []}, []
         picture = decode(data, [Framing(**framing) for framing in request["framings"]], request["page"])
     except ImageError as error:
         return {"kind": error.kind, "message": str(error)}, []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,6 +76,16 @@ class Picture:
         return self.frames[0]
 
 
+class _Last(threading.local):
+    """The file of whose pages this thread decoded one after the first, opened: the next frame builds on it."""
+
+    data = b""
+    image: ImageFile | None = None
+
+
+_LAST = _Last()
+
+
 def decode(data: bytes, framings: int | Sequence[Framing], page: int | None = None) -> Picture:
     """Encoded bytes to a `Picture`.
 
@@ -120,11 +131,11 @@ def _decoded(data: bytes, white: float | None, page: int | None = None) -> tuple
         raise _refused(error) from error
 
 
-def pages(data: bytes) -> list[int]:
+def pages(data: bytes) -> tuple[list[int], int]:
     """Numbers of the pages of a TIFF and of the frames of an animation, from 1: each is a picture of its own.
 
     Reduced copies (thumbnails, pyramids) and transparency masks in a TIFF are left out. So are the further pictures in
-    a JPEG, which are previews and depth maps.
+    a JPEG, which are previews and depth maps. The second value is the number of all.
 
     Raises:
         ImageError: as `decode_image`; too_large also with more than `MAX_PAGES`.
@@ -136,11 +147,11 @@ def pages(data: bytes) -> list[int]:
             raise _refused(error) from error
     else:
         image = _header(data)
-        count = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-        numbers = list(range(1, min(count, MAX_PAGES) + 1))
+        count = getattr(image, "n_frames", 1)
+        numbers = list(range(1, 2 if image.format == "MPO" else min(count, MAX_PAGES) + 1))
     if count > MAX_PAGES:
         raise ImageError("too_large", f"more than {MAX_PAGES} pages")
-    return numbers or [1]
+    return numbers or [1], count
 
 
 def _header(data: bytes) -> ImageFile:
@@ -163,7 +174,7 @@ def _open(data: bytes, page: int | None = None) -> Image.Image | np.ndarray:
     Raises as `decode_image`.
     """
     is_tiff = data.startswith(tiff.SIGNATURES)
-    page = page or (pages(data)[0] if is_tiff else 1)
+    page = page or (pages(data)[0][0] if is_tiff else 1)
     try:
         image = _at_page(data, page)
     except ImageError as error:
@@ -173,8 +184,10 @@ def _open(data: bytes, page: int | None = None) -> Image.Image | np.ndarray:
     if isinstance(image, TiffImagePlugin.TiffImageFile) and not tiff.trusted(image):
         return _other_tiff(data, page)
     if not deep.is_colour(image):
-        image = _loaded(image, data)
-        return deep.grey_values(image) if deep.is_deep(image.mode) else image
+        upright = _loaded(image, data, keep=page > 1)
+        if page > 1:
+            _LAST.data, _LAST.image = data, image
+        return deep.grey_values(upright) if deep.is_deep(upright.mode) else upright
     if page > 1 and not is_tiff:
         raise ImageError("unsupported", "an animation of 16-bit colours is not read; write its frames as files")
     upper, lower = _loaded(image, data), _at_page(data, page)
@@ -184,9 +197,14 @@ def _open(data: bytes, page: int | None = None) -> Image.Image | np.ndarray:
 
 def _at_page(data: bytes, page: int) -> ImageFile:
     """An opened image at a page. Raises as `decode_image`."""
-    image = _header(data)
+    image = _LAST.image if _LAST.data == data else None
+    image = image if image is not None and image.tell() < page - 1 else None
+    _LAST.data, _LAST.image = b"", None  # unless the page comes out well
     try:
+        image = _header(data) if image is None else image
         image.seek(page - 1)
+    except ImageError:
+        raise
     except Exception as error:
         raise _refused(error) from error
     _check_size(image.width, image.height)
@@ -200,14 +218,20 @@ def _check_size(width: int, height: int) -> None:
         )
 
 
-def _loaded(image: ImageFile, data: bytes) -> ImageFile:
-    """A decoded image, upright, in the mode that it is stored in. Raises as `decode_image`."""
+def _loaded(image: ImageFile, data: bytes, keep: bool = False) -> Image.Image:
+    """A decoded image, upright, in the mode that it is stored in. Raises as `decode_image`.
+
+    Args:
+        keep: turn a copy, since the next frame builds on this one.
+    """
     try:
         _check(damage.of_structure(data, image))
         if isinstance(image, TiffImagePlugin.TiffImageFile):
             tiff.mend(image)
         image.load()
         _check(damage.of_pixels(data, image))
+        if keep and not isinstance(image, TiffImagePlugin.TiffImageFile):
+            return ImageOps.exif_transpose(image)
         ImageOps.exif_transpose(image, in_place=True)
     except ImageError:
         raise

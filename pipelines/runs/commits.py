@@ -51,6 +51,7 @@ class Written:
     doubtful: int = 0  # of the scored
     pages: int = 0  # of the scored and the errors: pages after the first of their file
     shard_pages: int = 0  # such pages in the whole shard
+    unjudged: int = 0  # pages of these files that are neither
 
     @property
     def done(self) -> int:
@@ -338,4 +339,5 @@ def _sum(parts: Sequence[Written]) -> Written:
         doubtful=sum(part.doubtful for part in parts),
         pages=sum(part.pages for part in parts),
         shard_pages=parts[0].shard_pages,
+        unjudged=sum(part.unjudged for part in parts),
     )

@@ -63,6 +63,7 @@ SCORED_SCHEMA = pa.schema(
         ("position", pa.int64()),
         ("further", pa.bool_()),  # not the first page of its file
         ("shard_pages", pa.int64()),  # rows of its shard that are
+        ("unjudged", pa.int64()),  # of its file's first page: pages that get no row
     ]
 )
 # Output of the writing stage: a row for each shard that it wrote images of (`commits.Written`).
@@ -75,6 +76,7 @@ WRITTEN_SCHEMA = pa.schema(
         ("doubtful", pa.int64()),
         ("pages", pa.int64()),
         ("shard_pages", pa.int64()),
+        ("unjudged", pa.int64()),
         ("staged", pa.string()),
         ("files", pa.list_(pa.string())),
         ("sizes", pa.list_(pa.int64())),

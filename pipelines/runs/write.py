@@ -69,6 +69,7 @@ class ResultsWriter:
             "doubtful": len(results) - results["doubt"].null_count,
             "pages": pc.sum(rows["further"]).as_py() or 0,
             "shard_pages": pc.max(rows["shard_pages"]).as_py() or 0,
+            "unjudged": pc.sum(rows["unjudged"]).as_py() or 0,
             "staged": self.staged,
             "files": list(files),
             "sizes": [self._write_file(file, table) for file, table in files.items()],

@@ -244,6 +244,7 @@ class GladActor:
             "position": row["position"],
             "further": row["further"],
             "shard_pages": row["shard_pages"],
+            "unjudged": row["unjudged"],
         }
 
     def _stored_map(self, model: Any, anomaly_map: np.ndarray, full_size: tuple[int, int]) -> np.ndarray:
@@ -306,7 +307,7 @@ def _name() -> str:
 
 
 def _error(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in (*ERROR_COLUMNS, "position", "further", "shard_pages")}
+    return {name: row[name] for name in (*ERROR_COLUMNS, "position", "further", "shard_pages", "unjudged")}
 
 
 def _png(image: np.ndarray) -> bytes:

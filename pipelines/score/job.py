@@ -18,7 +18,7 @@ from rich.markup import escape
 from cluster import session
 from cluster.storage import StorageError
 from glad_core.errors import GladError
-from pipelines.archive.decode import Reading
+from pipelines.archive.decode import UNJUDGED, Reading
 from pipelines.runs.claim import Plan, find_own
 from pipelines.runs.commits import Written, commit_shards, complete, is_complete, is_whole
 from pipelines.runs.run import Run
@@ -143,7 +143,7 @@ def _close(job: Job, opened: Opened, started: datetime, seconds: float) -> None:
         duplicates=plan.duplicates,
         blank=plan.blank,
         doubtful=totals["doubtful"],
-        left_out=plan.left_out,
+        left_out=plan.left_out | ({UNJUDGED: totals["unjudged"]} if totals["unjudged"] else {}),
         pages=totals["pages"],
     )
     record = run_record(job.request, job.identity, run, job.models, opened.actors, counts, started, seconds)
@@ -165,7 +165,7 @@ def _totals(commits: Iterable[Written]) -> dict[str, int]:
     commits = list(commits)
     return {
         name: sum(getattr(commit, name) for commit in commits)
-        for name in ("scored", "anomalies", "errors", "doubtful", "pages", "done")
+        for name in ("scored", "anomalies", "errors", "doubtful", "pages", "unjudged", "done")
     }
 
 

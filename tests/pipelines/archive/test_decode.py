@@ -84,3 +84,17 @@ def test_every_row_knows_how_many_pages_its_shard_has(tmp_path):
     assert out["position"].to_pylist() == [0, 0, 0, 1]
     first = fetch_and_decode(Storage(), lambda category: 8, Reading(pages="first"))(table)
     assert first["shard_pages"].to_pylist() == [0, 0]
+    assert (out["unjudged"].to_pylist(), first["unjudged"].to_pylist()) == ([0] * 4, [2, 0])
+
+
+def test_previews_and_thumbnails_are_counted(tmp_path):
+    frames = [Image.fromarray(picture()) for _ in range(3)]
+    frames[0].save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=frames[1:])
+    frames = [Image.fromarray(picture()) for _ in range(3)]
+    frames[1].encoderinfo = {"tiffinfo": {254: 1}}
+    frames[0].save(tmp_path / "b.tif", save_all=True, append_images=frames[1:])
+    rows = [{"image_id": name, "uri": str(tmp_path / name), "position": 0} for name in ("a.jpg", "b.tif")]
+    out = fetch_and_decode(Storage(), lambda category: 8)(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA))
+    assert out["error_type"].null_count == 3
+    assert out["further"].to_pylist() == [False, False, True]
+    assert out["unjudged"].to_pylist() == [2, 1, 0]

@@ -189,16 +189,32 @@ def test_every_page_is_a_picture_but_copies():
     frames = [Image.fromarray(np.full((24, 40, 3), value, np.uint8)) for value in (10, 90, 170)]
     for kind, options in (("TIFF", {}), ("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {})):
         data = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
-        assert pages(data) == [1, 2, 3]
+        assert pages(data) == ([1, 2, 3], 3)
         values = [int(decode(data, 8, page).pixels[0, 0, 0]) for page in (None, 1, 2, 3)]
         assert np.allclose(values, [10, 10, 90, 170], atol=2), kind
     thumbnail = frames[1].resize((8, 8))
     thumbnail.encoderinfo = {"tiffinfo": {254: 1}}
-    assert pages(encode(frames[0], "TIFF", save_all=True, append_images=[thumbnail, frames[2]])) == [1, 3]
+    assert pages(encode(frames[0], "TIFF", save_all=True, append_images=[thumbnail, frames[2]])) == ([1, 3], 3)
     frames[2].encoderinfo = {"tiffinfo": {254: 0}}
     first = encode(frames[0], "TIFF", save_all=True, append_images=frames[2:], tiffinfo={254: 1})
-    assert pages(first) == [2]
-    assert pages(encode(frames[0], "JPEG")) == [1]
+    assert pages(first) == ([2], 2)
+    assert pages(encode(frames[0], "JPEG")) == ([1], 1)
+
+
+@pytest.mark.parametrize(("kind", "options"), [("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {})])
+def test_frames_in_a_row_are_decoded_once_each(kind, options, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rng = np.random.default_rng(0)
+    frames = [Image.fromarray(rng.integers(0, 256, (8, 9, 3)).astype(np.uint8)) for _ in range(6)]
+    data = encode(frames[0], kind, save_all=True, append_images=frames[1:], exif=exif, **options)
+    alone = [decode(data, 8, page).pixels for page in (6, 5, 4, 3, 2, 1)][::-1]
+    opened, opens = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda *args, **options: opened.append(1) or opens(*args, **options))
+    in_a_row = [decode(data, 8, page).pixels for page in range(1, 7)]
+    assert len(opened) == 2
+    assert (np.array(in_a_row) == np.array(alone)).all()
+    assert len({frame.tobytes() for frame in in_a_row}) == 6
 
 
 def test_a_chain_of_pages_that_breaks_off_keeps_those_before(monkeypatch):
@@ -208,7 +224,8 @@ def test_a_chain_of_pages_that_breaks_off_keeps_those_before(monkeypatch):
         opened.seek(2)
         start = opened._frame_pos[2]
     data[start:] = b""
-    found = pages(bytes(data))
+    found, count = pages(bytes(data))
+    assert count == len(found)
     assert found[:2] == [1, 2]
     assert len(found) > 2  # and what is broken is an error, not nothing
     with pytest.raises(ImageError):

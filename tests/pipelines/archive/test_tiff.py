@@ -114,7 +114,7 @@ def test_every_page_of_values_that_pillow_does_not_read():
         for level, kind in ((0.2, 0), (0.4, 0), (0.4, 1), (0.8, 0)):
             writer.write(np.full((8, 8), level), photometric="minisblack", subfiletype=kind)
     data = stream.getvalue()
-    assert pages(data) == [1, 2, 4]
+    assert pages(data) == ([1, 2, 4], 4)
     assert [int(decode(data, 8, page).pixels[0, 0, 0]) for page in (1, 2, 4)] == [51, 102, 204]
 
 
