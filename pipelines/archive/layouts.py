@@ -10,6 +10,7 @@ VisA and PCB-Bank:            split_csv/1cls.csv or 1cls.csv with the columns ob
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from pathlib import PurePosixPath
 
@@ -117,13 +118,18 @@ def read_whole(location: str, storage: Storage) -> Dataset:
     return whole
 
 
+def is_real_iad(root: str, storage: Storage) -> bool:
+    """Whether a folder or one in it is called Real-IAD, in whose layout json files say what is which."""
+    names = [root.rpartition("/")[2], *storage.folders(root)]
+    return any(re.sub(r"[\s_-]", "", name.casefold()).startswith("realiad") for name in names)
+
+
 def _refuse_real_iad(root: str, storage: Storage) -> None:
-    """Name Real-IAD: folders OK and NG of a category, and what is which in json files."""
-    names = storage.folders(root)
-    inner = [name for folder in names[:MOST_CATEGORIES] for name in storage.folders(join(root, folder))]
-    if any(name.casefold().startswith("realiad") for name in names) or {"OK", "NG"} <= {*names} | {*inner}:
+    places = [root, *(join(root, name) for name in storage.folders(root)[:MOST_CATEGORIES])]
+    split_so = any(all(storage.kind(join(place, name)) == "folder" for name in ("OK", "NG")) for place in places)
+    if split_so or is_real_iad(root, storage):
         raise GladError(
-            f"{root}: Real-IAD's layout (OK, NG and json files) is not read; copy or link its pictures into "
+            f"{root}: Real-IAD's layout (folders OK and NG, json files) is not read; copy or link its pictures into "
             "CATEGORY/train/good, CATEGORY/test/DEFECT and CATEGORY/ground_truth/DEFECT"
         )
 

@@ -8,7 +8,9 @@ order is that of a single walk, however many tasks run at a time.
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,8 +30,9 @@ from cluster.storage import Entry, Storage, StorageError, UnorderedError, absolu
 from glad_core.errors import GladError
 from pipelines.archive.key_ranges import cut
 from pipelines.archive.rows import OUTSIDE, LeftOut, Row
-from pipelines.archive.sources import Tree, list_source, tree_rows, trees_of, with_categories
+from pipelines.archive.sources import Tree, advice_on, list_source, tree_rows, trees_of, with_categories
 from pipelines.archive.uri_list import LIST_SUFFIXES
+from pipelines.archive.uris import path_of
 
 PART_ROWS = 512  # rows per manifest file
 REPEATING = ["category", "shard", "stage", "error_type", "message"]  # columns whose values come again
@@ -63,21 +66,27 @@ Part = tuple[Tree, str, int | None, str | None, str | None]
 
 @dataclass(frozen=True)
 class Archive:
-    """The arguments of `sources.list_source`; ``source`` is absolute."""
+    """The arguments of `sources.list_source`; ``source`` is absolute. ``known`` are the models' categories."""
 
     source: str
     category: str | None
     storage: Storage
     several: bool
+    known: tuple[str, ...] = ()
 
 
 class Counts(NamedTuple):
-    """What a listing task wrote and left out; see `rows.LeftOut`."""
+    """What a listing task wrote and left out; see `rows.LeftOut`.
+
+    Of the rows, ``unknown`` are images of a category without a model, and ``errors`` cannot be read.
+    """
 
     rows: int
     duplicates: int
     blank: int
     others: dict[str, int]
+    unknown: int
+    errors: int
 
 
 @dataclass(frozen=True)
@@ -90,13 +99,18 @@ class Listed:
     left_out: dict[str, int]
 
 
-def list_remotely(source: str, category: str | None, storage: Storage, folder: str, several: bool) -> Listed:
+def list_remotely(
+    source: str, category: str | None, storage: Storage, folder: str, several: bool, known: Iterable[str] = ()
+) -> Listed:
     """List an archive into ``folder`` by tasks on the cluster; only folders and counts reach the driver.
 
+    Args:
+        known: the categories of the models, if there are several.
+
     Raises:
-        GladError, StorageError: as `sources.list_source`; also if there is no image.
+        GladError, StorageError: as `sources.list_source`; also if there is no image, or none of a known category.
     """
-    archive = Archive(absolute(source), category, storage, several)
+    archive = Archive(absolute(source), category, storage, several, tuple(known))
     try:
         return _list_pieces(archive, folder)
     except UnorderedError as error:  # no S3 by the book; it lists all keys once if nobody asks for a range of them
@@ -110,15 +124,15 @@ def _list_pieces(archive: Archive, folder: str, in_ranges: bool = True) -> Liste
     source = archive.source
     opening: Any = ray.remote(num_cpus=TASK_CPUS)(split)
     listing: Any = ray.remote(num_cpus=TASK_CPUS, num_returns=2)(write_manifest)
-    counting: Any = ray.remote(num_cpus=TASK_CPUS)(count_outside)
+    counting: Any = ray.remote(num_cpus=TASK_CPUS, num_returns=2)(_beside)
     checking: Any = ray.remote(num_cpus=TASK_CPUS)(count_repeated)
     tasks: list[Any] = []
     try:
         pieces = ray.get(opening.remote(archive, in_ranges))
-        beside = counting.remote(archive)
+        outside, advice = counting.remote(archive)
         tasks = [listing.remote(archive, piece, number, folder) for number, piece in enumerate(pieces)]
         counts: list[Counts] = ray.get([task for task, _ in tasks])
-        others = Counter({OUTSIDE: ray.get(beside)})
+        others = Counter({OUTSIDE: ray.get(outside)})
         repeated = ray.get(checking.remote(*[ids for _, ids in tasks]))
     except BaseException as error:
         counted = [task for task, _ in tasks]
@@ -129,15 +143,22 @@ def _list_pieces(archive: Archive, folder: str, in_ranges: bool = True) -> Liste
         if isinstance(error, ray.exceptions.RayError):
             raise session.root_cause(error, GladError, StorageError) from None
         raise
-    rows, duplicates, blank, reasons = zip(*counts, strict=True)
+    rows, duplicates, blank, reasons, unknown, errors = zip(*counts, strict=True)
     for reason in reasons:
         others.update(reason)
     if not sum(rows):
         raise GladError(f"{source}: no images in it; name a folder, glob, list or tar that holds some")
+    if sum(unknown) and sum(unknown) + sum(errors) == sum(rows):
+        raise GladError(
+            f"{source}: no image is of a category that --model knows ({', '.join(archive.known)}); "
+            "put them into folders of these names, or give --category"
+        )
     if repeated:  # every path has an id of its own, so a path was listed twice
         raise GladError(
             f"{source}: {repeated} files were listed twice; give the same command again when nobody writes there"
         )
+    if line := ray.get(advice):
+        print(line, file=sys.stderr, flush=True)
     return Listed(rows, sum(duplicates), sum(blank), {reason: count for reason, count in others.items() if count})
 
 
@@ -173,6 +194,10 @@ def split(archive: Archive, in_ranges: bool = True) -> list[list[Part] | None]:
         folders += part[2] is None
         piece.append(part)
     return [*pieces, piece]
+
+
+def _beside(archive: Archive) -> tuple[int, str | None]:
+    return count_outside(archive), advice_on(archive.source, archive.category, archive.storage)
 
 
 def count_outside(archive: Archive) -> int:
@@ -248,17 +273,20 @@ def write_manifest(
     else:
         rows = _piece_rows(piece, archive, left_out)
     ids = bytearray()
+    unknown = errors = 0
     for part in range(10**6):
         batch = list(islice(rows, PART_ROWS))
         if not batch:
             break
         for position, row in enumerate(batch, part * PART_ROWS):
             row["position"] = position
+            errors += row.get("error_type") is not None
+            unknown += bool(archive.known) and row.get("error_type") is None and row["category"] not in archive.known
         ids += bytes.fromhex("".join([row["image_id"] for row in batch]))
         stream = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(batch, schema=MANIFEST_SCHEMA), stream, use_dictionary=REPEATING)
         archive.storage.write(_part(folder, number, part), stream.getvalue())
-    counts = Counts(len(ids) // ID_BYTES, left_out.duplicates, left_out.blank, dict(left_out.others))
+    counts = Counts(len(ids) // ID_BYTES, left_out.duplicates, left_out.blank, dict(left_out.others), unknown, errors)
     return counts, np.frombuffer(bytes(ids), f"S{ID_BYTES}")
 
 
@@ -274,10 +302,14 @@ def _piece_rows(piece: Sequence[Part], archive: Archive, left_out: LeftOut) -> I
 
 
 def _unique(rows: Iterable[Row], left_out: LeftOut) -> Iterator[Row]:
-    """The rows without those of images that were named before."""
+    """The rows without those of images that were named before, in whichever spelling."""
     seen: set[bytes] = set()
     for row in rows:
         key = bytes.fromhex(row["image_id"])
+        if row.get("error_type") is None:
+            shard = row.get("shard")
+            place = absolute(row["uri"]) if shard is None else f"{path_of(row['uri'])}::{absolute(shard)}"
+            key = hashlib.sha256(os.fsencode(place)).digest()[:ID_BYTES]
         if key in seen:
             left_out.duplicates += 1
             continue

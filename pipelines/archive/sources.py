@@ -19,8 +19,8 @@ from fsspec.utils import glob_translate
 from cluster.locations import SCHEME, UNSPEAKABLE
 from cluster.storage import IS_HIDDEN, Entry, Storage, StorageError, absolute, clear_errors, is_s3, join, spelled
 from glad_core.errors import GladError
-from pipelines.archive.layouts import category_folders, choose_category, split_folders
-from pipelines.archive.mask_files import in_mask_folder, named_picture
+from pipelines.archive.layouts import category_folders, choose_category, is_real_iad, split_folders
+from pipelines.archive.mask_files import in_mask_folder, named_picture, plain
 from pipelines.archive.picture import is_image
 from pipelines.archive.rows import (
     HIDDEN,
@@ -117,6 +117,22 @@ def trees_of(source: str, category: str | None, storage: Storage, several: bool 
     return trees or [Tree(source)]
 
 
+def advice_on(source: str, category: str | None, storage: Storage) -> str | None:
+    """A line for users who get every file and may have meant a dataset's test images; None for all others."""
+    if category is not None or storage.kind(source) != "folder" or split_file(source, storage) is not None:
+        return None
+    folders = category_folders(source, storage)
+    if folders and source not in folders.values() and not _nothing_else(source, folders, storage):
+        names = f"{', '.join(list(folders)[:3])}{', ...' if len(folders) > 3 else ''}"
+        return (
+            f"{source}: every file is scored, since other folders lie beside the categories of a dataset ({names}); "
+            f"--category {next(iter(folders))} scores the test images of one"
+        )
+    if not folders and is_real_iad(source, storage):
+        return f"{source}: every file is scored, its masks too, since Real-IAD's layout is not read"
+    return None
+
+
 def _nothing_else(source: str, folders: dict[str, str], storage: Storage) -> bool:
     """Whether a dataset's folder holds no other folders than its categories."""
     return all(name in folders or name.startswith(".") or HIDDEN.search(f"{name}/") for name in storage.folders(source))
@@ -145,7 +161,7 @@ def tree_rows(tree: Tree, files: Iterable[Entry], storage: Storage, left_out: Le
     @lru_cache(maxsize=1)
     def stems(folder: str) -> set[str]:
         names = [PurePosixPath(entry.path) for entry in storage.level(join(tree.folder, folder))]
-        return {name.stem.casefold() for name in names if is_image(name.name)}
+        return {plain(name.stem) for name in names if is_image(name.name)}
 
     def is_mask(name: str) -> bool:
         path = PurePosixPath(name)

@@ -12,6 +12,7 @@ from pipelines.archive.rows import LeftOut
 from pipelines.archive.uri_list import csv_rows
 
 SPLIT_FILES = ("split_csv/1cls.csv", "1cls.csv")
+NO_MASK = {"", "nan", "none", "null", "n/a", "<na>"}  # as programs write a missing value
 SPLIT_COLUMNS = {"object", "split", "label", "image", "mask"}
 
 
@@ -54,7 +55,7 @@ def _split_example(row: dict[str, str], root: str, line: str) -> Example:
         if path.startswith("/") or ".." in path.split("/") or "\0" in path:
             raise GladError(f"{line} leads outside of the dataset's folder: {path!r}")
     label, image = row["label"], str(PurePosixPath(image))  # without ./ and //
-    masks = (join(root, str(PurePosixPath(mask))),) if mask else ()
+    masks = () if mask.casefold() in NO_MASK else (join(root, str(PurePosixPath(mask))),)
     split = SPLITS.get(row["split"].strip().casefold(), row["split"].strip().casefold())
     return Example(image, join(root, image), row["object"].strip(), split, not is_good(label), masks, label)
 

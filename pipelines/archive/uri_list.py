@@ -178,10 +178,10 @@ def _parquet(source: str, storage: Storage, left_out: LeftOut) -> Iterator[Listi
                 known = ", ".join(f"{field.name} ({field.type})" for field in table.schema_arrow)
                 raise GladError(f"{source}: a Parquet list needs a string column 'uri'; it has {known}")
             names = [fields[URI].name]
-            if CATEGORY in fields and (_is_text(kind := fields[CATEGORY].type) or pa.types.is_integer(kind)):
-                names.append(fields[CATEGORY].name)  # labels may be whole numbers
+            if CATEGORY in fields:
+                names.append(fields[CATEGORY].name)
             for batch in table.iter_batches(columns=names):
-                columns = [_strings(batch[name]) for name in names]
+                columns = [_strings(batch[name], f"{source}: the column '{name}'") for name in names]
                 for uri, *category in zip(*columns, strict=True):
                     if uri and not uri.isspace():
                         yield os.fsdecode(uri), os.fsdecode(category[0]) if category and category[0] else None
@@ -191,10 +191,16 @@ def _parquet(source: str, storage: Storage, left_out: LeftOut) -> Iterator[Listi
         raise GladError(f"{source}: not a readable Parquet file") from error
 
 
-def _strings(column: pa.Array) -> list[bytes | None]:
+def _strings(column: pa.Array, place: str) -> list[bytes | None]:
+    """Text, or whole numbers: labels, which pandas makes floats if one is missing. Raises GladError for others."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    return column.cast(pa.large_string() if pa.types.is_integer(column.type) else pa.large_binary()).to_pylist()
+    try:
+        if pa.types.is_floating(column.type):
+            column = column.cast(pa.int64(), safe=True)
+        return column.cast(pa.large_binary() if _is_text(column.type) else pa.large_string()).to_pylist()
+    except pa.ArrowException as error:
+        raise GladError(f"{place} holds no names, but {column.type}; write them as text") from error
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -120,5 +120,9 @@ def marks(uri: str, storage: Storage, examples: Sequence[Example]) -> bool:
 
 
 def resize_mask(mask_HW: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """bool [H, W] to bool of ``size`` (height, width), nearest pixel."""
-    return np.asarray(Image.fromarray(mask_HW).resize((size[1], size[0]), Image.Resampling.NEAREST))
+    """bool [H, W] to bool of ``size`` (height, width), nearest pixel. If that leaves no mark, every pixel with one."""
+    small = np.array(Image.fromarray(mask_HW).resize((size[1], size[0]), Image.Resampling.NEAREST))
+    if not small.any():
+        rows, columns = np.nonzero(mask_HW)
+        small[rows * size[0] // mask_HW.shape[0], columns * size[1] // mask_HW.shape[1]] = True
+    return small

@@ -123,8 +123,8 @@ def _weights(models: Models) -> int:
 def _list(job: Job, actors: ActorPlan, listing: str) -> Plan:
     """List the archive into the manifest of that name, and have the good patches of the nearest method remembered."""
     request, run = job.request, job.run
-    several = bool(job.models.categories)
-    listed = list_remotely(job.source, request.category, run.storage, run.path(MANIFEST, listing), several)
+    known, manifest = job.models.categories, run.path(MANIFEST, listing)
+    listed = list_remotely(job.source, request.category, run.storage, manifest, bool(known), known)
     memory = memory_file(listing) if request.good is not None else None
     if memory is not None:
         _remember(job, actors, run.path(memory))

@@ -14,7 +14,7 @@ from pipelines.archive.fetch import fetch
 from pipelines.archive.layouts import category_folders, choose_category, good_images, read_dataset
 from pipelines.archive.listing import Archive, read_manifest, split, write_manifest
 from pipelines.archive.picture import decode_image, is_image
-from pipelines.archive.sources import list_source
+from pipelines.archive.sources import advice_on, list_source
 from pipelines.cli.main import app
 
 STORAGE = Storage()
@@ -267,6 +267,15 @@ def test_a_mask_of_a_row_that_is_labelled_good_is_named(visa):
     assert "6 images, 1 problems" in text
 
 
+@pytest.mark.parametrize("nothing", ["nan", "None", "NULL"])
+def test_a_missing_mask_as_pandas_writes_it_is_none(nothing, visa):
+    file = visa / "split_csv/1cls.csv"
+    file.write_text(
+        "".join(f"{line}{nothing if line.endswith(',') else ''}\n" for line in file.read_text().splitlines())
+    )
+    assert [len(example.masks) for example in read_dataset(str(visa), STORAGE)] == [0, 0, 1, 0, 0, 1]
+
+
 @pytest.mark.parametrize("root", ["", "realiad_1024/"])
 def test_real_iad_is_named(root, tmp_path):
     for name in ("OK/S0001/a_OK_C1.jpg", "NG/AK/S0002/a_NG_C1.jpg", "NG/AK/S0002/a_NG_C1.png"):
@@ -276,3 +285,5 @@ def test_real_iad_is_named(root, tmp_path):
         for read in (read_dataset, lambda location, storage: good_images(location, None, storage)):
             with pytest.raises(GladError, match="Real-IAD's layout"):
                 read(str(folder), STORAGE)
+    assert "its masks too, since Real-IAD's layout is not read" in (advice_on(str(tmp_path), None, STORAGE) or "")
+    assert advice_on(str(tmp_path / f"{root}audiojack"), None, STORAGE) is None  # many a factory has OK and NG

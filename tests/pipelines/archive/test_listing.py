@@ -136,12 +136,46 @@ def test_blank_entries_and_repeated_members_are_counted(tmp_path):
     assert counts[:3] == (1, 1, 3)
 
 
+def test_an_image_that_a_list_names_in_two_spellings_is_listed_once(tmp_path):
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("m.png"), io.BytesIO())
+    spellings = ["a.png", "./a.png", "sub/../a.png", f"{tmp_path}/a.png", f"file://{tmp_path}/a.png", "b.png"]
+    spellings += ["t.tar", "tar://m.png::t.tar", "s3://b/a.png", "s3://b//a.png"]
+    (tmp_path / "list.txt").write_text("\n".join(spellings))
+    counts, _ = write_manifest(
+        Archive(str(tmp_path / "list.txt"), None, STORAGE, False), None, 0, str(tmp_path / "manifest")
+    )
+    uris = manifest(tmp_path / "manifest", [counts.rows])["uri"].to_pylist()
+    assert uris == [f"{tmp_path}/a.png", f"{tmp_path}/b.png", f"tar://m.png::{tmp_path}/t.tar", *spellings[-2:]]
+    assert counts.duplicates == 5
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_an_empty_folder_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(GladError, match="no images in it"):
         listing.list_remotely(str(tmp_path / "empty"), None, STORAGE, str(tmp_path / "manifest"), False)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_an_archive_of_unknown_categories_is_refused_and_a_part_of_it_is_not(tmp_path, capsys):
+    def listed_for(known):
+        return listing.list_remotely(str(root), None, STORAGE, str(tmp_path / "manifest"), True, known)
+
+    root = tmp_path / "archive"
+    for name in ("1.png", "nut/2.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+    with pytest.raises(GladError, match=r"no image is of a category that --model knows \(bolt, pin\)"):
+        listed_for(["bolt", "pin"])
+    assert sum(listed_for(["bolt", "nut"]).rows) == 2
+    assert capsys.readouterr().err == ""
+    for name in ("train", "test"):
+        (root / "part" / name).mkdir(parents=True)
+    listed_for(["bolt", "nut"])
+    assert "--category part scores the test images of one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", "half", "of other rows"])

@@ -60,6 +60,31 @@ def test_masks_are_found_wherever_and_however_they_are_named(mask: str, tmp_path
     assert (left_out.others[MASKS], outside) == ((1, 1) if mask.startswith("test") else (0, 2))
 
 
+@pytest.mark.parametrize(
+    ("picture", "mask"),
+    [
+        ("test/cut/e\u0301.png", "ground_truth/cut/\u00e9_mask.png"),  # macOS takes letters apart
+        ("test/cut/images/a.png", "test/cut/masks/a.png"),
+        ("test/cut/lot 1/a.png", "ground_truth/cut/a.png"),
+        ("test/cut/a.png", "ground_truth/cut/lot 1/a_mask.png"),
+        ("test/cut/lot 1/a.png", "ground_truth/cut/lot 1/a.png"),
+    ],
+)
+def test_masks_are_found_in_folders_that_differ_a_little(picture: str, mask: str, tmp_path: Path) -> None:
+    assert masks_of(part(tmp_path, mask, pictures=(picture,))) == {picture: [mask]}
+
+
+def test_names_that_begin_alike_are_not_mixed_up(tmp_path: Path) -> None:
+    masks = ("10_mask.png", "1_1_mask.png", "1_mask_1.png")
+    pictures = ("test/cut/1.png", "test/cut/10.png", "test/cut/1_1.png", "test/cut/.ipynb_checkpoints/1.png")
+    found = masks_of(part(tmp_path, *(f"ground_truth/cut/{mask}" for mask in masks), pictures=pictures))
+    assert found == {
+        "test/cut/1.png": ["ground_truth/cut/1_mask_1.png"],
+        "test/cut/10.png": ["ground_truth/cut/10_mask.png"],
+        "test/cut/1_1.png": ["ground_truth/cut/1_1_mask.png"],
+    }
+
+
 def test_pictures_that_are_only_named_like_masks_are_pictures(tmp_path: Path) -> None:
     names = (
         "test/cut/mask_1.png",

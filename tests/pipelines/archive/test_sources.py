@@ -13,7 +13,7 @@ from glad_core.errors import GladError
 from pipelines.archive.fetch import fetch
 from pipelines.archive.listing import MANIFEST_SCHEMA, Archive, count_outside, split, write_manifest
 from pipelines.archive.rows import LeftOut
-from pipelines.archive.sources import list_source
+from pipelines.archive.sources import advice_on, list_source
 
 STORAGE = Storage()
 
@@ -260,6 +260,11 @@ def test_a_folder_with_train_and_test_hides_nothing_beside_it(tmp_path):
     rows, left_out = found(tmp_path)
     assert sorted(names(rows, tmp_path)) == ["4.png", "a/test/good/2.png", "a/train/good/1.png", "b/3.png"]
     assert left_out.others == {"hidden files or folders": 1}
+    assert advice_on(str(tmp_path), "a", STORAGE) is None
+    advice = advice_on(str(tmp_path), None, STORAGE) or ""
+    assert advice.startswith(f"{tmp_path}: every file is scored, since other folders lie beside")
+    assert "--category a scores" in advice
+    assert advice_on(str(tmp_path / "a"), None, STORAGE) is None
     chosen, _ = found(tmp_path, "a")
     assert names(chosen, tmp_path) == ["a/test/good/2.png"]
 
@@ -382,6 +387,11 @@ def test_a_column_of_row_numbers_is_no_category_and_numbers_may_be_categories(tm
     assert [row["category"] for row in found(tmp_path / "index.csv")[0]] == [None]
     pd.DataFrame({"uri": ["a.png"], "category": [0]}).to_parquet(tmp_path / "numbers.parquet")
     assert [row["category"] for row in found(tmp_path / "numbers.parquet", several=True)[0]] == ["0"]
+    pd.DataFrame({"uri": ["a.png", "b.png"], "category": [7, None]}).to_parquet(tmp_path / "floats.parquet")
+    assert [row["category"] for row in found(tmp_path / "floats.parquet")[0]] == ["7", None]
+    pd.DataFrame({"uri": ["007.png"], "category": [0.5]}).to_parquet(tmp_path / "scores.parquet")
+    with pytest.raises(GladError, match="the column 'category' holds no names, but double"):
+        found(tmp_path / "scores.parquet")
 
 
 @pytest.mark.parametrize("name", ["list.jsonl", "list.csv.gz", "LIST.XLSX", "list.pq"])

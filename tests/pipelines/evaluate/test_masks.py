@@ -21,6 +21,13 @@ def test_a_resized_mask_keeps_its_corner() -> None:
     assert small.tolist() == [[False, False, True, True]] * 2 + [[False] * 4] * 2
 
 
+def test_a_defect_smaller_than_a_pixel_of_the_map_is_not_lost() -> None:
+    whole = np.zeros((100, 200), bool)
+    whole[99, 199] = whole[50, 3] = True
+    assert np.argwhere(resize_mask(whole, (4, 8))).tolist() == [[2, 0], [3, 7]]
+    assert not resize_mask(whole & False, (4, 8)).any()
+
+
 MARK = np.zeros((40, 60), bool)
 MARK[5:15, 10:20] = True
 
