@@ -17,7 +17,7 @@ from glad_core.bundle import presets
 from pipelines.archive.examples import SPLITS, Example
 from pipelines.archive.fetch import FETCH_THREADS
 from pipelines.archive.layouts import read_whole
-from pipelines.archive.picture import ImageError, decode_image, orientation
+from pipelines.archive.picture import ImageError, decode_image, orientation, pages
 from pipelines.evaluate.masks import fetch_from, marks, read_mask
 
 LONG = 1.5  # times longer than wide
@@ -131,7 +131,15 @@ def _look(
         return size, (example.uri, f"of the split '{example.split}'; only train, test and validation count")
     # On its side, a picture that is not square has a mask of its size only if that was drawn on the upright one.
     turned = way in (2, 3, 4) or (way > 4 and size[0] == size[1])
-    return size, _problem(example, size, turned, storage, examples) if example.anomalous else None
+    problem = _problem(example, size, turned, storage, examples) if example.anomalous else None
+    return size, problem or _further_pages(example, data)
+
+
+def _further_pages(example: Example, data: bytes) -> Problem | None:
+    count = len(pages(data)[0])
+    if count == 1:
+        return None
+    return example.uri, f"{count} pages, of which a dataset takes the first: score it with --pages first"
 
 
 def _problem(

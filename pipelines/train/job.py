@@ -110,6 +110,9 @@ def _survey(job: TrainJob, images: dict[str, list[GoodImage]], events: Any) -> S
     surveyed = survey(images, description.settings["resolution"], job.storage, job.kept_bytes)
     for uri, reason in surveyed.skipped:
         send(warning=f"{uri}: {reason}; skipped")
+    if surveyed.paged:
+        files = f"{len(surveyed.paged)} files with further pages, such as {surveyed.paged[0]}"
+        send(warning=f"{files}: training takes the first page of each")
     if surveyed.white_level is not None:
         brightest = f"pictures of more than 8 bits, the brightest value {max(surveyed.peaks):g}"
         send(warning=f"{brightest}: {surveyed.white_level:g} is taken for white")

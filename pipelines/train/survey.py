@@ -12,7 +12,7 @@ from cluster.storage import Storage
 from glad_core.errors import GladError
 from glad_core.views import Frames, Framing
 from pipelines.archive.fetch import Row, fetch, neighbours
-from pipelines.archive.picture import ImageError, decode
+from pipelines.archive.picture import ImageError, decode, pages
 from pipelines.train.good_images import GoodImage
 from pipelines.train.kept_frames import DATA_CPUS, TASK_MEMORY, Kept, places
 
@@ -26,7 +26,8 @@ class Survey:
 
     ``skipped`` holds (URI, reason); ``sizes`` the different "width x height" of all images; ``fingerprint`` is a hash
     of the decoded pixels of all usable images. ``shapes`` are their heights and widths.
-    ``peaks`` are the largest stored values of those of more than 8 bits. ``kept`` are the frames seen, in Ray's store.
+    ``peaks`` are the largest stored values of those of more than 8 bits. ``paged`` are the URIs of files with further
+    pages, which are not trained on. ``kept`` are the frames seen, in Ray's store.
     """
 
     fit: list[GoodImage]
@@ -36,6 +37,7 @@ class Survey:
     fingerprint: str
     shapes: list[tuple[int, int]]
     peaks: list[float] = field(default_factory=list)
+    paged: list[str] = field(default_factory=list)
     kept: Kept | None = None
 
     @property
@@ -87,7 +89,8 @@ def survey(candidates: dict[str, list[GoodImage]], resolution: int, storage: Sto
     sizes = sorted({row["size"] for row in rows.values() if row["size"]})
     shapes = [(int(height), int(width)) for image in [*fit, *held_out] for width, height in [_parts(rows[image.uri])]]
     peaks = [float(rows[image.uri]["peak"]) for image in [*fit, *held_out] if rows[image.uri]["peak"]]
-    return Survey(fit, held_out, skipped, sizes, _fingerprint([*fit, *held_out]), shapes, peaks, kept)
+    paged = [image.uri for image in [*fit, *held_out] if rows[image.uri]["pages"] != "1"]
+    return Survey(fit, held_out, skipped, sizes, _fingerprint([*fit, *held_out]), shapes, peaks, paged, kept)
 
 
 def _parts(row: dict[str, str]) -> list[str]:
@@ -120,12 +123,14 @@ def _examine_one(
     storage: Storage, row: Row, near: list[Row], framings: Sequence[Framing]
 ) -> tuple[dict[str, str], Frames | None]:
     try:
-        picture = decode(fetch(storage, row, lambda: neighbours(row, near)), framings)
+        data = fetch(storage, row, lambda: neighbours(row, near))
+        picture, numbers = decode(data, framings), pages(data)[0]
     except ImageError as error:
-        return {"digest": "", "reason": str(error), "size": "", "peak": ""}, None
+        return {"digest": "", "reason": str(error), "size": "", "peak": "", "pages": ""}, None
     digest = hashlib.sha256(picture.pixels.tobytes()).hexdigest()
     size = f"{picture.width} x {picture.height}"
     found = {"digest": digest, "reason": "", "size": size, "peak": str(picture.peak or "")}
+    found["pages"] = str(len(numbers))
     return found, Frames(picture.frames, (picture.height, picture.width))
 
 

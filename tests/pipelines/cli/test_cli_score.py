@@ -35,6 +35,7 @@ def test_every_option_reaches_the_request(monkeypatch):
         "good": "good",
         "search": "guarded",
         "precision": "bf16",
+        "pages": "first",
     }
     request = score(
         monkeypatch, *flags, *(word for name, value in options.items() for word in (f"--{name}", str(value)))

@@ -61,6 +61,8 @@ def test_check_names_what_is_wrong(mvtec: Path) -> None:
     draw_image(mvtec / "cable/test/broken/003.png")
     draw_mask(mvtec / "cable/ground_truth/broken/003_mask.png", value=0)
     (mvtec / "bottle/test/good/001.png").write_bytes(b"torn")
+    frames = [Image.new("RGB", (12, 10)) for _ in range(3)]
+    frames[0].save(mvtec / "bottle/test/good/002.tif", save_all=True, append_images=frames[1:])
     outcome = check(mvtec)
     assert outcome.exit_code == 1
     for words in (
@@ -68,7 +70,8 @@ def test_check_names_what_is_wrong(mvtec: Path) -> None:
         "002_mask.png: 7 x 7 pixels, its image has 12 x 10",
         "003_mask.png: nothing is marked in it",
         "bottle/test/good/001.png: not PNG",
-        "4 problems",
+        "002.tif: 3 pages, of which a dataset takes the first: score it with --pages first",
+        "5 problems",
     ):
         assert words in outcome.stdout
 

@@ -52,3 +52,5 @@ def test_a_result_matches_its_image_wherever_the_archive_was(scored) -> None:
         assert find_example(uri, by_path).path == "cable/test/cut/001.png"
     with pytest.raises(GladError, match="not in the dataset"):
         find_example("/elsewhere/screw/test/cut/001.png", by_path)
+    with pytest.raises(GladError, match="no truth about further pages; score it with --pages first"):
+        find_example("/elsewhere/cable/test/cut/001.png#page=2", by_path)

@@ -48,6 +48,16 @@ def test_a_picture_is_made_to_fit() -> None:
     assert len(webp(noise, 1_000_000)) > 30_000
 
 
+def test_a_card_shows_its_page(tmp_path, tiny_bundle) -> None:
+    run, _, rows = make_judged_run(tmp_path, tiny_bundle)
+    frames = [Image.new("RGB", (60, 40), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "stack.tif", save_all=True, append_images=frames[1:])
+    source = {"uri": str(tmp_path / "stack.tif"), "size": None}
+    for page, colour in ((None, (255, 0, 0)), (2, (0, 0, 255))):
+        card = make_card(run, rows[0], source | {"page": page}, HeatScale(0.5, 3.0), 100_000)
+        assert np.abs(np.subtract(picture(card["input"]).convert("RGB").getpixel((9, 9)), colour)).max() < 5
+
+
 def test_a_card_shows_the_result_or_why_its_source_is_lost(tmp_path, tiny_bundle, monkeypatch) -> None:
     run, _, rows = make_judged_run(tmp_path, tiny_bundle)
     manifest = run.manifest_rows([row["image_id"] for row in rows])

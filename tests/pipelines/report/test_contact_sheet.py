@@ -7,8 +7,10 @@ from judged_run import make_judged_run
 from PIL import Image
 from rich.console import Console
 
+from cluster.storage import Storage
+from glad_core.bundle.settings import Settings
 from glad_core.errors import GladError
-from pipelines.report.contact_sheet import highest, show, stop_label
+from pipelines.report.contact_sheet import _input, highest, show, stop_label
 from pipelines.runs.schema import RESULTS_SCHEMA
 
 
@@ -24,6 +26,14 @@ def test_stop_labels() -> None:
     assert stop_label(350, "difference") == "step 350: difference"
     assert stop_label(150, "min_step") == "step 150: no difference"
     assert stop_label(None, "none") == stop_label(None, None) == "not compared"
+
+
+def test_a_further_page_is_drawn(tmp_path) -> None:
+    frames = [Image.new("L", (9, 9), level) for level in (10, 200)]
+    frames[0].save(tmp_path / "stack.tif", save_all=True, append_images=frames[1:])
+    row = {"uri": str(tmp_path / "stack.tif"), "size": None}
+    assert _input(row, Storage(), Settings()).mean() == 10
+    assert _input(row | {"page": 2}, Storage(), Settings()).mean() == 200
 
 
 def test_a_sheet_has_two_images_in_a_row(tmp_path, tiny_bundle) -> None:

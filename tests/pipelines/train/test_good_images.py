@@ -6,6 +6,7 @@ from judged_run import make_judged_run
 
 from cluster.storage import Storage
 from glad_core.errors import GladError
+from pipelines.archive.uris import page_id, page_uri
 from pipelines.runs import feedback
 from pipelines.train.good_images import GoodImage, apply_feedback, good_images
 
@@ -69,8 +70,12 @@ def test_false_alarms_of_other_categories_or_inside_a_tar_are_not_added(judged) 
     feedback.mark(run, false_alarm, "false_alarm")
     feedback.mark(run, false_alarm | {"image_id": "other", "uri": "/x", "category": "cable"}, "false_alarm")
     feedback.mark(run, false_alarm | {"image_id": "tar", "uri": "tar:///s.tar?member=x.png"}, "false_alarm")
+    further = {"image_id": page_id("tiff", 2), "uri": page_uri("/bottle/0", 2)}
+    feedback.mark(run, false_alarm | further, "false_alarm")
     images = {name: [GoodImage(f"/{name}/{number}", name) for number in range(2)] for name in ("bottle", "nut")}
     kept, change = apply_feedback(images, None, run.location, run.storage)
     assert [image.uri for image in kept["bottle"][2:]] == [false_alarm["uri"]]
     assert kept["nut"] == images["nut"]
-    assert change.endswith("1 added, 2 of another category, inside a tar or on a further page not added")
+    assert change.endswith("1 added, 3 of another category, inside a tar or on a further page not added")
+    feedback.mark(run, false_alarm | further, "confirmed")  # training takes the first page, which is another picture
+    assert apply_feedback(images, run.location, None, run.storage)[0] == images

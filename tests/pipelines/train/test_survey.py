@@ -30,8 +30,9 @@ def unreadable(monkeypatch: pytest.MonkeyPatch) -> set[str]:
             name = uri.rpartition("/")[2]
             digest = hashlib.sha256(name.encode()).hexdigest()
             rows[uri] = {"digest": digest, "reason": "", "size": "40 x 40", "peak": PEAKS.get(name, "")}
+            rows[uri]["pages"] = "3" if name == "003.png" else "1"
             if name in names:
-                rows[uri] = {"digest": "", "reason": "damaged", "size": "", "peak": ""}
+                rows[uri] = {"digest": "", "reason": "damaged", "size": "", "peak": "", "pages": ""}
         return rows, None
 
     monkeypatch.setattr(survey_file, "_examine", examine)
@@ -125,6 +126,16 @@ def test_one_forbidden_image_is_skipped_and_a_disk_that_forbids_all_stops(tmp_pa
     forbidden |= {row["uri"] for row in rows}
     with pytest.raises(StorageError, match="permission denied"):
         survey_file._examine_one(STORAGE, rows[1], rows, framings)
+
+
+@pytest.mark.usefixtures("unreadable")
+def test_files_with_further_pages_are_known(tmp_path) -> None:
+    assert survey({"nut": images(30)}, 32, STORAGE).paged == ["/a/003.png"]
+    frames = [Image.new("RGB", (9, 9), colour) for colour in ("red", "blue")]
+    for number, rest in enumerate(([], frames[1:])):
+        frames[0].save(tmp_path / f"{number}.tif", save_all=True, append_images=rest)
+        row = {"uri": str(tmp_path / f"{number}.tif")}
+        assert survey_file._examine_one(STORAGE, row, [row], (Framing("squash", 8),))[0]["pages"] == str(number + 1)
 
 
 @pytest.mark.usefixtures("unreadable")

@@ -2,7 +2,9 @@
 
 import hashlib
 import io
+import queue
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,8 +22,10 @@ from glad_core.training.loop import TrainState, fine_tune
 from glad_core.training.recipe import Recipe
 from glad_core.views import Framing
 from pipelines.cli.main import app
+from pipelines.train import job
 from pipelines.train.good_images import GoodImage
 from pipelines.train.kept_frames import read_frames
+from pipelines.train.survey import Survey
 
 
 def command(dataset: Path, base: Path, out: Path | str, steps: int, *more: object, category: str = "part") -> list[str]:
@@ -53,6 +57,19 @@ def in_one_process(dataset: Path, base: Path, steps: int) -> tuple[dict, list[fl
 
 
 @pytest.mark.slow
+def test_what_the_survey_of_the_pictures_found_is_said(monkeypatch):
+    found = Survey([], [], [], [], "f", [], peaks=[3000.0], paged=["/a.tif", "/b.tif"])
+    monkeypatch.setattr(job, "survey", lambda *arguments: found)
+    monkeypatch.setattr(job, "describe", lambda *arguments: SimpleNamespace(settings={"resolution": 32}))
+    events = queue.Queue()
+    assert job._survey(SimpleNamespace(name="n", base="b", storage=None, kept_bytes=0), {}, events) is found
+    warnings = [event["warning"] for event in events.queue if event["warning"]]
+    assert warnings == [
+        "2 files with further pages, such as /a.tif: training takes the first page of each",
+        "pictures of more than 8 bits, the brightest value 3000: 4095 is taken for white",
+    ]
+
+
 def test_two_workers_train_what_one_does(tmp_path, dataset, tiny_bundle, ray_session):
     invoke(*command(dataset, tiny_bundle, tmp_path / "two", 5, "--workers", 2))
     expected, losses = in_one_process(dataset, tiny_bundle, 5)
