@@ -22,7 +22,7 @@ IN_TARS, HIDDEN_FILES, COMMENTS, HEADERS, OUTSIDE, MASKS = (
     "comments of the list",
     "header of the list",
     "files outside of the dataset's test set",
-    "masks in the dataset's test set",
+    "masks and files beside them in the dataset's test set",
 )
 LONGEST_MESSAGE = 500  # characters
 Row = dict[str, Any]

@@ -165,7 +165,7 @@ def tree_rows(tree: Tree, files: Iterable[Entry], storage: Storage, left_out: Le
 
     def is_mask(name: str) -> bool:
         path = PurePosixPath(name)
-        bare = named_picture(path.stem)
+        bare = named_picture(path.stem) if is_image(name) else None
         return in_mask_folder(path) or (bare is not None and bare in stems(str(path.parent)))
 
     for file in files:
@@ -173,7 +173,7 @@ def tree_rows(tree: Tree, files: Iterable[Entry], storage: Storage, left_out: Le
         location = f"{tree.folder}/{file.path}" if file.path else tree.folder
         if file.problem == IS_HIDDEN:
             left_out.others[HIDDEN_FILES] += 1
-        elif tree.category is not None and is_image(file.path) and is_mask(file.path):
+        elif tree.category is not None and is_mask(file.path):
             left_out.others[MASKS] += 1
         elif file.problem is None:
             yield from file_rows(spelled(location), path, file, tree.category, storage, left_out)

@@ -3,22 +3,32 @@
 import io
 import json
 import os
+import re
 import struct
 import tarfile
 import zlib
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from cluster.storage import Storage
+from glad_core.errors import GladError
+from pipelines.archive.layouts import read_dataset
+from pipelines.archive.listing import Archive, count_outside
+from pipelines.archive.rows import LeftOut
+from pipelines.archive.sources import list_source
 from pipelines.archive.uris import path_of
 from pipelines.cli.main import app
+from pipelines.evaluate.masks import read_mask
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 MANY = ("animated.gif", "animated.webp", "pages.tif", "torn_page.tif")
 RNG = np.random.default_rng(11)
+STORAGE = Storage()
 
 
 def picture(width=48, height=40, mode="RGB"):
@@ -52,6 +62,8 @@ def tar_with_traversal():
             member = tarfile.TarInfo(name)
             member.size = len(data)
             shard.addfile(member, io.BytesIO(data))
+        for name in ("._inside.png", "__MACOSX/._inside.png", "inside.json"):
+            shard.addfile(tarfile.TarInfo(name), io.BytesIO())
         link = tarfile.TarInfo("link.png")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         shard.addfile(link)
@@ -122,6 +134,18 @@ def corpus(root):
         put(f"names/{name}", encoded(picture()), True)
     for folder in ("left", "right"):
         put(f"twice/{folder}/same.png", encoded(picture()), True)
+    for name in ("hidden/._a.png", "hidden/.a.png", "hidden/Thumbs.db", "hidden/.git/a.png", "hidden/__MACOSX/a.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(encoded(picture()))
+    for name in ("train/Good/a.png", "Test/ok/a.png", "val/good/a.png", "ground_truth/cut/a_mask.png", "loose.png"):
+        put(f"dataset/{name}", encoded(picture()), True)  # a category beside other folders hides nothing
+    put("lists/list.csv", b"uri\na.png\n", False)
+    put("lists/labels.json", b"{}", False)
+    outside = root.parent / "outside"
+    outside.mkdir()
+    (outside / "linked.png").write_bytes(encoded(picture()))
+    (root / "linked_folder").symlink_to(outside)
+    made[str(root / "linked_folder/linked.png")] = True
     (root / "broken_link.png").symlink_to(root / "nowhere.png")
     made[str(root / "broken_link.png")] = False
     (root / "folder.png").mkdir()
@@ -157,6 +181,10 @@ def test_every_file_ends_in_exactly_one_place(tmp_path, tiny_bundle):
     assert pages == {f"many/{name}#page={page}" for name in MANY for page in (2, 3)}
     assert f"{archive}/many/torn_page.tif#page=2" in bad
     assert counts["pages"] == len(pages)
+    # What has no row is counted: in the folder hidden/ five, two and a json file in the tar.
+    left_out = {"hidden files or folders": 7, "files in tars that are no images": 1}
+    assert counts["left_out"].items() >= left_out.items()
+    assert "left out" in outcome.stdout
     for row in lost:
         assert row["stage"] in ("list", "fetch", "decode", "score")
         assert row["message"].strip()
@@ -169,3 +197,88 @@ def test_every_file_ends_in_exactly_one_place(tmp_path, tiny_bundle):
     assert not (tmp_path.parent / "escaped.png").exists()
     kinds = {path.removeprefix(str(archive)).split("/")[1] for path in made}
     assert len(kinds) >= 13
+
+
+MARK = np.zeros((40, 48), np.uint8)
+MARK[4:14, 6:20] = 1
+
+
+def mask_corpus():
+    """Masks with the same 140 pixels as people and programs write them: {name: bytes}, and whether they are lossy."""
+    grey = Image.fromarray(MARK * 255)
+    palette = Image.fromarray(MARK * 5)
+    palette.putpalette([value for label in range(6) for value in (label * 40, 0, 99 if label else 0)])
+    swapped = Image.fromarray(1 - MARK)
+    swapped.putpalette([255, 255, 255, 0, 0, 0])
+    rgba = Image.merge("RGBA", [grey, grey, grey, Image.new("L", grey.size, 255)])
+    sixteen, wide = Image.fromarray(MARK.astype(np.uint16) * 3), Image.fromarray(MARK.astype(np.int32) * 70_000)
+    jpeg = encoded(grey, "JPEG", quality=85)
+    again = encoded(Image.open(io.BytesIO(jpeg)))
+    smooth = encoded(grey.resize((480, 400)).resize(grey.size, Image.Resampling.LANCZOS))
+    exact = {
+        "ones_mask.png": encoded(Image.fromarray(MARK)),
+        "bits-mask.png": encoded(grey.convert("1")),
+        "mask_sixteen.png": encoded(sixteen),
+        "wide_gt.tif": encoded(wide, "TIFF"),
+        "palette.png": encoded(palette),
+        "swapped_label.gif": encoded(swapped, "GIF"),
+        "rgba.png.png": encoded(rgba),
+        "alpha_MASK.png": encoded(Image.merge("LA", [Image.new("L", grey.size), grey])),
+        "folder/000.png": encoded(grey),
+        "two_mask_1.png": encoded(Image.fromarray(MARK * (np.arange(48) < 10).astype(np.uint8))),
+        "two_mask_2.png": encoded(Image.fromarray(MARK * (np.arange(48) >= 10).astype(np.uint8))),
+    }
+    lossy = {"jpeg.jpg": jpeg, "again_mask.png": again, "smooth_seg.png": smooth}
+    return exact, lossy
+
+
+@pytest.mark.parametrize("test", ["test", "Test", "test_public"])
+def test_every_mask_marks_the_same_pixels(test, tmp_path):
+    root = tmp_path / "set/part"
+    truth = root / ("test_public/ground_truth" if test == "test_public" else "Ground-Truth")
+    exact, lossy = mask_corpus()
+    names = {name.split("/")[0].split(".")[0] for name in exact | lossy}
+    names = {re.sub("[_-](mask|gt|label|seg)(_.)?$|^mask_", "", name, flags=re.IGNORECASE) for name in names}
+    for path in ("train/good/a.png", f"{test}/Normal/a.png", *(f"{test}/cut/{name}.png" for name in names)):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(encoded(picture()))
+    for name, data in (exact | lossy | {"ones.json": b"{}", "ones.xml": b"<a/>"}).items():
+        (truth / "cut" / name).parent.mkdir(parents=True, exist_ok=True)
+        (truth / "cut" / name).write_bytes(data)
+    examples = read_dataset(str(tmp_path / "set"), STORAGE)
+    defects = {example.path.rpartition("/")[2][:-4]: example for example in examples if example.anomalous}
+    assert defects.keys() == names
+    for name, example in defects.items():
+        mask = read_mask(example, STORAGE, examples)
+        assert (mask.marked != MARK).sum() == 0, name
+        assert bool(mask.doubts) == (name in ("jpeg", "again", "smooth")), name
+    left_out = LeftOut()
+    rows = list(list_source(str(tmp_path / "set"), None, STORAGE, left_out=left_out))
+    assert len(rows) == len(names) + 1
+    files = sum(path.is_file() for path in root.rglob("*"))
+    assert files == len(rows) + sum(left_out.others.values()) + count_outside(
+        Archive(str(tmp_path / "set"), None, STORAGE, False)
+    )
+
+
+def test_lists_of_every_kind_name_the_same_images(tmp_path):
+    for name in ("a, b.png", "c.png"):
+        (tmp_path / name).write_bytes(encoded(picture()))
+    plain = '#made by hand\nuri;category\n"a, b.png";nut\nc.png;bolt\n'
+    frame = pd.DataFrame({"uri": ["a, b.png", "c.png"], "category": ["nut", "bolt"]})
+    (tmp_path / "1.csv").write_text(plain)
+    (tmp_path / "2.csv").write_bytes(plain.replace(";", ",").replace("\n", "\r\n").encode("utf-16"))
+    frame.to_csv(tmp_path / "3.tsv", sep="\t")
+    (tmp_path / "4.txt").write_bytes("uri\n# x\na, b.png\n\nc.png\n".encode("utf-16"))
+    frame.to_parquet(tmp_path / "5.parquet")
+    frame.astype("category").rename(columns=str.upper).to_parquet(tmp_path / "6.parquet")
+    for name in ("1.csv", "2.csv", "3.tsv", "4.txt", "5.parquet", "6.parquet"):
+        rows = list(list_source(str(tmp_path / name), "part" if name == "4.txt" else None, STORAGE, several=True))
+        assert [path_of(row["uri"]) for row in rows] == [f"{tmp_path}/a, b.png", f"{tmp_path}/c.png"], name
+        assert [row["category"] for row in rows] == (["part"] * 2 if name == "4.txt" else ["nut", "bolt"]), name
+    with pytest.raises(GladError, match="nothing says of which category"):  # it would be "tmp"
+        list(list_source(str(tmp_path / "4.txt"), None, STORAGE, several=True))
+    (tmp_path / "lines/bolt/1").mkdir(parents=True)
+    (tmp_path / "c.png").rename(tmp_path / "lines/bolt/1/c.png")
+    (row,) = list_source(f"{tmp_path}/lines/**/*.png", None, STORAGE, several=True)
+    assert row["category"] == "bolt"
