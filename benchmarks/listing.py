@@ -59,8 +59,8 @@ class FarServer:
 def flat(storage: Storage, folder: Path, objects: int) -> dict[str, float]:
     """Seconds of one task and of tasks by ranges, whose rows are the same."""
     source = fill(storage, objects, 1, "flat")
-    client = s3._client
-    s3._client = lambda connection: FarServer(client(connection))  # type: ignore[assignment]
+    client = s3.client
+    s3.client = lambda connection: FarServer(client(connection))  # type: ignore[assignment]
     listing.LOOSE_FILES = PAGE
     archive, figures, ids = Archive(f"{source}/000", None, storage, False), {}, []
     for name in ("one_task", "ranges"):

@@ -7,7 +7,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +16,7 @@ from urllib.parse import urlparse
 import pyarrow.fs as pafs
 
 from cluster.local import Listed
-from cluster.storage_errors import ChangedError, StorageError, UnorderedError
+from cluster.storage_errors import ChangedError, StorageError
 
 ATTEMPTS, PATIENT_ATTEMPTS = 3, 12  # per request to S3; with doubling waits, twelve outlast 50 seconds
 READ_TIMEOUT = 20  # seconds without a byte
@@ -108,104 +107,6 @@ def filesystem(connection: Connection, background_writes: bool = True) -> pafs.F
     return pafs.S3FileSystem(**options)
 
 
-def keys(
-    connection: Connection,
-    bucket: str,
-    prefix: str,
-    delimiter: str = "",
-    after: str | None = None,
-    last: str | None = None,
-) -> Iterator[tuple[str, Any, Any]]:
-    """Objects below a prefix as (rest of the key, size, ETag), page by page.
-
-    With a delimiter, a folder's objects are one entry without size and ETag.
-
-    Args:
-        after: only keys after this one (the rest of it, as they are returned), whether it exists or not.
-        last: only keys up to this one.
-
-    Raises:
-        OSError: as the server answers.
-        UnorderedError: the server does not list the keys of a range in order, so that some could be lost.
-    """
-    below = f"{prefix}/" if prefix else ""
-    start = {} if after is None else {"StartAfter": below + after}
-    in_range = after is not None or last is not None
-    previous = after
-    try:
-        pages = _client(connection).get_paginator("list_objects_v2")
-        for page in pages.paginate(Bucket=bucket, Prefix=below, Delimiter=delimiter, **start):
-            objects = page.get("Contents", [])
-            entries = [(item["Key"][len(below) :], item["Size"], item.get("ETag")) for item in objects]
-            if delimiter:  # the server lists objects and folders of a page apart
-                folders = [(item["Prefix"][len(below) :], None, None) for item in page.get("CommonPrefixes", [])]
-                entries = sorted(entries + folders, key=lambda entry: entry[0].encode())
-            for name, size, version in entries:
-                if in_range and previous is not None and name <= previous:  # code points sort as UTF-8 does
-                    raise UnorderedError(f"s3://{bucket}/{below}{name}: listed after {previous}")
-                if last is not None and name > last:
-                    if previous != last:
-                        _check_order(connection, bucket, prefix, previous, last)
-                    return
-                previous = name
-                if size is None:
-                    yield name.removesuffix(delimiter), size, version
-                elif size or (name and not name.endswith("/")):  # else a mark that a folder is there
-                    yield name, size, version
-    except _failures() as error:
-        raise OSError(str(error)) from error
-
-
-def _check_order(connection: Connection, bucket: str, prefix: str, previous: str | None, last: str) -> None:
-    """Make sure that what comes after ``previous`` comes after ``last``, which is no key any more, as well.
-
-    A server that sorts otherwise could still have keys of this range to list. A key written at this moment also makes
-    a difference, so it compares more than once.
-    """
-    for _ in range(3):
-        key = next_key(connection, bucket, prefix, previous)
-        if key == next_key(connection, bucket, prefix, last) or (key is not None and key <= last):
-            return  # in order, or written just now
-    raise UnorderedError(f"s3://{bucket}/{prefix}: not listed in order around {last}")
-
-
-def next_key(connection: Connection, bucket: str, prefix: str, after: str | None) -> str | None:
-    """The first key below a prefix, without the prefix, that comes after ``after``; None if there is none.
-
-    Raises:
-        OSError: as the server answers.
-        UnorderedError: the answer does not come after ``after``.
-    """
-    below = f"{prefix}/" if prefix else ""
-    start = {} if after is None else {"StartAfter": below + after}
-    try:
-        page = _client(connection).list_objects_v2(Bucket=bucket, Prefix=below, MaxKeys=1, **start)
-    except _failures() as error:
-        raise OSError(str(error)) from error
-    for item in page.get("Contents", []):
-        key: str = item["Key"][len(below) :]
-        if after is not None and key <= after:
-            raise UnorderedError(f"s3://{bucket}/{below}{key}: listed after {after}")
-        return key
-    return None
-
-
-def find(connection: Connection, bucket: str, key: str) -> tuple[int, str | None]:
-    """Size and ETag of an object.
-
-    Raises:
-        OSError: as the server answers; FileNotFoundError if there is none.
-    """
-    try:
-        page = _client(connection).list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
-    except _failures() as error:
-        raise _by_kind(connection, error) from error
-    for item in page.get("Contents", []):  # the key itself is the first that begins with it
-        if item["Key"] == key:
-            return item["Size"], item.get("ETag")
-    raise FileNotFoundError(f"s3://{bucket}/{key}: no such file")
-
-
 # Answers about one object alone, whatever the state of the connection: archived, named impossibly, not that long.
 ABOUT_THE_OBJECT = {"InvalidObjectState", "KeyTooLongError", "MethodNotAllowed", "InvalidRange"}
 # Answers that refuse the credentials or the moment with a status that otherwise refuses a request.
@@ -224,7 +125,7 @@ def read(connection: Connection, path: str, offset: int, size: int | None, liste
     if size == 0:
         return b""
     try:
-        answer = _client(replace(connection, attempts=1)).get_object(Bucket=bucket, Key=key, **wanted)
+        answer = client(replace(connection, attempts=1)).get_object(Bucket=bucket, Key=key, **wanted)
         with answer["Body"] as body:
             length, total = answer["ContentLength"], answer.get("ContentRange", "").rpartition("/")[2]
             listed.check(f"s3://{path}", int(total) if total.isdigit() else length, _etag(answer.get("ETag")))
@@ -233,8 +134,8 @@ def read(connection: Connection, path: str, offset: int, size: int | None, liste
             if size is not None and length > size:
                 raise ConnectionError(f"the server answers a range of {size} bytes with {length}")
             data: bytes = body.read()
-    except _failures() as error:
-        raise _by_kind(connection, error) from error
+    except failures() as error:
+        raise by_kind(connection, error) from error
     if size is not None and len(data) < size:
         raise ChangedError(f"s3://{path}: {len(data)} bytes at {offset}, {size} were listed")
     return data
@@ -248,9 +149,9 @@ def write(connection: Connection, path: str, data: bytes) -> None:
     """
     bucket, _, key = path.partition("/")
     try:
-        _client(replace(connection, attempts=1)).put_object(Bucket=bucket, Key=key, Body=data)
-    except _failures() as error:
-        raise _by_kind(connection, error) from error
+        client(replace(connection, attempts=1)).put_object(Bucket=bucket, Key=key, Body=data)
+    except failures() as error:
+        raise by_kind(connection, error) from error
 
 
 def _etag(value: str | None) -> str | None:
@@ -258,7 +159,7 @@ def _etag(value: str | None) -> str | None:
     return value and value.removeprefix("W/").strip('"')
 
 
-def _failures() -> tuple[type[Exception], ...]:
+def failures() -> tuple[type[Exception], ...]:
     """All exceptions that botocore lets through."""
     from botocore.exceptions import BotoCoreError, ClientError
     from botocore.parsers import ResponseParserError
@@ -272,7 +173,7 @@ def _code(error: Exception) -> str:
     return getattr(error, "response", {}).get("Error", {}).get("Code", "")
 
 
-def _by_kind(connection: Connection, error: Exception) -> OSError:
+def by_kind(connection: Connection, error: Exception) -> OSError:
     """The error of a request by its kind: FileNotFoundError, PermissionError, ConnectionError or OSError.
 
     What S3 refuses with a status of 4xx may be about the object or about the credentials: a PermissionError.
@@ -301,16 +202,17 @@ def _by_kind(connection: Connection, error: Exception) -> OSError:
 def _forget(connection: Connection) -> None:
     """Have the next request look for the machine's credentials again: a file of them may have been written anew."""
     if connection.access_key is None:
-        _client.cache_clear()
+        client.cache_clear()
 
 
 @lru_cache(maxsize=8)
-def _client(connection: Connection) -> Any:
+def client(connection: Connection) -> Any:
+    """botocore's client. What it raises is one of `failures`."""
     import botocore.session
     from botocore import UNSIGNED
     from botocore.config import Config
 
-    client = botocore.session.get_session().create_client(
+    made = botocore.session.get_session().create_client(
         "s3",
         region_name=connection.region or ("us-east-1" if connection.endpoint else None),
         endpoint_url=connection.endpoint,
@@ -328,8 +230,8 @@ def _client(connection: Connection) -> Any:
         ),
     )
     if connection.requester_pays:
-        client.meta.events.register("before-call.s3", _agree_to_pay)
-    return client
+        made.meta.events.register("before-call.s3", _agree_to_pay)
+    return made
 
 
 def _authority(connection: Connection) -> str | None:
@@ -394,8 +296,8 @@ def link(connection: Connection, source: str, target: str) -> bool:
     """
     (bucket, _, key), (target_bucket, _, target_key) = source.partition("/"), target.partition("/")
     try:
-        _client(connection).copy_object(Bucket=target_bucket, Key=target_key, CopySource={"Bucket": bucket, "Key": key})
-    except _failures() as error:
+        client(connection).copy_object(Bucket=target_bucket, Key=target_key, CopySource={"Bucket": bucket, "Key": key})
+    except failures() as error:
         if _code(error) in NO_KEY:
             return False
         raise OSError(str(error)) from error
@@ -412,16 +314,16 @@ def delete(connection: Connection, path: str, only: bytes | None = None) -> None
         OSError: as the server answers.
     """
     bucket, _, key = path.partition("/")
-    client = _client(connection)
+    server = client(connection)
     condition = {}
     try:
         if only is not None:
-            found = client.get_object(Bucket=bucket, Key=key)
+            found = server.get_object(Bucket=bucket, Key=key)
             if found["Body"].read() != only:
                 return
             condition = {"IfMatch": found["ETag"]}
-        client.delete_object(Bucket=bucket, Key=key, **condition)
-    except _failures() as error:
+        server.delete_object(Bucket=bucket, Key=key, **condition)
+    except failures() as error:
         if _code(error) not in (*NO_KEY, "PreconditionFailed", "412"):
             raise OSError(str(error)) from error
 
@@ -475,10 +377,10 @@ def fetch(connection: Connection, path: str, file: Path) -> None:
     with file.open("ab") as target:
         wanted = {"Range": f"bytes={target.tell()}-"} if target.tell() else {}
         try:
-            answer = _client(replace(connection, attempts=1)).get_object(Bucket=bucket, Key=key, **wanted)
+            answer = client(replace(connection, attempts=1)).get_object(Bucket=bucket, Key=key, **wanted)
             if "ContentRange" not in answer:
                 target.truncate(0)  # the server sends all of it
             with answer["Body"] as body:
                 shutil.copyfileobj(body, target, COPY_CHUNK)
-        except _failures() as error:
-            raise _by_kind(connection, error) from error
+        except failures() as error:
+            raise by_kind(connection, error) from error

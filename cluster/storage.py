@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow.fs as pafs
 import tenacity
 
-from cluster import local, s3
+from cluster import local, s3, s3_listing
 from cluster.local import IS_HIDDEN, Entry, Listed
 from cluster.locations import absolute, is_s3, join, local_path, spelled
 from cluster.storage_errors import ChangedError, StorageError, UnorderedError, explain, is_disk_full, is_trouble
@@ -109,14 +109,14 @@ class Storage(s3.Connection):
         What cannot be listed or read is an entry with a problem. Only hidden files and folders (a leading dot) are left
         out, or with ``hidden`` have the problem `IS_HIDDEN`: a local folder once, on S3 each file in it. Links to
         folders are followed, but never in a circle. Streamed: memory holds one page of S3's listing or one folder. On
-        S3, only the keys after ``after`` and up to ``last``, see `s3.keys`.
+        S3, only the keys after ``after`` and up to ``last``, see `s3_listing.keys`.
         """
         _, root = self.resolve(uri)
         if not is_s3(uri):
             yield from local.entries(root, follow, prefix, hidden)
             return
         with clear_errors(uri, self):
-            for key, size, version in s3.keys(self, *root.partition("/")[::2], after=after, last=last):
+            for key, size, version in s3_listing.keys(self, *root.partition("/")[::2], after=after, last=last):
                 if any(part.startswith(".") for part in (prefix + key).split("/")):
                     if hidden:
                         yield Entry(prefix + key, size, version, IS_HIDDEN)
@@ -124,9 +124,9 @@ class Storage(s3.Connection):
                     yield Entry(prefix + key, size, version, KEY_OF_A_FOLDER if key[-1:] in ("", "/") else None)
 
     def next_key(self, uri: str, after: str | None) -> str | None:
-        """The first key below ``uri`` on S3 after ``after``; None if there is none. See `s3.next_key`."""
+        """The first key below ``uri`` on S3 after ``after``; None if there is none. See `s3_listing.next_key`."""
         with clear_errors(uri, self):
-            return s3.next_key(self, *self.resolve(uri)[1].partition("/")[::2], after)
+            return s3_listing.next_key(self, *self.resolve(uri)[1].partition("/")[::2], after)
 
     def level(self, uri: str, prefix: str = "") -> Iterator[Entry]:
         """The files and folders directly in ``uri``, in the order of `entries`, with ``prefix`` before their names.
@@ -138,7 +138,7 @@ class Storage(s3.Connection):
             yield from local.level(root, prefix=prefix, hidden=True)
             return
         with clear_errors(uri, self):
-            for name, size, version in s3.keys(self, *root.partition("/")[::2], delimiter="/"):
+            for name, size, version in s3_listing.keys(self, *root.partition("/")[::2], delimiter="/"):
                 is_hidden = name.startswith(".") and size is not None
                 yield Entry(prefix + name, size, version, IS_HIDDEN if is_hidden else None)
 
@@ -152,7 +152,7 @@ class Storage(s3.Connection):
                 raise FileNotFoundError(f"{uri}: no such file")
             return Entry(name, status.st_size, str(status.st_mtime_ns))
         bucket, _, key = path.partition("/")
-        return Entry(name, *s3.find(self, bucket, key))
+        return Entry(name, *s3_listing.find(self, bucket, key))
 
     def folders(self, uri: str) -> list[str]:
         """Names of the folders directly in ``uri``, sorted; empty if it is no folder."""
@@ -160,7 +160,7 @@ class Storage(s3.Connection):
         with clear_errors(uri, self):
             if not is_s3(uri):
                 return local.folders(path)
-            below = s3.keys(self, *path.partition("/")[::2], delimiter="/")
+            below = s3_listing.keys(self, *path.partition("/")[::2], delimiter="/")
             return sorted(name for name, size, _ in below if size is None and name)
 
     def read(

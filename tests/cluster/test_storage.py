@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import s3
+from cluster import s3_listing
 from cluster.storage import Storage, StorageError, absolute, join, local_path
 
 
@@ -154,7 +154,7 @@ def test_a_file_uri_holds_any_byte_and_no_query():
 
 def test_what_no_key_can_name_is_said(storage, monkeypatch):
     listed = [("a.png", 1, '"1"'), ("a.png/", 2, '"2"'), (".hidden/b.png", 3, '"3"'), ("c//d.png", 4, '"4"')]
-    monkeypatch.setattr(s3, "keys", lambda *_, **__: iter(listed))
+    monkeypatch.setattr(s3_listing, "keys", lambda *_, **__: iter(listed))
     entries = list(storage.entries("s3://bucket/x", prefix="x/"))
     assert [entry.path for entry in entries] == ["x/a.png", "x/a.png/", "x/c//d.png"]
     assert [entry.problem is None for entry in entries] == [True, False, True]

@@ -219,7 +219,7 @@ def test_credentials_that_the_machine_renews_are_taken_up(server, tmp_path, monk
     server.rules["image"] = only_new
     assert fetch(storage, row("image.png")) == BODY
     file.unlink()
-    s3._client.cache_clear()
+    s3.client.cache_clear()
     with pytest.raises(StorageError, match="refused the credentials"):
         fetch(storage, row("image.png"))
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from cluster import s3
+from cluster import s3, s3_listing
 from cluster.storage import Storage, UnorderedError
 from pipelines.archive import listing
 from pipelines.archive.key_ranges import split_points
@@ -60,7 +60,7 @@ def probe_of(keys):
 
 def listed(connection, points, prefix="flat"):
     bounds = zip([None, *points], [*points, None], strict=True)
-    return [[key for key, _, _ in s3.keys(connection, "b", prefix, after=a, last=b)] for a, b in bounds]
+    return [[key for key, _, _ in s3_listing.keys(connection, "b", prefix, after=a, last=b)] for a, b in bounds]
 
 
 @given(keys=KEYS, wanted=st.integers(1, 20))
@@ -72,9 +72,9 @@ def test_ranges_together_are_one_walk(keys, wanted):
     assert set(points) <= keys
     with pytest.MonkeyPatch.context() as patched:
         bucket = Bucket({"flat", "flat-", "flat0", *(f"flat/{key}" for key in keys)})
-        patched.setattr(s3, "_client", lambda _: bucket)
+        patched.setattr(s3, "client", lambda _: bucket)
         ranges = listed(s3.Connection(), points)
-        whole = [key for key, _, _ in s3.keys(s3.Connection(), "b", "flat")]
+        whole = [key for key, _, _ in s3_listing.keys(s3.Connection(), "b", "flat")]
         assert [key for keys_of_one in ranges for key in keys_of_one] == whole
         assert all(ranges[:-1])
 
@@ -85,7 +85,7 @@ def test_what_changes_after_the_cut_is_listed_as_it_is(keys, deleted, added):
     points = split_points(probe_of(keys), 9)
     now = (keys - deleted - set(points[::2])) | added  # also points themselves
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(s3, "_client", lambda _: Bucket({f"flat/{key}" for key in now}))
+        patched.setattr(s3, "client", lambda _: Bucket({f"flat/{key}" for key in now}))
         found = [key for keys_of_one in listed(s3.Connection(), points) for key in keys_of_one]
     assert found == [key for key in sorted(now, key=str.encode) if not key.endswith("/") or key]
 
@@ -134,7 +134,7 @@ def utf16(key):
 def test_a_server_of_another_order_is_noticed(keys, server, monkeypatch):
     """Wherever it is cut, either all keys are listed, or the listing refuses."""
     refused = 0
-    monkeypatch.setattr(s3, "_client", lambda _: Bucket([f"flat/{key}" for key in keys], **server))
+    monkeypatch.setattr(s3, "client", lambda _: Bucket([f"flat/{key}" for key in keys], **server))
     for point in keys:
         try:
             found = [key for keys_of_one in listed(s3.Connection(), [point]) for key in keys_of_one]
