@@ -18,7 +18,7 @@ def is_deep(mode: str) -> bool:
 
 def is_colour(image: ImageFile) -> bool:
     """Whether an image that is not decoded yet has colours, or grey and alpha, of 16 bits, of which Pillow keeps 8."""
-    return bool(image.tile) and ";16" in _raw(image) and image.mode in ("RGB", "RGBA")
+    return bool(image.tile) and _raw(image).endswith((";16B", ";16L", ";16N")) and image.mode in ("RGB", "RGBA")
 
 
 def keep_lower(image: ImageFile) -> bool:
@@ -58,5 +58,7 @@ def grey_values(image: Image.Image) -> np.ndarray:
     values, tags = np.asarray(image), getattr(image, "tag_v2", {})
     if image.mode == "I" and tags.get(tiff.BITS) == (32,) and tags.get(tiff.FORMAT, (1,)) == (1,):
         values = values.view(np.uint32)
+    if tags.get(tiff.BITS) == (12,):  # packed; the whole range stays the whole range
+        values = values * np.uint16(16)
     inverted = image.mode.startswith("I;16") and tags.get(tiff.PHOTOMETRIC) == tiff.WHITE_IS_ZERO
     return 65535 - values if inverted else values

@@ -29,13 +29,24 @@ SUFFIXES = {
     "jp2 j2k jxl heic heif avif": "not read; an error says so, where other files would be left out",
 }
 IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffixes in SUFFIXES for suffix in suffixes.split())
-OTHER_FORMATS = {
-    b"jP  ": "JPEG 2000",
-    b"JXL ": "JPEG XL",
-    b"ftypheic": "HEIC",
-    b"ftypmif1": "HEIF",
-    b"ftypavif": "AVIF",
-}
+OTHER_FORMATS = (  # position and bytes that tell, and what it is
+    (4, b"jP  ", "JPEG 2000"),
+    (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (4, b"JXL ", "JPEG XL"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (4, b"ftyphe", "HEIC"),
+    (4, b"ftypmif1", "HEIF"),
+    (4, b"ftypmsf1", "HEIF"),
+    (4, b"ftypavi", "AVIF"),
+    (128, b"DICM", "DICOM"),
+    (0, b"%PDF", "PDF"),
+    (0, b"v/1\x01", "OpenEXR"),
+    (0, b"8BPS", "Photoshop's PSD"),
+    (0, b"version https://git-lfs", "the pointer to a file in Git LFS"),
+    (0, b"<!", "HTML or XML"),
+    (0, b"<html", "HTML or XML"),
+    (0, b"<?xml", "HTML or XML"),
+)
 MAX_PIXELS = 250_000_000  # with more it is taken for a decompression bomb
 MAX_PAGES = 10_000  # of one file
 BAND = 2**20  # values that are scaled in one go
@@ -230,7 +241,9 @@ def _loaded(image: ImageFile, data: bytes, keep: bool = False) -> Image.Image:
             tiff.mend(image)
         image.load()
         _check(damage.of_pixels(data, image))
-        if keep and not isinstance(image, TiffImagePlugin.TiffImageFile):
+        if _orientation(image) == 1:
+            return image
+        if keep:
             return ImageOps.exif_transpose(image)
         ImageOps.exif_transpose(image, in_place=True)
     except ImageError:
@@ -290,18 +303,27 @@ def _palette_labels(image: Image.Image) -> np.ndarray:
 
 
 def orientation(data: bytes) -> int:
-    """An image's EXIF orientation: 1 upright, 2 to 4 mirrored or upside down, 5 to 8 on its side.
+    """A file's EXIF orientation: 1 upright, 2 to 4 mirrored or upside down, 5 to 8 on its side.
 
     Raises:
         ImageError: as `decode_image`.
     """
     try:
-        stored = _header(data).getexif().get(ExifTags.Base.Orientation, 1)
+        return _orientation(_header(data))
     except ImageError:
         if not data.startswith(tiff.SIGNATURES):
             raise
-        with tiff.page(data, 1) as page:
-            stored = tiff.orientation(page)
+    with tiff.page(data, 1) as page:
+        stored = tiff.orientation(page)
+    return stored if stored in range(2, 9) else 1
+
+
+def _orientation(image: ImageFile) -> int:
+    """As `orientation`. EXIF data that cannot be read turn nothing."""
+    try:
+        stored = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # as in `_header`
+        return 1
     return stored if stored in range(2, 9) else 1
 
 
@@ -312,7 +334,7 @@ def _check(problem: str | None) -> None:
 
 def _named(data: bytes) -> str:
     """The name of a format that is not read, to be told what to convert; empty if its signature is unknown."""
-    return next((f" but {name}" for mark, name in OTHER_FORMATS.items() if data.startswith(mark, 4)), "")
+    return next((f" but {name}" for start, mark, name in OTHER_FORMATS if data.startswith(mark, start)), "")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -83,14 +83,16 @@ def trusted(image: TiffImagePlugin.TiffImageFile) -> bool:
 def mend(image: TiffImagePlugin.TiffImageFile) -> None:
     """Have a page that is not decoded yet decoded to the colours that are stored.
 
-    Pillow divides colours by alpha, where 0 makes black, and takes what libtiff expands for the file's byte order,
-    though it is this machine's.
+    Pillow divides colours by alpha, where 0 makes black; takes what libtiff expands for the file's byte order, which is
+    this machine's; and takes 0 for white if the file does not say so.
     """
     native = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"}
     for number, tile in enumerate(image.tile):
         assert isinstance(tile.args, tuple)
         raw = tile.args[0].replace("RGBa", "RGBA")
         raw = native.get(raw, raw) if tile.codec_name == "libtiff" else raw
+        if raw == "L;I" and PHOTOMETRIC not in image.tag_v2:
+            raw = "L"
         image.tile[number] = tile._replace(args=("A" if raw == "a" else raw, *tile.args[1:]))
 
 
@@ -117,13 +119,14 @@ def values(page: TiffPage, size: int) -> np.ndarray:
         Exception: whatever the decoding of a damaged file meets.
     """
     apart = page.planarconfig == 2 and page.samplesperpixel > 1
-    samples = 3 if page.photometric == RGB else 1
+    photometric = page.tags.valueof(PHOTOMETRIC, RGB if page.samplesperpixel > 2 else BLACK_IS_ZERO)
+    samples = 3 if photometric == RGB else 1
     readable = (
-        page.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB)
+        photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB)
         and page.samplesperpixel in (samples, samples + 1)  # alpha, which is ignored
         and page.bitspersample in (8, 16, 32, 64)
         and page.dtype is not None
-        and page.dtype.kind in ("u" if page.photometric == WHITE_IS_ZERO else "uif")
+        and page.dtype.kind in ("u" if photometric == WHITE_IS_ZERO else "uif")
         and page.compression in COMPRESSIONS
         and page.predictor in PREDICTORS
         and page.fillorder == 1
@@ -136,7 +139,7 @@ def values(page: TiffPage, size: int) -> np.ndarray:
     stored = page.asarray(maxworkers=1)
     bands = stored if apart else np.moveaxis(stored[..., None] if stored.ndim == 2 else stored, -1, 0)
     picture = bands[0] if samples == 1 else np.moveaxis(bands[:3], 0, -1)
-    if page.photometric == WHITE_IS_ZERO:
+    if photometric == WHITE_IS_ZERO:
         picture = np.iinfo(picture.dtype).max - picture
     return _upright(picture, orientation(page))
 
@@ -162,11 +165,14 @@ def _kind(page: TiffPage, apart: bool) -> str:
     """For example "a TIFF of 3 x 32-bit float (planes apart, LZW)"."""
     formats = {1: "integer", 2: "signed integer", 3: "float"}
     kind = f"{page.samplesperpixel} x {page.bitspersample}-bit {formats.get(page.sampleformat, 'complex')}"
-    notes = ["planes apart"] * apart
-    notes += [_name(page.compression)] * (page.compression != 1) + [f"predictor {page.predictor:d}"] * (
-        page.predictor > 2
-    )
-    return f"a TIFF of {kind} ({', '.join([*notes, _name(page.photometric)])})"
+    notes = {
+        "planes apart": apart,
+        _name(page.compression): page.compression != 1,
+        f"predictor {page.predictor:d}": page.predictor not in PREDICTORS,
+        "bits reversed": page.fillorder != 1,
+        _name(page.photometric): True,
+    }
+    return f"a TIFF of {kind} ({', '.join(note for note, is_so in notes.items() if is_so)})"
 
 
 def _name(value: int) -> str:

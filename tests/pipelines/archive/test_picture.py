@@ -8,7 +8,7 @@ from PIL import Image
 
 from glad_core.images import resize, to_tensor
 from glad_core.views import Framing
-from pipelines.archive.picture import ImageError, decode, decode_image, is_image, pages
+from pipelines.archive.picture import ImageError, decode, decode_image, is_image, orientation, pages
 
 
 def encode(image, format="PNG", **options):
@@ -96,7 +96,14 @@ def test_a_picture_of_any_kind_is_an_image_by_its_name(name):
 
 @pytest.mark.parametrize(
     ("data", "name"),
-    [(b"\0\0\0\x0cjP  \r\n", "JPEG 2000"), (b"\0\0\0\x18ftypheic\0", "HEIC"), (b"\0\0\0 ftypavif\0", "AVIF")],
+    [
+        (b"\0\0\0\x0cjP  \r\n", "JPEG 2000"),
+        (b"\0\0\0\x18ftypheix\0", "HEIC"),
+        (b"\0\0\0 ftypavif\0", "AVIF"),
+        (bytes(128) + b"DICM", "DICOM"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "the pointer to a file in Git LFS"),
+        (b"<!doctype html>", "HTML or XML"),
+    ],
 )
 def test_a_format_that_is_not_read_is_named(data, name):
     with pytest.raises(ImageError, match=f"GIF or PPM but {name}$"):
@@ -109,6 +116,72 @@ def test_exif_rotation_is_applied():
     decoded = decode_image(encode(Image.fromarray(picture()), "PNG", exif=exif))
     assert decoded.shape == (40, 24, 3)
     assert (decoded == np.rot90(picture(), 3)).all()
+
+
+@pytest.mark.parametrize(("format", "options"), [("PNG", {}), ("WEBP", {"lossless": True})])
+def test_exif_data_that_cannot_be_read_turn_nothing(format, options):
+    data = encode(Image.fromarray(picture()), format, exif=b"Exif\0\0garbage!", **options)
+    assert (decode_image(data) == picture()).all()
+    assert orientation(data) == 1
+
+
+@pytest.mark.parametrize(("format", "options"), [("TIFF", {}), ("WEBP", {"lossless": True}), ("JPEG", {"quality": 98})])
+@pytest.mark.parametrize("way", range(1, 9))
+def test_every_format_is_turned_the_same_way(format, options, way):
+    exif = Image.Exif()
+    exif[0x0112] = way
+    upright, other = (
+        decode_image(encode(Image.fromarray(picture()), kind, exif=exif, **more)).astype(int)
+        for kind, more in (("PNG", {}), (format, options))
+    )
+    assert upright.shape == other.shape
+    assert np.abs(upright - other).mean() < 3
+
+
+def bmp(bits, pixels, masks=(), top_down=False):
+    """A Windows bitmap of 40 x 24 pixels; with masks of its colours' bits, if there are any."""
+    extra = struct.pack(f"<{len(masks)}I", *masks)
+    size = struct.pack("<Iii", 40, 40, -24 if top_down else 24)
+    header = size + struct.pack("<HHIIiiII", 1, bits, 3 if masks else 0, len(pixels), 0, 0, 0, 0) + extra
+    return b"BM" + struct.pack("<IHHI", 14 + len(header) + len(pixels), 0, 0, 14 + len(header)) + header + pixels
+
+
+@pytest.mark.parametrize(
+    ("widths", "masks"), [((5, 5, 5), ()), ((5, 5, 5), (0x7C00, 0x3E0, 0x1F)), ((5, 6, 5), (0xF800, 0x7E0, 0x1F))]
+)
+def test_bitmaps_of_16_bits(widths, masks):
+    red, green, blue = (
+        np.moveaxis(picture().astype(np.uint16), -1, 0) >> np.array([8 - w for w in widths])[:, None, None]
+    )
+    packed = (red << (widths[1] + 5)) | (green << 5) | blue
+    decoded = decode_image(bmp(16, packed[::-1].astype("<u2").tobytes(), masks))
+    assert np.abs(decoded.astype(int) - picture()).max() <= 7
+
+
+@pytest.mark.parametrize("top_down", [False, True])
+def test_the_fourth_byte_of_a_bitmap_is_ignored(top_down):
+    pixels = np.dstack([picture()[..., ::-1], np.zeros((24, 40), np.uint8)])
+    data = bmp(32, (pixels if top_down else pixels[::-1]).tobytes(), top_down=top_down)
+    assert (decode_image(data) == picture()).all()
+
+
+@pytest.mark.parametrize(
+    "options", [{"compression": "group4"}, {"compression": "tiff_ccitt"}, {"compression": "lzma"}, {}]
+)
+def test_bilevel_and_cmyk_tiffs(options):
+    bilevel = Image.fromarray(picture()).convert("1")
+    assert (decode_image(encode(bilevel, "TIFF", **options)) == np.asarray(bilevel.convert("RGB"))).all()
+    compression = "tiff_lzw" if options else "raw"
+    cmyk = encode(Image.fromarray(picture()).convert("CMYK"), "TIFF", compression=compression)
+    assert (decode_image(cmyk) == picture()).all()
+
+
+@pytest.mark.parametrize("most", [255, 1023, 4095, 65535])
+def test_the_largest_value_of_a_ppm_is_white(most):
+    values = np.round(picture() * (most / 255)).astype("u1" if most == 255 else ">u2")
+    for head, pixels in ((b"P6", values), (b"P5", values[..., 0])):
+        data = head + b" 40 24 %d\n" % most + pixels.tobytes()
+        assert np.abs(decode_image(data).astype(int) - picture()[..., : 3 if head == b"P6" else 1]).max() <= 1
 
 
 def test_cmyk_and_float():

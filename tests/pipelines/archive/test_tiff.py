@@ -53,6 +53,41 @@ def test_white_may_be_zero(dtype, order):
     assert np.abs(decode_image(data) - np.round(255 - COLOURS[..., :1] * 255)).max() <= 1
 
 
+def retagged(data, old, new, value):
+    """The file with an entry, of one short number, made another's."""
+    at = data.index(struct.pack("<HHI", old, 3, 1))
+    return data[:at] + struct.pack("<HHIHH", new, 3, 1, value, 0) + data[at + 12 :]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_black_is_zero_if_the_file_does_not_say(dtype):
+    for values, photometric in ((COLOURS[..., 0], "minisblack"), (COLOURS, "rgb")):
+        data = retagged(tiff(stored(values, dtype), photometric=photometric), 262, 263, 1)
+        assert np.abs(decode_image(data) - np.round(np.atleast_3d(values) * 255)).max() <= 1
+    lzw = io.BytesIO()
+    Image.fromarray(stored(COLOURS[..., 0], "uint8")).save(lzw, "TIFF", compression="tiff_lzw")
+    assert np.abs(decode_image(retagged(lzw.getvalue(), 262, 263, 1)) - np.round(COLOURS[..., :1] * 255)).max() <= 1
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_bits_may_be_stored_in_reverse(dtype):
+    data = tiff(stored(COLOURS[..., 0], dtype), photometric="minisblack", extratags=[(274, 3, 1, 1)])
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        start, size = file.pages.first.dataoffsets[0], file.pages.first.databytecounts[0]
+    turned = bytes(int(f"{byte:08b}"[::-1], 2) for byte in data[start : start + size])
+    data = retagged(data[:start] + turned + data[start + size :], 274, 266, 2)
+    assert np.abs(decode_image(data) - np.round(COLOURS[..., :1] * 255)).max() <= 1
+
+
+def test_12_bits_that_are_packed():
+    first, second = np.moveaxis(np.round(COLOURS[..., 0] * 4095).astype(int).reshape(40, 24, 2), -1, 0)
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], -1).astype(np.uint8).tobytes()
+    data = tiff(np.frombuffer(packed, np.uint8).reshape(40, 72), photometric="minisblack")
+    at = data.index(struct.pack("<HHI", 256, 4, 1))
+    data = retagged(data[: at + 8] + struct.pack("<I", 48) + data[at + 12 :], 258, 258, 12)
+    assert np.abs(decode_image(data) - np.round(COLOURS[..., :1] * 255)).max() <= 1
+
+
 @pytest.mark.parametrize("bits", [10, 12, 14])
 @pytest.mark.parametrize("apart", [False, True])
 def test_colours_of_few_bits_in_16_are_brought_to_the_white_level(bits, apart):
