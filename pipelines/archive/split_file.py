@@ -32,7 +32,11 @@ def read_split_file(root: str, storage: Storage) -> list[Example] | None:
         return None
     try:
         with clear_errors(file, storage):
-            columns, rows = csv_rows(storage.read(file), SPLIT_COLUMNS, file, LeftOut())
+            data = storage.read(file)
+            for other in (join(root, name) for name in SPLIT_FILES):
+                if storage.kind(other) == "file" and storage.read(other) != data:
+                    raise GladError(f"{file}: is not the same as {other}; remove one of the two split files")
+            columns, rows = csv_rows(data, SPLIT_COLUMNS, file, LeftOut())
     except UnicodeError as error:
         raise GladError(f"{file}: no text in UTF-8 or UTF-16; VisA's split file is expected") from error
     missing = SPLIT_COLUMNS - set(columns)

@@ -19,7 +19,6 @@ from glad_core.errors import GladError
 from pipelines.archive.rows import COMMENTS, HEADERS, LeftOut
 
 LIST_SUFFIXES = (".txt", ".lst", ".csv", ".tsv", ".parquet")
-UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 READ_AHEAD = 2**20  # bytes
 BLANKS_AFTER_QUOTE = re.compile(r'" +(?=[,;\t\r\n]|$)')
 URI, CATEGORY = "uri", "category"  # columns, in any case
@@ -49,9 +48,8 @@ def read_list(source: str, storage: Storage, left_out: LeftOut) -> Iterator[List
 def _lines(source: str, storage: Storage, left_out: LeftOut) -> Iterator[Listing]:
     begun = False
     with io.BufferedReader(storage.open(source), READ_AHEAD) as stream:
-        encoding = "utf-16" if stream.peek(2).startswith(UTF16) else "utf-8-sig"
         try:
-            for line in io.TextIOWrapper(stream, encoding, errors="surrogateescape"):
+            for line in io.TextIOWrapper(stream, _encoding(stream.peek(2)), errors="surrogateescape"):
                 columns = [] if begun else _columns(line)
                 if URI in columns and len(columns) > 1:  # a CSV file by another name
                     left_out.others[COMMENTS] = 0
@@ -67,6 +65,13 @@ def _lines(source: str, storage: Storage, left_out: LeftOut) -> Iterator[Listing
                     yield line.strip(), None
         except UnicodeError as error:
             raise GladError(f"{source}: no text in UTF-8 or UTF-16; write one URI per line") from error
+
+
+def _encoding(start: bytes) -> str:
+    """UTF-8 or UTF-16, by its mark or its first character, which is seldom beyond U+00FF."""
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    return "utf-16-le" if start[1:2] == b"\0" else "utf-16-be" if start[:1] == b"\0" else "utf-8-sig"
 
 
 def _delimiter(header: str) -> str:
@@ -101,7 +106,7 @@ def csv_rows(
         UnicodeError: neither of the two encodings.
         GladError: a needed column is there twice; while rows are read, a quote is open or a row has too many cells.
     """
-    text = data.decode("utf-16" if data.startswith(UTF16) else "utf-8-sig")
+    text = data.decode(_encoding(data))
     if excel := re.match(r"sep=(.)(\r\n|\r|\n)", text):
         text = "\n" + text[excel.end() :]
     header = next((line for line in _uncommented(text, LeftOut()) if line.strip()), "")
@@ -145,7 +150,7 @@ def _by_column(
                 'put quotes (") around one that holds the separator'
             )
         row = dict(zip(columns, cells, strict=False))
-        if any(len(row.get(name, "").splitlines()) > 1 for name in needed):
+        if any(re.search(r"[\r\n]", row.get(name, "")) for name in needed):
             raise GladError(
                 f"{source}: line {number}: a quote is open or in the wrong place (it holds lines); correct it"
             )

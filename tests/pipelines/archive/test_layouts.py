@@ -267,6 +267,16 @@ def test_a_mask_of_a_row_that_is_labelled_good_is_named(visa):
     assert "6 images, 1 problems" in text
 
 
+def test_two_split_files_that_differ_are_refused(visa):
+    plain = read_dataset(str(visa), STORAGE)
+    text = (visa / "split_csv/1cls.csv").read_text()
+    (visa / "1cls.csv").write_text(text)
+    assert read_dataset(str(visa), STORAGE) == plain
+    (visa / "1cls.csv").write_text(text.replace("train", "test"))
+    with pytest.raises(GladError, match="remove one of the two split files"):
+        read_dataset(str(visa), STORAGE)
+
+
 @pytest.mark.parametrize("nothing", ["nan", "None", "NULL"])
 def test_a_missing_mask_as_pandas_writes_it_is_none(nothing, visa):
     file = visa / "split_csv/1cls.csv"

@@ -372,14 +372,16 @@ def test_a_parquet_list_with_two_columns_for_one_is_refused(tmp_path):
             found(tmp_path / "list.parquet")
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
 def test_a_text_list_may_have_a_header_and_excel_s_encoding(encoding, tmp_path):
     text = "URI\nä,1.png\r\nuri\n"  # a file may be called so
-    mark = "\ufeff" if encoding == "utf-16-le" else ""
-    (tmp_path / "list.txt").write_bytes((mark + text).encode(encoding))
-    rows, left_out = found(tmp_path / "list.txt")
-    assert names(rows, tmp_path) == ["ä,1.png", "uri"]
-    assert left_out.others == {"header of the list": 1}
+    for mark in ("", "\ufeff") if encoding[-3:] in ("-le", "-be") else ("",):
+        (tmp_path / "list.txt").write_bytes((mark + text).encode(encoding))
+        rows, left_out = found(tmp_path / "list.txt")
+        assert names(rows, tmp_path) == ["ä,1.png", "uri"]
+        assert left_out.others == {"header of the list": 1}
+        (tmp_path / "list.csv").write_bytes((mark + text.replace(",", ";")).encode(encoding))
+        assert names(found(tmp_path / "list.csv")[0], tmp_path) == ["ä;1.png", "uri"]
 
 
 def test_a_column_of_row_numbers_is_no_category_and_numbers_may_be_categories(tmp_path):
