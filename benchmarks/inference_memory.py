@@ -34,7 +34,7 @@ from glad_core import adaptive, scoring
 from glad_core.bundle.model import Model
 from glad_core.bundle.settings import Settings
 from glad_core.engine.engine import Engine
-from glad_core.features import create_vit
+from glad_core.features import create_backbone
 from glad_core.judge import final_token_map
 from glad_core.verdict import Request
 
@@ -94,7 +94,7 @@ def measured(resolution: int) -> tuple[float, float]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # One step of one image, compared and concluded: more steps would take longer, not more memory.
     settings = Settings(resolution=resolution, feature_resolution=resolution, inference_steps=1, min_step=1000)
-    model = stable_diffusion(create_vit("vit_base_patch8_224.dino"), settings, torch.device("cpu"), None)
+    model = stable_diffusion(create_backbone("vit_base_patch8_224.dino"), settings, torch.device("cpu"), None)
     engine = Engine(model, slots=1)
     engine.submit(Request("image", np.zeros((resolution, resolution, 3), np.uint8)))
     started = time.perf_counter()
@@ -120,7 +120,7 @@ def main(
     # never does for a bundle's weights.
     torch.set_autocast_cache_enabled(False)
     # timm computes with values while it builds a network, so this one is no fake tensor.
-    vit = create_vit("vit_base_patch8_224.dino").requires_grad_(True)
+    vit = create_backbone("vit_base_patch8_224.dino").requires_grad_(True)
     rows, work = [], {}
     for name, dtype in (("off", None), ("bf16", torch.bfloat16)):
         with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():

@@ -33,16 +33,15 @@ from demo_figures import test_set
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from rich.console import Console
 from rich.table import Table
-from timm.models.vision_transformer import VisionTransformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from glad_core import adaptive, features, schedule
+from glad_core import adaptive, schedule
 from glad_core.bundle.model import AUTOCAST, Model, load_bundle
 from glad_core.bundle.settings import Settings
 from glad_core.engine.engine import Engine
 from glad_core.engine.process import keep_buffers, set_up
-from glad_core.features import create_vit
+from glad_core.features import Backbone, create_backbone
 from glad_core.image_metrics import image_metrics
 from glad_core.images import resize
 from glad_core.judge import conclude, prepare
@@ -118,13 +117,12 @@ def network_calls(model: Model) -> dict[str, Callable[[int], Any]]:
         t = torch.full((rows,), 100, device=model.device)
         return model.unet(latents(rows), t, encoder_hidden_states=model.prompt_cond.expand(rows, -1, -1))
 
-    blocks = features.used_blocks(model.features)
     calls = {
         "unet": unet,
         "encode": lambda rows: vae.encode(images(rows, s.resolution)),
         "decode": lambda rows: vae.decode(latents(rows)),
-        "steps": lambda rows: features.patch_tokens(model.features, images(rows, s.resolution), blocks[-1:]),
-        "final": lambda rows: features.patch_tokens(model.final_features, images(rows, s.feature_resolution), blocks),
+        "steps": lambda rows: model.features(images(rows, s.resolution), last=True),
+        "final": lambda rows: model.final_features(images(rows, s.feature_resolution)),
     }
     return {name: model.precision()(call) for name, call in calls.items()}
 
@@ -149,29 +147,29 @@ def clock(model: Model) -> float:
 def measured(model: Model, spent: Spent) -> Iterator[None]:
     """Record the time and the network calls of the block in ``spent``."""
 
-    def watched(name: Callable[..., str], call: Callable[..., Any], first: int) -> Callable[..., Any]:
+    def watched(name: Callable[[Mapping[str, Any]], str], call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             started = clock(model)
             result = call(*args, **kwargs)
-            spent.seconds[name(*args)] += clock(model) - started
-            spent.rows[name(*args)] += len(args[first])
+            spent.seconds[name(kwargs)] += clock(model) - started
+            spent.rows[name(kwargs)] += len(args[0])
             return result
 
         return wrapper
 
-    tokens = features.patch_tokens
-    blocks = features.used_blocks(model.features)
-    model.unet.forward = watched(lambda *args: "unet", model.unet.forward, 0)
-    model.vae.encode = watched(lambda *args: "encode", model.vae.encode, 0)
-    model.vae.decode = watched(lambda *args: "decode", model.vae.decode, 0)
-    features.patch_tokens = watched(lambda *args: "final" if list(args[2]) == blocks else "steps", tokens, 1)
+    model.unet.forward = watched(lambda _: "unet", model.unet.forward)
+    model.vae.encode = watched(lambda _: "encode", model.vae.encode)
+    model.vae.decode = watched(lambda _: "decode", model.vae.decode)
+    backbones = {id(backbone): backbone for backbone in (model.features, model.final_features)}.values()
+    for backbone in backbones:
+        backbone.forward = watched(lambda kwargs: "steps" if "last" in kwargs else "final", backbone.forward)
     started = clock(model)
     try:
         yield
     finally:
         spent.total += clock(model) - started
-        features.patch_tokens = tokens
-        for network, method in ((model.unet, "forward"), (model.vae, "encode"), (model.vae, "decode")):
+        forwards = [(network, "forward") for network in (model.unet, *backbones)]
+        for network, method in (*forwards, (model.vae, "encode"), (model.vae, "decode")):
             delattr(network, method)  # back to the class's own
 
 
@@ -230,9 +228,7 @@ def bare_calls(model: Model, batches: Mapping[str, int]) -> Iterator[float]:
         yield done / rounds
 
 
-def stable_diffusion(
-    vit: VisionTransformer, settings: Settings, device: torch.device, autocast: torch.dtype | None
-) -> Model:
+def stable_diffusion(vit: Backbone, settings: Settings, device: torch.device, autocast: torch.dtype | None) -> Model:
     """Networks of the size of Stable Diffusion v1-4, random weights: good for times and memory, not for scores."""
     torch.manual_seed(0)
     with device:
@@ -290,7 +286,7 @@ def main(
     if size == "small":
         plain = load_bundle(bundle, device, autocast=AUTOCAST[precision])
     else:
-        vit = create_vit("vit_base_patch8_224.dino").to(device)
+        vit = create_backbone("vit_base_patch8_224.dino").to(device)
         settings = Settings(resolution=resolution, feature_resolution=resolution, delta=1e3, score_fall=0.0)
         plain = stable_diffusion(vit, settings, torch.device(device), AUTOCAST[precision])
         for network in (plain.unet, plain.vae):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glad_core import features, schedule, scoring
+from glad_core import schedule, scoring
 
 if TYPE_CHECKING:
     from glad_core.bundle.model import Model
@@ -156,15 +156,12 @@ def compare(model: Model, x0_true_BCHW: Tensor, x0_hat_BCHW: Tensor) -> tuple[Te
     """The difference between the two clean predictions (Sec. 3.3): token map [B, h, w] and step score [B].
 
     The released code compares only the last block, all in float16; the paper compares all four blocks (Sec. 3.6).
-    Both pass the decoded images to DINO without normalisation, in about [-1, 1].
+    Both pass the decoded images to the features without normalisation, in about [-1, 1].
     """
     s = model.settings
-    blocks = features.used_blocks(model.features)
-    if s.variant == "official":
-        blocks = blocks[-1:]
     images = decode(model, torch.cat([x0_true_BCHW, x0_hat_BCHW]))
     with model.precision():
-        both = features.patch_tokens(model.features, images, blocks)
+        both = model.features(images, last=s.variant == "official")
     dtype = torch.float16 if s.variant == "official" else torch.float32
     pairs = [tokens.to(dtype).chunk(2) for tokens in both]
     map_bhw = scoring.token_map(

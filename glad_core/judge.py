@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glad_core import adaptive, features, scoring
+from glad_core import adaptive, scoring
 from glad_core.bundle.model import Model
 from glad_core.bundle.settings import Settings
 from glad_core.foreground import object_mask
@@ -48,16 +48,15 @@ def map_at_full_size(settings: Settings, detection: Detection) -> Tensor:
 def final_token_map(model: Model, test_B3RR: Tensor, reconstruction_B3RR: Tensor) -> tuple[Tensor, Tensor]:
     """Eq. 11-12 between image and reconstruction: token map [B, g, g] and pixel distance [B, D, D].
 
-    Both images are first resized to the feature resolution and ImageNet-normalised.
+    Both images are first resized to the feature resolution and normalised as the features were trained.
     """
     s = model.settings
     size = (s.feature_resolution, s.feature_resolution)
     both = torch.cat([test_B3RR, reconstruction_B3RR])
     both = F.interpolate(both, size=size, mode="bilinear", align_corners=True)
-    both = features.imagenet_normalize(both)
-    vit = model.final_features
+    both = model.final_features.normalize(both)
     with model.precision():
-        layers = features.patch_tokens(vit, both, features.used_blocks(vit))
+        layers = model.final_features(both)
     tokens = [layer.float().chunk(2) for layer in layers]
     maps = scoring.token_map(
         [pair[0] for pair in tokens],

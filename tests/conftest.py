@@ -31,7 +31,7 @@ def make_tiny_bundle(path):
 
     from glad_core.bundle.model import save_bundle
     from glad_core.bundle.settings import Settings
-    from glad_core.features import create_vit
+    from glad_core.features import create_backbone
 
     torch.manual_seed(0)
     blocks = (16, 32)
@@ -58,7 +58,7 @@ def make_tiny_bundle(path):
         path,
         unet=unet,
         vae=vae,
-        features=create_vit(architecture, **args),
+        features=create_backbone(architecture, **args),
         features_config={"architecture": architecture, "args": args},
         prompt_cond=torch.randn(1, 4, 16),
         prompt_uncond=torch.randn(1, 4, 16),

@@ -58,15 +58,15 @@ class Case:
 
 
 @cache
-def load_vit(family: str, name: str) -> torch.nn.Module:
+def load_backbone(family: str, name: str) -> features.Backbone:
     folder = FOLDER / f"models_{family}"
     config = json.loads((folder / "dino_config.json").read_text())
     args = {key: config[key] for key in ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
-    vit = features.create_vit("vit_tiny_patch16_224", qkv_bias=config["qkv_bias"], **args)
-    assert vit.norm.eps == config["norm_eps"]
+    backbone = features.create_backbone("vit_tiny_patch16_224", qkv_bias=config["qkv_bias"], **args)
+    assert backbone.net.norm.eps == config["norm_eps"]
     weights = folder / f"{name}.safetensors"
-    vit.load_state_dict(load_file(weights if weights.exists() else folder / "dino.safetensors"))
-    return vit
+    backbone.net.load_state_dict(load_file(weights if weights.exists() else folder / "dino.safetensors"))
+    return backbone
 
 
 @cache
@@ -84,8 +84,8 @@ def model_of(family: str, settings: Settings) -> Model:
     return Model(
         unet=unet,
         vae=vae,
-        features=load_vit(family, "dino"),
-        final_features=load_vit(family, "dino_final"),
+        features=load_backbone(family, "dino"),
+        final_features=load_backbone(family, "dino_final"),
         prompt_cond=prompts["cond"],
         prompt_uncond=prompts["uncond"],
         alphas=schedule.alphas_cumprod(),
@@ -261,7 +261,7 @@ def metric_values(scores: np.ndarray, labels: np.ndarray, maps: np.ndarray, mask
 @pytest.mark.parametrize("name", cases("dino_*"))
 def test_features(name: str) -> None:
     case = Case(name)
-    vit = load_vit(case.settings["model_family"], "dino")
+    vit = load_backbone(case.settings["model_family"], "dino").net
     for key in case.arrays.files:
         if not key.startswith("images_"):
             continue

@@ -16,10 +16,14 @@ from pydantic import ConfigDict, Field
 from glad_core.bundle.glad_json import read_json
 from glad_core.bundle.settings import FrozenSettings
 from glad_core.errors import GladError
+from glad_core.features import IMAGENET_MEAN, IMAGENET_STD
 
 Width = Annotated[int, Field(ge=1, le=65_536)]  # channels, heads, pixels
 Depth = Annotated[int, Field(ge=1, le=32)]  # layers of a block
 Widths = Annotated[list[Width], Field(min_length=1, max_length=8)]  # one for each block
+Colour = Annotated[float, Field(ge=0, le=1)]
+Spread = Annotated[float, Field(ge=1e-3, le=1)]
+Stride = Annotated[int, Field(ge=1, le=256)]
 Activation = Literal["silu", "swish", "mish", "gelu", "relu"]
 PROVENANCE = ("_class_name", "_diffusers_version", "_name_or_path")  # written by diffusers, not architectural
 
@@ -124,8 +128,8 @@ class SchedulerConfig(DiffusersConfig):
     timestep_spacing: Literal["leading", "linspace", "trailing"] = "leading"
 
 
-class ViTArguments(FrozenSettings):
-    """The arguments of timm's ``VisionTransformer`` that a bundle may give; the others are the architecture's own."""
+class BackboneArguments(FrozenSettings):
+    """The arguments of timm's vision transformers that a bundle may give; the others are the architecture's own."""
 
     model_config = ConfigDict(strict=True)
 
@@ -151,13 +155,21 @@ class ViTArguments(FrozenSettings):
     dynamic_img_size: bool = False
 
 
-class ViTConfig(FrozenSettings):
-    """A ``features/config.json``: timm's name of an architecture, and arguments that differ from it."""
+class BackboneConfig(FrozenSettings):
+    """A ``features/config.json``: timm's name of an architecture, arguments that differ from it, and what is compared.
+
+    ``strides`` names the stages compared, of a network of several; ``mean`` and ``std`` are of the colours in [0, 1]
+    that the weights were trained on; ``licence`` is the weights' own.
+    """
 
     model_config = ConfigDict(strict=True)
 
     architecture: str
-    args: ViTArguments
+    args: BackboneArguments
+    strides: Annotated[list[Stride], Field(min_length=1, max_length=4)] | None = None
+    mean: list[Colour] = Field(list(IMAGENET_MEAN), min_length=3, max_length=3)
+    std: list[Spread] = Field(list(IMAGENET_STD), min_length=3, max_length=3)
+    licence: Annotated[str, Field(max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")] = "not recorded"
 
     @classmethod
     def read(cls, file: Path) -> Self:
@@ -165,7 +177,7 @@ class ViTConfig(FrozenSettings):
         return _parse(cls, read_json(file), file)
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments for `glad_core.features.create_vit`."""
+        """Keyword arguments for `glad_core.features.timm_network`."""
         return self.args.model_dump(exclude_unset=True)
 
 

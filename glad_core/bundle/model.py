@@ -3,8 +3,8 @@
     unet/ vae/ scheduler/   diffusers format      features/ [final_features/]   timm name, arguments, weights
     prompt.safetensors      prompt embeddings    glad.json                    settings, provenance, sha256 of all files
 
-Nothing here unpickles. ``final_features`` is present only if the final comparison uses a ViT adapted to the category
-while the steps use the frozen one.
+Nothing here unpickles. ``final_features`` is present only if the final comparison uses features adapted to the category
+while the steps use the frozen ones.
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import save_file
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from glad_core.bundle.configs import DiffusersConfig, SchedulerConfig, UNetConfig, VAEConfig, ViTConfig
+from glad_core.bundle.configs import BackboneConfig, DiffusersConfig, SchedulerConfig, UNetConfig, VAEConfig
 from glad_core.bundle.glad_json import GLAD_JSON, read_description, verify, write_description
 from glad_core.bundle.settings import Settings
-from glad_core.bundle.weights import load_network, not_finite, read_shapes, read_tensors
+from glad_core.bundle.weights import load_network, not_finite, read_shapes, read_tensors, storable
 from glad_core.errors import GladError
-from glad_core.features import create_vit
+from glad_core.features import Backbone, timm_network
 
 AUTOCAST = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # by the names users give
 
@@ -47,8 +46,8 @@ class Model:
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
-    features: VisionTransformer
-    final_features: VisionTransformer
+    features: Backbone
+    final_features: Backbone
     prompt_cond: Tensor
     prompt_uncond: Tensor
     alphas: Tensor
@@ -91,7 +90,7 @@ def save_bundle(
     *,
     unet: UNet2DConditionModel,
     vae: AutoencoderKL,
-    features: VisionTransformer,
+    features: Backbone,
     features_config: dict[str, Any],
     prompt_cond: Tensor,
     prompt_uncond: Tensor,
@@ -99,7 +98,7 @@ def save_bundle(
     category: str,
     provenance: dict[str, Any],
     prompts: dict[str, Tensor] | None = None,
-    final_features: VisionTransformer | None = None,
+    final_features: Backbone | None = None,
     scheduler_config: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> str:
@@ -107,7 +106,7 @@ def save_bundle(
 
     Args:
         path: local folder to create.
-        features_config: ``{"architecture": timm name, "args": keyword arguments}`` that rebuild ``features``.
+        features_config: what rebuilds ``features``: values of `BackboneConfig`.
         prompts: one [1, L, D] embedding per category, in a bundle for several.
         scheduler_config: diffusers scheduler configuration; Stable Diffusion's β schedule by default.
         overwrite: replace a bundle that is already there.
@@ -125,9 +124,9 @@ def save_bundle(
         _save_part(partial / "vae", vae)
         scheduler = DDIMScheduler.from_config(scheduler_config or stable_diffusion_schedule())
         scheduler.save_pretrained(partial / "scheduler")
-        _save_vit(partial / "features", features, features_config)
+        _save_backbone(partial / "features", features, features_config)
         if final_features is not None:
-            _save_vit(partial / "final_features", final_features, features_config)
+            _save_backbone(partial / "final_features", final_features, features_config)
         stored = {"cond": prompt_cond, "uncond": prompt_uncond}
         stored |= {f"cond/{name}": value for name, value in (prompts or {}).items()}
         _save_tensors(partial / "prompt.safetensors", stored, "prompt")
@@ -206,8 +205,8 @@ def load_bundle(
     alphas = _read_alphas(path / "scheduler/scheduler_config.json")
     unet = _load_part(UNetConfig, path / "unet", device, dtype)
     vae = _load_part(VAEConfig, path / "vae", device, dtype)
-    features = load_vit(path / "features", device, dtype)
-    final = load_vit(path / "final_features", device, dtype) if (path / "final_features").is_dir() else features
+    features = load_backbone(path / "features", device, dtype)
+    final = load_backbone(path / "final_features", device, dtype) if (path / "final_features").is_dir() else features
     prompts = _read_prompts(path / "prompt.safetensors", description.category, device, dtype)
     model = Model(
         unet=unet,
@@ -264,14 +263,9 @@ def _check_fit(model: Model, where: str) -> None:
             f"{where}: the VAE makes {vae.latent_channels} latent channels, the UNet takes {unet.in_channels}"
         )
     multiple = model.vae_factor * 2 ** (len(unet.block_out_channels) - 1)
-    patch = model.features.patch_embed.patch_size[0]
-    for name, side, unit in (
-        ("resolution", s.resolution, multiple),
-        ("resolution", s.resolution, patch),
-        ("feature_resolution", s.feature_resolution, model.final_features.patch_embed.patch_size[0]),
-    ):
-        if side % unit:
-            raise GladError(f"{where}: {name} {side} does not fit its networks: use a multiple of {unit}")
+    if s.resolution % multiple:
+        raise GladError(f"{where}: resolution {s.resolution} does not fit its networks: use a multiple of {multiple}")
+    check_features(model.final_features, s.feature_resolution, where)
     if model.prompt_cond.shape[-1] != unet.cross_attention_dim:
         raise GladError(
             f"{where}: prompt embeddings are {model.prompt_cond.shape[-1]} wide, "
@@ -279,10 +273,10 @@ def _check_fit(model: Model, where: str) -> None:
         )
 
 
-def _save_vit(folder: Path, vit: VisionTransformer, config: dict[str, Any]) -> None:
+def _save_backbone(folder: Path, backbone: Backbone, config: dict[str, Any]) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-    _save_tensors(folder / "model.safetensors", vit.state_dict(), folder.name)
+    _save_tensors(folder / "model.safetensors", storable(backbone.net.state_dict()), folder.name)
 
 
 def _save_part(folder: Path, network: Any) -> None:
@@ -308,16 +302,32 @@ def _check_finite(part: str, tensors: dict[str, Tensor]) -> None:
         )
 
 
-def load_vit(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> VisionTransformer:
-    """A ViT from a bundle's ``features`` folder: config.json (timm name and arguments) and safetensors.
+def check_features(backbone: Backbone, side: int, where: str) -> None:
+    """Check that images can be compared at a feature resolution of ``side`` pixels.
+
+    Raises:
+        GladError: they cannot.
+    """
+    if backbone.fitting(side) != side:
+        raise GladError(f"{where}: feature_resolution {side} does not fit its networks: use {backbone.sizes}")
+    try:
+        backbone.try_size(side)
+    except GladError as error:
+        raise GladError(f"{where}: {error}") from error
+
+
+def load_backbone(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Backbone:
+    """The network in a bundle's ``features`` folder: config.json (`BackboneConfig`) and safetensors.
 
     Raises:
         GladError: as `load_network`, or a configuration that no bundle has.
     """
     file = folder / "config.json"
-    config = ViTConfig.read(file)
-    make = partial(create_vit, config.architecture, **config.arguments())
-    return load_network(make, file, folder / "model.safetensors", device, dtype)
+    config = BackboneConfig.read(file)
+    make = partial(timm_network, config.architecture, strides=config.strides, **config.arguments())
+    net = load_network(make, file, folder / "model.safetensors", device, dtype)
+    img_size = config.arguments().get("img_size")
+    return Backbone(net, strides=config.strides, img_size=img_size, mean=config.mean, std=config.std)
 
 
 def _load_part(config: type[DiffusersConfig], folder: Path, device: str | torch.device, dtype: torch.dtype) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from glad_core.errors import GladError, one_line
 
+COUNTS = ".num_batches_tracked"
+LARGEST_BUFFERS = 2**24  # values in a layer that its configuration alone determines
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names
 Shapes = Mapping[str, tuple[int, ...]]
 N = TypeVar("N", bound=nn.Module)
@@ -45,11 +47,29 @@ def load_network(
         raise GladError(
             f"{config}: no network can be built from it ({one_line(error)}); copy the bundle again"
         ) from error
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in storable(network.state_dict()).items()}
     network.load_state_dict(read_tensors(weights, expected, device, dtype), assign=True)
+    _compute_buffers(network, device)
     if any(tensor.is_meta for tensor in chain(network.parameters(), network.buffers())):
         raise GladError(f"{config}: a {type(network).__name__} of this kind cannot be stored in a bundle")
     return network.eval().requires_grad_(False)
+
+
+def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A network's tensors without the step counts of its batch norms, which only training with other norms reads."""
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(COUNTS)}
+
+
+def _compute_buffers(network: nn.Module, device: str | torch.device) -> None:
+    """Fill the buffers that no file holds because their layer computes them, such as the angles of rotary positions."""
+    for layer in network.modules():
+        compute: Any = getattr(layer, "init_non_persistent_buffers", None)
+        empty = {name: buffer for name, buffer in layer.named_buffers(recurse=False) if buffer.is_meta}
+        if compute is None or not empty or sum(buffer.numel() for buffer in empty.values()) > LARGEST_BUFFERS:
+            continue
+        for name, buffer in empty.items():
+            setattr(layer, name, torch.empty_like(buffer, device=device))
+        compute()
 
 
 def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:

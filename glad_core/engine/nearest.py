@@ -1,4 +1,4 @@
-"""A baseline without diffusion: PatchCore's memory of good patches (Roth et al., CVPR 2022) on DINO features.
+"""A baseline without diffusion: PatchCore's memory of good patches (Roth et al., CVPR 2022) on the bundle's features.
 
 The anomaly score of a patch is its distance to the nearest remembered patch of the good images. Features, map and image
 score are those of GLAD, so the two methods differ only in what an image is compared with.
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glad_core import features, scoring
+from glad_core import scoring
 from glad_core.bundle.model import Model
 from glad_core.engine.base import Queue, Verdict
 from glad_core.images import to_tensor
@@ -28,16 +28,15 @@ PROJECTED = 64  # width of the features in which distances are taken for the cho
 
 @torch.inference_mode()
 def patch_features(model: Model, images_B3RR: Tensor) -> Tensor:
-    """Unit-length patch features, float32 [B, N, D]: the blocks compared, each averaged over 3 x 3 patches, normalised.
+    """Unit-length patch features, float32 [B, N, D]: the layers compared, each averaged over 3 x 3 patches, normalised.
 
-    Images are in [-1, 1]; they are resized to the feature resolution and ImageNet-normalised, as for the final map.
+    Images are in [-1, 1]; they are resized to the feature resolution and normalised, as for the final map.
     """
     side = model.settings.feature_resolution
     resized = F.interpolate(images_B3RR.to(model.device), size=(side, side), mode="bilinear", align_corners=True)
-    vit = model.final_features
-    prepared = features.imagenet_normalize(resized).to(model.dtype)
+    prepared = model.final_features.normalize(resized).to(model.dtype)
     layers = []
-    for tokens in features.patch_tokens(vit, prepared, features.used_blocks(vit)):
+    for tokens in model.final_features(prepared):
         grid = round(tokens.shape[1] ** 0.5)
         square = tokens.float().transpose(1, 2).unflatten(2, (grid, grid))
         averaged = F.avg_pool2d(F.pad(square, (1, 1, 1, 1), mode="replicate"), 3, stride=1)

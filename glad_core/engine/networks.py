@@ -38,8 +38,9 @@ def prepare_networks(model: Model, compiled: bool) -> None:
 def compile_networks(model: Model) -> None:
     """Hand the networks to `torch.compile`, one graph for each batch size."""
     torch._dynamo.config.recompile_limit = 64  # sizes of one function; beyond it torch falls back without a word
-    vits = {id(vit): vit for vit in (model.features, model.final_features)}.values()
-    blocks = [block for vit in vits for block in vit.blocks]
+    backbones = {id(backbone): backbone for backbone in (model.features, model.final_features)}.values()
+    rows = [row for backbone in backbones for row in backbone.net.children()]
+    blocks = [block for row in rows if isinstance(row, nn.Sequential | nn.ModuleList) for block in row]
     for network in (model.unet, model.vae.encoder, model.vae.decoder, *blocks):
         network.compile(dynamic=False)
 

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from glad_core import features, schedule
+from glad_core import schedule
+from glad_core.features import Backbone
 
 Rows = dict[str, Tensor]
 # The sum of each reported quantity and the number of values in it, so that batches can be added up.
@@ -102,7 +102,7 @@ class FeatureLoss(nn.Module):
     """The released code's DINO adaptation: features of a good image and of its reconstruction come closer.
 
     Per block used: 1 - cos(F(x), F(x̂)) + λ·[1 - cos(F(x), F⁰(x))] + λ·[1 - cos(F(x̂), F⁰(x̂))] on flattened tokens, F⁰
-    the frozen ViT. Only the MLPs of the blocks used are trained.
+    the frozen network. Only the MLPs of the blocks used are trained; of a network without blocks the stages used.
 
     Args:
         reconstructions: of every good image, uint8 [N, R, R, 3].
@@ -111,17 +111,17 @@ class FeatureLoss(nn.Module):
 
     def __init__(
         self,
-        vit: VisionTransformer,
-        frozen: VisionTransformer,
+        backbone: Backbone,
+        frozen: Backbone,
         reconstructions: Tensor,
         size: int,
         keep: float,
         autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.vit = vit
-        for number in features.used_blocks(vit):
-            vit.blocks[number - 1].mlp.requires_grad_(True)
+        self.backbone = backbone
+        for part in backbone.compared:
+            getattr(part, "mlp", part).requires_grad_(True)
         self.frozen, self.reconstructions = (frozen,), reconstructions
         self.size, self.keep, self.autocast = size, keep, autocast
 
@@ -129,16 +129,15 @@ class FeatureLoss(nn.Module):
 
     def forward(self, rows: Rows) -> tuple[Tensor, Report]:
         """Rows: ``index`` int64 [B], ``image`` uint8 [B, R, R, 3]."""
-        device = next(self.vit.parameters()).device
+        device = next(self.backbone.parameters()).device
         both = to_pixels(torch.cat([rows["image"], self.reconstructions[rows["index"]]])).to(device)
         both = F.interpolate(both, size=(self.size, self.size), mode="bilinear", align_corners=True)
-        both = features.imagenet_normalize(both)
-        blocks = features.used_blocks(self.vit)
+        both = self.backbone.normalize(both)
         (original,) = self.frozen
         with torch.autocast(device.type, self.autocast or torch.float32, enabled=self.autocast is not None):
-            adapted = features.patch_tokens(self.vit, both, blocks)
+            adapted = self.backbone(both)
             with torch.no_grad():
-                original_tokens = features.patch_tokens(original, both, blocks)
+                original_tokens = original(both)
         distance = torch.stack([_cosine_distance(*tokens.float().chunk(2)) for tokens in adapted]).sum(0)
         pairs = zip(adapted, original_tokens, strict=True)
         change = torch.stack([_cosine_distance(a.float(), b.float()) for a, b in pairs]).sum(0)
@@ -148,12 +147,12 @@ class FeatureLoss(nn.Module):
 
 
 class CodecLoss(nn.Module):
-    """Adaptation of the autoencoder to good images: |x - x̂| + the ViT's feature distance + `KL_WEIGHT` · KL."""
+    """Adaptation of the autoencoder to good images: |x - x̂| + the features' distance + `KL_WEIGHT` · KL."""
 
-    def __init__(self, vae: AutoencoderKL, vit: VisionTransformer, autocast: torch.dtype | None = None) -> None:
+    def __init__(self, vae: AutoencoderKL, backbone: Backbone, autocast: torch.dtype | None = None) -> None:
         super().__init__()
         self.vae = vae.requires_grad_(True).train()
-        self.frozen, self.autocast = (vit,), autocast
+        self.frozen, self.autocast = (backbone,), autocast
 
     @property
     def outer(self) -> list[nn.Module]:
@@ -163,14 +162,14 @@ class CodecLoss(nn.Module):
     def forward(self, rows: Rows) -> tuple[Tensor, Report]:
         """Rows: ``seed`` int64 [B], ``image`` uint8 [B, R, R, 3]."""
         device = next(self.vae.parameters()).device
-        (vit,) = self.frozen
+        (backbone,) = self.frozen
         images = to_pixels(rows["image"]).to(device)
         with torch.autocast(device.type, self.autocast or torch.float32, enabled=self.autocast is not None):
             posterior = self.vae.encode(images).latent_dist
             _, _, noise = draw(rows["seed"], posterior.mean.shape[1:], 1)
             rebuilt = self.vae.decode(posterior.mean + posterior.std * noise.to(device)).sample.float()
-            both = features.imagenet_normalize(torch.cat([images, rebuilt]))
-            tokens = features.patch_tokens(vit, both, features.used_blocks(vit))
+            both = backbone.normalize(torch.cat([images, rebuilt]))
+            tokens = backbone(both)
         pixels = (images - rebuilt).abs().mean(dim=(1, 2, 3))
         distance = torch.stack([_cosine_distance(*layer.float().chunk(2)) for layer in tokens]).mean(0)
         kl = posterior.kl().float()

@@ -74,7 +74,10 @@ def bundle_create(
     diffusion: Annotated[str, typer.Argument(help="Stable Diffusion: a folder in diffusers format, or a hub id")],
     out: Annotated[Path, typer.Option(help="Bundle to write", callback=on_this_machine)],
     features: Annotated[
-        str, typer.Option(help="Network that compares images: a vision transformer's name in timm")
+        str,
+        typer.Option(
+            help="Network that compares images: its name in timm; of a CNN also the strides compared, NAME:8,16"
+        ),
     ] = "vit_base_patch8_224.dino",
     preset: Preset = None,
     category: Annotated[str, typer.Option(help="What the model judges; a,b,c: one model for several")] = "",
@@ -82,7 +85,9 @@ def bundle_create(
     """Make a bundle from Stable Diffusion and a network that compares images."""
     from pipelines.models.make import create
 
-    Console().print(create(diffusion, features, out, category=category, preset=preset, settings={}))
+    console = Console(stderr=True)
+    made = create(diffusion, features, out, category=category, preset=preset, settings={}, console=console)
+    Console().print(made)
 
 
 @bundles.command(
@@ -110,12 +115,15 @@ def bundle_inspect(
 ) -> None:
     """Print what is in a bundle and verify every file."""
     from cluster.storage import Storage
+    from glad_core.bundle.glad_json import read_json
     from pipelines.models.find import local_bundle
     from pipelines.models.make import inspect
 
-    description = inspect(local_bundle(path, Storage.from_environment()), Console(stderr=as_json))
+    folder = local_bundle(path, Storage.from_environment())
+    description = inspect(folder, Console(stderr=as_json))
     if as_json:
-        print_json(description.model_dump())
+        features = read_json(folder / "features/config.json")
+        print_json(description.model_dump() | {"features": features})
 
 
 commands.add_typer(registries, name="registry")

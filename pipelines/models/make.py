@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,34 @@ from rich.table import Table
 from torch import Tensor
 
 from glad_core.bundle import presets
+from glad_core.bundle.configs import BackboneConfig
 from glad_core.bundle.glad_json import Description, read_description
-from glad_core.bundle.model import load_bundle, save_bundle, save_derived
+from glad_core.bundle.model import check_features, load_bundle, save_bundle, save_derived
 from glad_core.bundle.settings import Settings
 from glad_core.errors import GladError
-from glad_core.features import create_vit
+from glad_core.features import Backbone, timm_network
 
 PROMPT = "a photo of sks"
 
 
 def create(
-    diffusion: str, features: str, out: Path, *, category: str, preset: str | None, settings: dict[str, Any]
+    diffusion: str,
+    features: str,
+    out: Path,
+    *,
+    category: str,
+    preset: str | None,
+    settings: dict[str, Any],
+    console: Console,
 ) -> str:
-    """Write a bundle from a Stable Diffusion and a timm ViT; returns its model id.
+    """Write a bundle from a Stable Diffusion and a timm network; returns its model id.
+
+    ``console`` gets what images are compared by, the weights' licence, and a feature resolution other than asked for.
 
     Args:
         diffusion: folder in diffusers format, or hub id such as ``CompVis/stable-diffusion-v1-4``.
-        features: timm name such as ``vit_base_patch8_224.dino``; its pretrained weights are downloaded.
+        features: timm name such as ``vit_base_patch8_224.dino``; its pretrained weights are downloaded. Of a network
+            of several stages, those compared may follow by their strides: ``resnet18.a1_in1k:8,16,32``.
         category: what the model judges; of several, separated by commas, each has its own prompt.
         preset: ``DATASET/CATEGORY`` of the published settings, e.g. ``MVTec-AD/screw``; a bundle for several categories
             takes those of the dataset's one model for all.
@@ -42,19 +54,21 @@ def create(
         raise GladError(f"{out} already exists: choose another --out or remove it")
     if not Path(diffusion).exists() and diffusion.count("/") != 1:
         raise GladError(f"{diffusion}: no such folder; give a diffusers folder, or a hub id such as OWNER/MODEL")
+    name, strides = _name_and_strides(features)
     published, recipe, category = _published(preset, category, multi_class="," in category)
-    several = [name.strip() for name in category.split(",")] if "," in category else []
+    several = [each.strip() for each in category.split(",")] if "," in category else []
     parsed = Settings.parse(published | settings, "settings")
     unet = _part(UNet2DConditionModel, diffusion, "unet")
     vae = _part(AutoencoderKL, diffusion, "vae")
     cond, uncond, *each = _prompt_embeddings(diffusion, several)
-    vit = _pretrained_vit(features)
+    backbone, config = _pretrained(name, strides)
+    parsed = _fit(parsed, backbone, config, console)
     return save_bundle(
         out,
         unet=unet,
         vae=vae,
-        features=vit,
-        features_config={"architecture": features, "args": {}},
+        features=backbone,
+        features_config=config,
         prompt_cond=cond,
         prompt_uncond=uncond,
         prompts=dict(zip(several, each, strict=True)),
@@ -153,6 +167,10 @@ def inspect(path: Path, console: Console) -> Description:
         sizes[part] = sizes.get(part, 0) + entry.size
     for part, size in sizes.items():
         table.add_row(part, f"{size / 1e6:.2f} MB")
+    for folder in sorted({name.split("/")[0] for name in description.files if name.endswith("features/config.json")}):
+        config = BackboneConfig.read(path / folder / "config.json")
+        table.add_row(folder, escape(config.architecture))
+        table.add_row(f"{folder}: licence of the weights", escape(config.licence))
     for name, value in {**description.provenance, **description.versions}.items():
         table.add_row(escape(name), escape(str(value)))
     console.print(table)
@@ -202,13 +220,58 @@ def _prompt_embeddings(diffusion: str, categories: list[str]) -> tuple[Tensor, .
         return encoder(tokens.input_ids)[0].clone().split(1)
 
 
-def _pretrained_vit(features: str) -> Any:
+def _name_and_strides(features: str) -> tuple[str, list[int] | None]:
+    """The two parts of ``NAME:8,16``, checked without weights; None if there are no strides.
+
+    Raises:
+        GladError: timm has no such network, or the network no such stages.
+    """
+    name, colon, stages = features.partition(":")
+    if colon and not re.fullmatch(r"\d{1,3}(,\d{1,3}){0,3}", stages):
+        raise GladError(f"'{features}': give a timm name, or one with strides of its stages, such as resnet18:8,16")
+    strides = [int(stride) for stride in stages.split(",")] if colon else None
+    with torch.device("meta"):
+        timm_network(name, strides=strides)
+    return name, strides
+
+
+def _pretrained(name: str, strides: list[int] | None) -> tuple[Backbone, dict[str, Any]]:
+    """A network with its pretrained weights, and its config.json for a bundle.
+
+    Raises:
+        GladError: there are no weights, or the hub cannot be reached.
+    """
     try:
-        return create_vit(features, pretrained=True)
+        net: Any = timm_network(name, strides=strides, pretrained=True)
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, GladError):
             raise
         raise GladError(
-            f"'{features}': its pretrained weights cannot be fetched (no network to the hub?); "
+            f"'{name}': its pretrained weights cannot be fetched (no network to the hub?); "
             "run once on a machine that reaches the hub"
         ) from error
+    known = net.pretrained_cfg
+    backbone = Backbone(net, strides=strides, mean=known["mean"], std=known["std"])
+    config: dict[str, Any] = {"architecture": name, "args": {}, "mean": list(backbone.mean), "std": list(backbone.std)}
+    config |= {"licence": known["license"]} if known.get("license") else {}
+    return backbone, config | ({"strides": backbone.strides} if backbone.pyramid else {})
+
+
+def _fit(settings: Settings, backbone: Backbone, config: dict[str, Any], console: Console) -> Settings:
+    """Settings with a feature resolution that the network takes; says what is compared, and what was changed.
+
+    Raises:
+        GladError: it takes none.
+    """
+    side = backbone.fitting(settings.feature_resolution)
+    check_features(backbone, side, config["architecture"])
+    licence = BackboneConfig.parse(config, "features").licence
+    layers = (
+        f"strides {', '.join(map(str, backbone.strides))}" if backbone.pyramid else f"{len(backbone.layers)} blocks"
+    )
+    lines = [f"features: {config['architecture']}, {layers}; licence of its weights: {licence}"]
+    if side != settings.feature_resolution:
+        wanted = settings.feature_resolution
+        lines.append(f"features: compared at {side} pixels instead of {wanted}: this network takes {backbone.sizes}")
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    return settings.model_copy(update={"feature_resolution": side})

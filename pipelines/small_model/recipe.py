@@ -26,7 +26,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from glad_core import schedule
 from glad_core.bundle.glad_json import update_settings
-from glad_core.bundle.model import AUTOCAST, load_bundle, load_vit, save_bundle
+from glad_core.bundle.model import AUTOCAST, load_backbone, load_bundle, save_bundle
 from glad_core.bundle.settings import Settings
 from glad_core.calibration import Calibrator
 from glad_core.images import to_tensor
@@ -156,7 +156,7 @@ def _unet_rows(boards: np.ndarray) -> Iterator[dict[str, torch.Tensor]]:
 def bundle_stage(work: Path, out: Path) -> str:
     """The bundle in float16, calibrated on boards held out of training; returns its model id."""
     config = json.loads((work / "features/config.json").read_text())
-    features = load_vit(work / "features")
+    features = load_backbone(work / "features")
     parts = {
         "unet": UNet2DConditionModel.from_pretrained(work / "unet").half(),
         "vae": AutoencoderKL.from_pretrained(work / "vae").half(),

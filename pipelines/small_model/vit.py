@@ -20,10 +20,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from glad_core.features import create_vit, imagenet_normalize, patch_tokens, used_blocks
+from glad_core.features import Backbone, timm_network
 from glad_core.images import to_tensor
 from glad_core.training.muon import Optimizers, step_all
 from pipelines.demo.boards import DEFECTS
@@ -89,9 +88,9 @@ class Teacher(nn.Module):
         return torch.cat([(tokens - mean) / std @ axes for tokens, (mean, std, axes) in parts], dim=2)
 
 
-def create_student() -> VisionTransformer:
+def create_student() -> Any:
     """The untrained ViT; queries and keys start equal, so that tokens first attend to similar and nearby ones."""
-    vit = create_vit(ARCHITECTURE, **ARGUMENTS).requires_grad_(True).train()
+    vit = timm_network(ARCHITECTURE, **ARGUMENTS).requires_grad_(True).train()
     width = ARGUMENTS["embed_dim"]
     with torch.no_grad():
         head = width // ARGUMENTS["num_heads"]
@@ -130,7 +129,7 @@ def train_features(pool: dict[str, np.ndarray], out: Path, iterations: int = 900
     pictures = batches(pool, batch, SIDE, seed=1, shares=(0.5, 0.4, 0.1))
     teacher, vit = Teacher(), create_student()
     teacher.fit(torch.cat([next(pictures) for _ in range(8)]))
-    blocks = used_blocks(vit)
+    backbone = Backbone(vit)
     optimizers = Optimizers(vit, iterations, outer=[vit.patch_embed])
     running = 1.0
     for step in range(1, iterations + 1):
@@ -138,7 +137,7 @@ def train_features(pool: dict[str, np.ndarray], out: Path, iterations: int = 900
         target = teacher(images)
         # The step score passes images in [-1, 1], the final map ImageNet-normalised ones: learn both.
         with torch.autocast("cpu", torch.bfloat16):
-            tokens = patch_tokens(vit, imagenet_normalize(images) if rng.random() < 0.5 else images, blocks)
+            tokens = backbone(backbone.normalize(images) if rng.random() < 0.5 else images)
         distances = [1 - F.cosine_similarity(token.float(), target, dim=2).mean() for token in tokens]
         loss = (torch.stack(distances) * torch.tensor([0.3, 0.5, 0.7, 1.0])).sum()
         step_all([optimizers], loss)
@@ -160,9 +159,9 @@ def train_features(pool: dict[str, np.ndarray], out: Path, iterations: int = 900
     log.info("features: student's nearest-neighbour I-AUROC %.3f", neighbour_auroc(student_tokens(vit.eval())))
 
 
-def student_tokens(vit: VisionTransformer) -> Callable[[Tensor], Tensor]:
+def student_tokens(vit: Any) -> Callable[[Tensor], Tensor]:
     """[-1, 1] images to the last block's tokens."""
-    return lambda images: patch_tokens(vit, images, used_blocks(vit))[-1]
+    return lambda images: Backbone(vit)(images)[-1]
 
 
 @torch.no_grad()

@@ -240,7 +240,7 @@ DAMAGE = {
     # the ViT through timm
     "no architecture": (config("features", architecture=None), "architecture"),
     "unknown architecture": (config("features", architecture="vit_of_nobody"), "timm has no model"),
-    "no ViT": (config("features", architecture="resnet18", args={}), "needs a timm VisionTransformer"),
+    "no ViT": (config("features", architecture="resnet18", args={}), "is not one of this network"),
     "a hub name": (config("features", architecture="hf-hub:evil/model"), "timm has no model"),
     "an old hub name": (config("features", architecture="hf_hub:evil/model"), "timm has no model"),
     "a folder": (config("features", architecture="local-dir:/tmp/evil"), "timm has no model"),
@@ -258,6 +258,15 @@ DAMAGE = {
     "huge depth": (vit(depth=HUGE), "depth"),
     "huge image": (vit(img_size=HUGE), "img_size"),
     "heads that do not divide": (vit(num_heads=5), "no network can be built"),
+    "no such stage": (
+        config("features", architecture="test_resnet", args={}, strides=[8, 12]),
+        "no stage of stride 12",
+    ),
+    "strides of a ViT": (config("features", strides=[8, 16]), "blocks of one stride"),
+    "no stages": (config("features", architecture="test_resnet", args={}, strides=[]), "strides"),
+    "a negative colour": (config("features", mean=[0.5, 0.5, -1.0]), "mean.2"),
+    "no spread of colours": (config("features", std=[0.2, 0.2, 0.0]), "std.2"),
+    "two lines for a licence": (config("features", licence="free\nrm -rf"), "licence"),
     "arguments in a list": (config("features", args=["checkpoint_path"]), "args"),
     # settings
     "nan threshold": (settings(threshold=float("nan")), GLAD_JSON),

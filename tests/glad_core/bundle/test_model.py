@@ -1,6 +1,7 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -8,7 +9,11 @@ import glad_core
 from glad_core.bundle.glad_json import verify
 from glad_core.bundle.model import load_bundle, save_bundle, save_derived
 from glad_core.bundle.settings import Settings
+from glad_core.engine import nearest
 from glad_core.errors import GladError
+from glad_core.features import IMAGENET_MEAN, Backbone, timm_network
+from glad_core.judge import detect
+from glad_core.verdict import Request
 
 
 @pytest.fixture
@@ -29,6 +34,38 @@ def test_settings_the_networks_cannot_run_are_refused(tiny_bundle) -> None:
     settings = load_bundle(tiny_bundle).settings.model_copy(update={"feature_resolution": 36})
     with pytest.raises(GladError, match="feature_resolution 36 does not fit"):
         load_bundle(tiny_bundle, settings=settings)
+
+
+BACKBONES = {  # rotary angles and batch norms' counts are in no file; a stage left out, a network of one size
+    "DINOv3": ({"architecture": "vit_small_patch16_dinov3", "args": {"embed_dim": 24, "depth": 2, "num_heads": 2}}, 32),
+    "registers": ({"architecture": "vit_small_patch14_reg4_dinov2", "args": {"embed_dim": 24, "depth": 2}}, 28),
+    "pyramid": ({"architecture": "test_resnet", "args": {}, "strides": [4, 8, 16], "mean": [0.5] * 3}, 32),
+    "one size": ({"architecture": "test_vit_relpos", "args": {"img_size": 48, "depth": 2}}, 48),
+}
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_every_kind_of_features_is_stored_whole_and_judges(kind: str, tiny_bundle, tmp_path: Path) -> None:
+    config, side = BACKBONES[kind]
+    net = timm_network(config["architecture"], strides=config.get("strides"), **config["args"])
+    img_size = config["args"].get("img_size")
+    made = Backbone(net, strides=config.get("strides"), img_size=img_size, mean=config.get("mean", IMAGENET_MEAN))
+    base = load_bundle(tiny_bundle)
+    networks = {"unet": base.unet, "vae": base.vae, "features": made, "features_config": config}
+    prompts = {"prompt_cond": base.prompt_cond, "prompt_uncond": base.prompt_uncond}
+    settings = base.settings.model_copy(update={"feature_resolution": side})
+    save_bundle(tmp_path / "bundle", **networks, **prompts, settings=settings, category="", provenance={})
+    model = load_bundle(tmp_path / "bundle")
+    images = torch.rand(2, 3, side, side) * 2 - 1
+    with torch.inference_mode():
+        for ours, theirs in zip(model.features(images), made(images), strict=True):
+            assert torch.equal(ours, theirs)
+        assert torch.equal(model.features.normalize(images), made.normalize(images))
+    [detection] = detect(model, [Request("a", np.zeros((32, 32, 3), np.uint8))])
+    assert np.isfinite(detection.score)
+    assert nearest.patch_features(model, images).norm(dim=2).allclose(torch.tensor(1.0))
+    with pytest.raises(GladError, match=f"feature_resolution {side + 3} does not fit its networks: use"):
+        load_bundle(tmp_path / "bundle", settings=settings.model_copy(update={"feature_resolution": side + 3}))
 
 
 def test_an_existing_folder_is_not_overwritten(copy: Path) -> None:

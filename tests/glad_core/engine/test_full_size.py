@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from glad_core import schedule
 from glad_core.bundle.model import Model
 from glad_core.bundle.settings import Settings
-from glad_core.features import create_vit
+from glad_core.features import create_backbone
 from glad_core.judge import detect
 from glad_core.verdict import Request
 
@@ -25,7 +25,7 @@ def test_stable_diffusion_and_dino_vit_b8_judge_an_image():
         sample_size=512,
     )
     assert sum(parameter.numel() for parameter in unet.parameters()) == 859_520_964
-    vit = create_vit("vit_base_patch8_224.dino")
+    vit = create_backbone("vit_base_patch8_224.dino")
     model = Model(
         unet=unet.eval(),
         vae=vae.eval(),

@@ -3,7 +3,6 @@ import pytest
 import torch
 from tiny_training import IMAGES, RECIPE, make_atp_loss, make_batches, train
 
-from glad_core import features
 from glad_core.bundle.model import Model, load_bundle
 from glad_core.training import losses
 from glad_core.training.loop import TrainState, fine_tune
@@ -63,9 +62,9 @@ def test_dino_adaptation_trains_the_mlps_of_the_used_blocks_and_brings_features_
     recipe = Recipe(steps=40, batch_size=4, learning_rate=1e-2, weight_decay=0)
     loss = losses.FeatureLoss(other.features, model.features, rebuilt, size=32, keep=0.01)
     trained = {name for name, weight in loss.named_parameters() if weight.requires_grad}
-    used = features.used_blocks(model.features)
+    used = model.features.layers
     assert trained
-    assert all(any(name.startswith(f"vit.blocks.{block - 1}.mlp.") for block in used) for name in trained)
+    assert all(any(name.startswith(f"backbone.net.blocks.{block}.mlp.") for block in used) for name in trained)
     frozen = {name: value.clone() for name, value in loss.state_dict().items() if name not in trained}
     history = train(TrainState.start(loss, recipe), recipe, part="dino")
     assert np.mean(history[-4:]) < 0.7 * np.mean(history[:4])

@@ -14,7 +14,7 @@ from glad_core.bundle import presets
 from glad_core.bundle.glad_json import read_description
 from glad_core.bundle.model import load_bundle
 from glad_core.errors import GladError
-from glad_core.features import create_vit
+from glad_core.features import timm_network
 from pipelines.cli.main import app
 
 FEATURES = "vit_tiny_patch16_224"
@@ -66,9 +66,12 @@ def stable_diffusion(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def offline_vit(monkeypatch):
+def offline_timm(monkeypatch):
     """timm's pretrained weights come from the hub; random ones stand in for them."""
-    monkeypatch.setattr("pipelines.models.make._pretrained_vit", lambda name: create_vit(name))
+    monkeypatch.setattr(
+        "pipelines.models.make.timm_network",
+        lambda name, strides=None, pretrained=False: timm_network(name, strides=strides),
+    )
 
 
 def glad(*arguments):
@@ -82,7 +85,7 @@ def refused(outcome, *words):
         assert word in outcome.stderr
 
 
-@pytest.mark.usefixtures("offline_vit")
+@pytest.mark.usefixtures("offline_timm")
 def test_create_then_import_then_inspect(tmp_path, stable_diffusion):
     first, second = tmp_path / "screw", tmp_path / "authors"
     outcome = glad("create", stable_diffusion, "--out", first, "--features", FEATURES, "--preset", "MVTec-AD/screw")
@@ -107,11 +110,45 @@ def test_create_then_import_then_inspect(tmp_path, stable_diffusion):
 
     shown = glad("inspect", second)
     assert shown.exit_code == 0
-    for word in ("verified", "screw", "0.32", "unet", read_description(second).model_id):
+    for word in ("verified", "screw", "0.32", "unet", read_description(second).model_id, FEATURES, "apache-2.0"):
         assert word in shown.stdout
+    assert json.loads(glad("inspect", second, "--json").stdout)["features"]["licence"] == "apache-2.0"
 
 
-@pytest.mark.usefixtures("offline_vit")
+@pytest.mark.usefixtures("offline_timm")
+@pytest.mark.parametrize(
+    ("features", "said", "side", "strides"),
+    [
+        ("test_efficientnet.r160_in1k:8,16,32", "strides 8, 16, 32; licence of its weights: ", 512, [8, 16, 32]),
+        ("test_vit_relpos", "compared at 160 pixels instead of 512: this network takes 160", 160, [16] * 4),
+    ],
+)
+def test_features_by_name(features, said, side, strides, tmp_path, stable_diffusion):
+    outcome = glad("create", stable_diffusion, "--out", tmp_path / "b", "--features", features)
+    assert outcome.exit_code == 0, outcome.output
+    assert said in outcome.stderr
+    model = load_bundle(tmp_path / "b")
+    assert model.settings.feature_resolution == side
+    assert model.features.strides == strides
+
+
+@pytest.mark.usefixtures("offline_timm")
+@pytest.mark.parametrize(
+    ("features", "words"),
+    [
+        ("no_such_network", "timm has no model 'no_such_network'"),
+        ("no_such_network:8", "timm has no model"),
+        ("vit_tiny_patch16_224:8,16", "blocks of one stride, 16: give its name alone"),
+        ("resnet18.a1_in1k:8,12", "no stage of stride 12"),
+        ("resnet18:8,", "give a timm name"),
+        ("hf-hub:evil/model", "give a timm name"),
+    ],
+)
+def test_features_that_there_are_not(features, words, tmp_path, stable_diffusion):
+    refused(glad("create", stable_diffusion, "--out", tmp_path / "b", "--features", features), words)
+
+
+@pytest.mark.usefixtures("offline_timm")
 def test_mistakes_of_create_are_one_line(tmp_path, stable_diffusion, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no minutes of retries without a network
     out = tmp_path / "out"
@@ -146,7 +183,7 @@ def test_the_default_features_exist_in_timm():
     assert "vit_base_patch8_224.dino" in timm.list_models("vit*", pretrained=True)
 
 
-@pytest.mark.usefixtures("offline_vit")
+@pytest.mark.usefixtures("offline_timm")
 def test_a_bundle_for_several_categories_has_a_prompt_for_each(tmp_path, stable_diffusion):
     out = tmp_path / "several"
     options = ["--features", FEATURES, "--preset", "MVTec-AD/cable", "--category", "cable,screw"]

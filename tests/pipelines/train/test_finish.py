@@ -15,7 +15,7 @@ from pipelines.train.plan import TrainRequest, plan_job
 from pipelines.train.worker import make_loss
 
 
-@pytest.mark.parametrize(("part", "prefix"), [("dino", "vit."), ("vae", "vae.")])
+@pytest.mark.parametrize(("part", "prefix"), [("dino", "backbone."), ("vae", "vae.")])
 def test_adapting_dino_or_vae_changes_it_and_nothing_else(dataset, tiny_bundle, part, prefix):
     """What a worker trains and what `finish` puts into the bundle, without Ray in between."""
     files = sorted((dataset / "part/train/good").iterdir())
