@@ -1,6 +1,6 @@
 """What a user may name as SOURCE, turned into manifest rows: one per image, in a fixed order, streamed.
 
-A folder tree, a glob, a dataset in MVTec-AD's or VisA's layout, a text or Parquet list of URIs, tar shards, a single
+A folder tree, a glob, a dataset in MVTec-AD's or VisA's layout, a text, CSV or Parquet list of URIs, tars, a single
 image; each local or on S3. ``image_id`` is a hash of the image's path within the archive, so a copied archive keeps its
 ids. What is wrong with one entry is a row with an error; what is wrong with all of SOURCE is an exception.
 """

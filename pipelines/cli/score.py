@@ -21,7 +21,7 @@ def score(
     source: Annotated[
         str,
         typer.Argument(
-            help="Images: folder, glob, dataset (MVTec-AD, VisA), list of URIs (.txt, .parquet), tar files; local or s3://"
+            help="Images: folder, glob, dataset (MVTec-AD, VisA), list (.txt, .csv, .parquet), tar files; local or s3://"
         ),
     ],
     out: Annotated[str, typer.Option(help="Folder for the results, local or s3://")],

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePosixPath
 from typing import Any
 
 from rich.console import Console
@@ -21,6 +22,7 @@ from pipelines.archive.picture import ImageError, decode_image, orientation, pag
 from pipelines.evaluate.masks import fetch_from, marks, read_mask
 
 LONG = 1.5  # times longer than wide
+TWIN = "an image beside it has the same name; a mask there would be called NAME_mask"
 EACH = 3  # problems of a kind that have a line each
 COLUMNS = ("train good", "test good", "test anomalous", "with mask")
 Problem = tuple[str, str]  # URI of the file, and what is wrong with it
@@ -49,6 +51,7 @@ def check(location: str, console: Console) -> dict[str, Any]:
     problems += [
         (uri, "a mask of no anomalous image") for uri, marks_some in zip(spare, marked, strict=True) if marks_some
     ]
+    problems += [(uri, TWIN) for uri in _twins(examples)]
     repeated = [example for example in examples if example.rows > 1]
     problems += [(example.uri, f"in {example.rows} rows of the split file; it counts once") for example in repeated]
     names = sorted({example.category for example in examples})
@@ -81,6 +84,13 @@ def _grouped(problems: Sequence[Problem]) -> list[str]:
         else:
             lines += [f"{uri}: {what}" for uri, what in kind]
     return lines
+
+
+def _twins(examples: Sequence[Example]) -> list[str]:
+    """URIs of images that differ from one before them in their suffix alone."""
+    names = [(PurePosixPath(example.path).with_suffix(""), example.uri) for example in examples]
+    first = dict(reversed(names))
+    return [uri for name, uri in names if first[name] != uri]
 
 
 def _taken_for(examples: Sequence[Example]) -> list[str]:

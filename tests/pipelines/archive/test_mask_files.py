@@ -113,6 +113,7 @@ def test_a_mask_that_may_be_of_two_images_is_doubtful_unless_it_names_a_suffix(t
     examples = [example for example in read_dataset(str(root), STORAGE) if example.anomalous]
     assert all(read_mask(example, STORAGE, examples).doubts == example.doubts != () for example in examples)
     assert "a.png: its mask may be of another image of the same name" in check(root)
+    assert "test/cut/a.png: an image beside it has the same name; a mask there would be" in check(root)
     (root / "part/ground_truth/cut/a.png").rename(root / "part/ground_truth/cut/a.jpg_mask.png")
     assert masks_of(root) == {"test/cut/a.jpg": ["ground_truth/cut/a.jpg_mask.png"], "test/cut/a.png": []}
 
