@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import struct
 import tarfile
 import zlib
@@ -12,11 +13,15 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from drawn_pictures import one_grey_picture, one_picture, png_of_16_bits, tiff
 from PIL import Image
 from typer.testing import CliRunner
 
 from cluster.storage import Storage
+from glad_core.bundle.glad_json import update_settings
+from glad_core.bundle.model import load_bundle
 from glad_core.errors import GladError
+from pipelines.archive.decode import UNJUDGED
 from pipelines.archive.layouts import read_dataset
 from pipelines.archive.listing import Archive, count_outside
 from pipelines.archive.rows import LeftOut
@@ -29,6 +34,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 MANY = ("animated.gif", "animated.webp", "pages.tif", "torn_page.tif")
 RNG = np.random.default_rng(11)
 STORAGE = Storage()
+WHITE, DARK = 4095, 1000  # levels of the bundle
 
 
 def picture(width=48, height=40, mode="RGB"):
@@ -68,6 +74,19 @@ def tar_with_traversal():
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         shard.addfile(link)
     return stream.getvalue()
+
+
+def alike(put):
+    """One picture in every writing, and those that the bundle's levels do not fit."""
+    for name, data in one_picture(np.asarray(picture()), WHITE).items():
+        put(f"same/{name}", data, True)
+    for name, data in one_grey_picture(np.asarray(picture(mode="L")), WHITE).items():
+        put(f"same_grey/{name}", data, True)
+    for name, peak in (("brighter", WHITE + 300), ("darker", DARK - 50)):
+        put(f"levels/{name}.png", png_of_16_bits(np.linspace(0, peak, 4800).reshape(40, 40, 3).round()), True)
+    put("kinds/complex.tif", tiff(np.ones((9, 9), complex)), False)
+    spectral = tiff(np.ones((9, 9, 7), np.uint16), photometric="minisblack", planarconfig="contig")
+    put("kinds/spectral.tif", spectral, False)
 
 
 def corpus(root):
@@ -125,6 +144,7 @@ def corpus(root):
         exif = Image.Exif()
         exif[0x0112] = turn
         put(f"exif/{turn}.jpg", encoded(picture(), "JPEG", exif=exif), True)
+    alike(put)
     put("sizes/1x1.png", encoded(picture(1, 1)), True)
     put("sizes/1x20000.png", encoded(picture(1, 20_000)), None)
     put("sizes/20000x1.png", encoded(picture(20_000, 1)), None)
@@ -160,7 +180,11 @@ def test_every_file_ends_in_exactly_one_place(tmp_path, tiny_bundle):
     assert len(made) >= 150
     (archive / "shard.tar").write_bytes(tar_with_traversal())
     out = tmp_path / "out"
-    outcome = CliRunner().invoke(app, ["score", str(archive), "--model", str(tiny_bundle), "--out", str(out)])
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, bundle)
+    settings = load_bundle(bundle).settings.model_copy(update={"white_level": WHITE, "dark_level": DARK})
+    update_settings(bundle, settings, {})
+    outcome = CliRunner().invoke(app, ["score", str(archive), "--model", str(bundle), "--out", str(out)])
     assert outcome.exit_code == 0, outcome.output
 
     judged = pq.read_table(out / "results").to_pylist()
@@ -178,9 +202,22 @@ def test_every_file_ends_in_exactly_one_place(tmp_path, tiny_bundle):
             assert (path in good) is expected, (path, bad.get(path))
     # Every page is judged: two further ones of each file of three, but no thumbnail.
     pages = {path.removeprefix(f"{archive}/") for path in good | bad.keys() if "#page=" in path}
-    assert pages == {f"many/{name}#page={page}" for name in MANY for page in (2, 3)}
+    assert pages == {f"many/{name}#page={page}" for name in MANY for page in (2, 3)} | {"same/pages.tif#page=2"}
     assert f"{archive}/many/torn_page.tif#page=2" in bad
     assert counts["pages"] == len(pages)
+    assert counts["left_out"][UNJUDGED] == 1  # the thumbnail
+    # One picture has one verdict, however it is written.
+    for folder in ("same", "same_grey"):
+        scores = [row["score"] for row in judged if f"/{folder}/" in row["uri"]]
+        assert len(scores) > 30
+        assert np.ptp(scores) <= 1e-3 * np.mean(scores), folder
+    doubts = {row["uri"].rpartition("/")[2]: row["doubt"] for row in judged if "/levels/" in row["uri"]}
+    assert doubts == {
+        "brighter.png": "brighter than the white level",
+        "darker.png": "far darker than the training pictures",
+    }
+    kinds = {row["uri"]: row["error_type"] for row in lost if "/kinds/" in row["uri"]}
+    assert list(kinds.values()) == ["unsupported"] * 2
     # What has no row is counted: in the folder hidden/ five, two and a json file in the tar.
     left_out = {"hidden files or folders": 7, "files in tars that are no images": 1}
     assert counts["left_out"].items() >= left_out.items()

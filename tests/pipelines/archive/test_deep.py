@@ -1,52 +1,33 @@
 import io
 import resource
-import struct
-import zlib
 
 import numpy as np
 import pytest
+from drawn_pictures import png_of_16_bits
 from PIL import Image
 
 from glad_core.views import Framing
 from pipelines.archive.picture import ImageError, decode, decode_image
 
 VALUES = np.random.default_rng(0).integers(0, 65536, (13, 17, 4)).astype(np.uint16)
-COLOUR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}
-
-
-def chunk(name, body):
-    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-
-def png(values, animated=False):
-    """A PNG of 16 bits, [H, W, C]; Pillow writes only grey ones."""
-    height, width, channels = values.shape
-    data = zlib.compress(b"".join(b"\0" + row.astype(">u2").tobytes() for row in values))
-    parts = [chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, COLOUR_TYPES[channels], 0, 0, 0))]
-    frame = struct.pack(">IIIIHHBB", width, height, 0, 0, 1, 1, 0, 0)
-    parts += [chunk(b"acTL", struct.pack(">II", 2, 0)), chunk(b"fcTL", bytes(4) + frame)] * animated
-    parts += [chunk(b"IDAT", data)]
-    if animated:
-        parts += [chunk(b"fcTL", struct.pack(">I", 1) + frame), chunk(b"fdAT", struct.pack(">I", 2) + data)]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 @pytest.mark.parametrize("bits", [10, 12, 14, 16])
 def test_all_bits_of_a_png_count(channels, bits):
     values = VALUES[..., :channels] >> (16 - bits)
-    decoded = decode(png(values), (Framing("tiles", 1, white=2**bits - 1),))
+    decoded = decode(png_of_16_bits(values), (Framing("tiles", 1, white=2**bits - 1),))
     colours = values[..., : 3 if channels > 2 else 1]
     assert decoded.peak == colours.max()
     assert (decoded.pixels == np.rint(colours * (255 / (2**bits - 1)))).all()
 
 
 def test_the_full_range_is_the_full_range_without_a_white_level():
-    assert (decode_image(png(VALUES[..., :3])) == np.rint(VALUES[..., :3] / 257)).all()
+    assert (decode_image(png_of_16_bits(VALUES[..., :3])) == np.rint(VALUES[..., :3] / 257)).all()
 
 
 def test_the_frames_of_an_animation_are_refused():
-    data = png(VALUES, animated=True)
+    data = png_of_16_bits(VALUES, animated=True)
     assert decode(data, 4, 1).peak == VALUES[..., :3].max()
     with pytest.raises(ImageError, match="an animation of 16-bit colours") as error:
         decode(data, 4, 2)

@@ -7,6 +7,7 @@ import struct
 import numpy as np
 import pytest
 import tifffile
+from drawn_pictures import tiff
 from PIL import Image
 
 from glad_core.views import Framing
@@ -14,12 +15,6 @@ from pipelines.archive.picture import ImageError, decode, decode_image, orientat
 
 Y, X = np.mgrid[:40, :48]
 COLOURS = np.stack([X / 47, Y / 39, (X + Y) / 86], -1)
-
-
-def tiff(values, **options):
-    stream = io.BytesIO()
-    tifffile.imwrite(stream, values, **options)
-    return stream.getvalue()
 
 
 def stored(share, dtype):
