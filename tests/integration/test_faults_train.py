@@ -14,9 +14,25 @@ from typer.testing import CliRunner
 
 from glad_core.bundle.glad_json import read_description, verify
 from pipelines.cli.main import app
+from pipelines.train import job
 
 pytestmark = pytest.mark.slow
-STEPS = 300  # some three times as long as a checkpoint takes to come
+STEPS = 60  # some ten times as long as a checkpoint takes to come, with these:
+# A checkpoint every few steps. Workers get the function as it is here, since they cannot import it.
+EAGER = """
+from cluster.quick_imports import quick_imports
+from pipelines.train import job
+
+work = job._work
+
+def eager(config):
+    with quick_imports("transformers", "peft"):
+        from pipelines.train import checkpoints
+    checkpoints.LEAST_SECONDS = 0.2
+    work(config)
+
+job._work = eager
+"""
 
 
 def command(dataset, base, out):
@@ -33,26 +49,38 @@ def weights(folder):
     return load_file(folder / "unet/diffusion_pytorch_model.safetensors")
 
 
-def kill_a_training_worker(after):
-    """SIGKILL to the first Ray Train worker seen, so many seconds later: by then it has its work."""
-    while True:
+@pytest.fixture
+def eager(monkeypatch):
+    """Trainings of this process have checkpoints every few steps."""
+    monkeypatch.setattr(job, "_work", job._work)  # so that it comes back
+    exec(EAGER, {"__name__": "__main__"})
+
+
+def kill_a_training_worker(when):
+    """A thread that sends SIGKILL to the Ray Train workers of this process, once ``when`` says so."""
+
+    def kill():
+        while not when():
+            time.sleep(0.05)
         for process in psutil.Process().children(recursive=True):  # of this Ray, not of the dying driver's
             with suppress(psutil.Error):  # ended in the meantime
                 if "RayTrainWorker" in " ".join(process.cmdline()):
-                    time.sleep(after)
                     process.kill()
-                    return
-        time.sleep(0.05)
+                    killed.append(process)
+
+    killed = []
+    threading.Thread(target=kill, daemon=True).start()
+    return killed
 
 
 def test_a_run_that_loses_its_driver_and_a_worker_ends_bitwise_as_if_nothing_had_happened(
-    tmp_path, dataset, tiny_bundle, ray_session
+    tmp_path, dataset, tiny_bundle, ray_session, eager
 ):
     arguments = command(dataset, tiny_bundle, tmp_path / "killed")
     log = tmp_path / "log"
-    driver = start(arguments, log)
+    driver = start(arguments, log, before=EAGER)
     work = tmp_path / "killed.train"
-    while not list(work.glob("checkpoint_*")):
+    while not (work / "checkpoint_manager_snapshot.json").exists():
         assert driver.poll() is None, log.read_text()
         time.sleep(0.05)
     driver.send_signal(signal.SIGKILL)
@@ -60,11 +88,10 @@ def test_a_run_that_loses_its_driver_and_a_worker_ends_bitwise_as_if_nothing_had
     assert not (tmp_path / "killed").exists()
     assert not list(work.glob("checkpoint_*/final.safetensors"))
 
-    killer = threading.Thread(target=kill_a_training_worker, args=(5,), daemon=True)
-    killer.start()
+    kept = {path.name for path in work.glob("checkpoint_*")}
+    killed = kill_a_training_worker(lambda: {path.name for path in work.glob("checkpoint_*")} - kept)
     train(*arguments)
-    killer.join(1)
-    assert not killer.is_alive()
+    assert len(killed) == 1
     assert not work.exists()
 
     description = verify(tmp_path / "killed")

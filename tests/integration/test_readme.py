@@ -1,11 +1,14 @@
 """The README's blocks marked `sh` do what they say: typed into an empty folder as they stand, on real Ray.
 
-A `glad.yaml` there makes the training short and the model tiny; the commands know nothing of it. They run in this
-process, as a Ray session for each would take a minute; so they have to be plain `glad` lines, nothing of a shell.
+A `glad.yaml` there makes the training short and the model tiny, and the pictures are few; the commands know nothing of
+it. They run in this process, as a Ray session for each would take a minute; so they have to be plain `glad` lines,
+nothing of a shell.
 """
 
 import re
 import shlex
+from functools import partial
+from inspect import signature
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -14,6 +17,7 @@ import yaml
 from typer.testing import CliRunner
 
 from pipelines.cli.main import app
+from pipelines.demo.boards import DEFECTS, make_demo_data
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -24,6 +28,10 @@ def test_the_own_dataset_of_the_readme(tmp_path, tiny_bundle, ray_session, monke
     lines = "".join(blocks).splitlines()
     assert len(lines) == 5, "the README promises five commands"
     monkeypatch.chdir(tmp_path)
+    usual = {name: value.default for name, value in signature(make_demo_data).parameters.items()}
+    assert usual["test_good"] + len(DEFECTS) * usual["per_defect"] == 60, "the README counts them"
+    few = partial(make_demo_data, train_good=12, test_good=4, per_defect=2)
+    monkeypatch.setattr("pipelines.demo.boards.make_demo_data", few)
     short = {"train": {"base": str(tiny_bundle), "steps": 2, "batch-size": 4}}
     Path("glad.yaml").write_text(yaml.safe_dump(short))
     for line in lines:
@@ -32,6 +40,6 @@ def test_the_own_dataset_of_the_readme(tmp_path, tiny_bundle, ray_session, monke
         assert ran.exit_code == 0, f"{line}\n{ran.output}"
     results = pq.read_table("monday/results")
     pictures = list(Path("pictures/circuit_board/test").rglob("*.png"))
-    assert len(results) == len(pictures) == 60
+    assert len(results) == len(pictures) == 12
     assert None not in results["is_anomalous"].to_pylist(), "training sets the threshold"
     assert Path("monday.html").read_text().startswith("<!doctype html>")

@@ -2,14 +2,13 @@
 
 import io
 import json
-import threading
 
 import numpy as np
 import pytest
 from conftest import make_bucket
 from PIL import Image
 from pyarrow.fs import FileSelector, FileType
-from test_faults_train import kill_a_training_worker
+from test_faults_train import eager, kill_a_training_worker  # noqa: F401  (the first is a fixture)
 from typer.testing import CliRunner
 
 from cluster.storage import Storage
@@ -39,7 +38,14 @@ def upload_dataset(storage):
     return torn
 
 
-def test_categories_side_by_side_into_a_registry(tiny_bundle, s3_server, ray_session, tmp_path, monkeypatch):
+def test_categories_side_by_side_into_a_registry(
+    tiny_bundle,
+    s3_server,
+    ray_session,
+    tmp_path,
+    monkeypatch,
+    eager,  # noqa: F811
+):
     for name, value in s3_server.items():
         monkeypatch.setenv(name, value)
     make_bucket(s3_server, "retrain")
@@ -47,14 +53,13 @@ def test_categories_side_by_side_into_a_registry(tiny_bundle, s3_server, ray_ses
     torn = upload_dataset(storage)
 
     def retrain():
-        options = ["--base", str(tiny_bundle), "--out", home, "--steps", "4", "--batch-size", "2"]
+        options = ["--base", str(tiny_bundle), "--out", home, "--steps", "40", "--batch-size", "2"]
         return CliRunner().invoke(app, ["retrain", DATASET, *options])
 
-    killer = threading.Thread(target=kill_a_training_worker, args=(3,), daemon=True)
-    killer.start()
+    killed = kill_a_training_worker(lambda: any("snapshot" in path for path, _ in storage.walk(f"{home}/.work/bolt")))
     outcome = retrain()
     assert outcome.exit_code == 1, outcome.output
-    assert not killer.is_alive()
+    assert len(killed) == 1
     assert "readable good images" in outcome.stdout
     assert registry.current(home, "nut", storage) is None
     first = registry.current(home, "bolt", storage)

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from drawn_datasets import draw_image, draw_visa
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_training import make_atp_loss, make_batches
@@ -79,18 +78,6 @@ def test_two_workers_train_what_one_does(tmp_path, dataset, tiny_bundle, ray_ses
     change = np.mean([float((expected[name] - base[name]).abs().mean()) for name in base])
     difference = np.mean([float((expected[name] - two[name]).abs().mean()) for name in base])
     assert difference < 0.05 * change
-
-
-@pytest.mark.slow
-def test_a_dataset_in_visa_s_layout_trains(tmp_path, tiny_bundle, ray_session):
-    root = draw_visa(tmp_path / "visa")
-    draw_image(root / "pcb2/Data/Images/Normal/9.JPG")
-    with (root / "split_csv/1cls.csv").open("a") as file:
-        file.write("pcb2,train,normal,pcb2/Data/Images/Normal/9.JPG,\n")
-    invoke(*command(root, tiny_bundle, tmp_path / "out", 1, category="pcb2"))
-    description = verify(tmp_path / "out")
-    assert description.category == "pcb2"
-    assert (description.provenance["good_images"], description.provenance["held_out_images"]) == (1, 1)
 
 
 @pytest.mark.slow
