@@ -26,7 +26,7 @@ def archive(tmp_path_factory):
     root = tmp_path_factory.mktemp("archive")
     for index in range(IMAGES):
         path = photo(index, root / f"{index % 7}" / f"{index:03d}.png")
-        if index % 40 == 0:
+        if index % 32 == 0:
             path.write_bytes(path.read_bytes()[:100])
     return root
 
@@ -101,7 +101,7 @@ def test_actor_and_driver_killed_then_the_same_command(tmp_path, archive, tiny_b
     assert content(out) == content(calm)
     counts = json.loads((out / "run.json").read_text())["counts"]
     assert counts == json.loads((calm / "run.json").read_text())["counts"]
-    assert (counts["images"], counts["errors"]) == (IMAGES, IMAGES // 40)
+    assert (counts["images"], counts["errors"]) == (IMAGES, IMAGES // 32)
     named = {file for path in (out / "commits").iterdir() for file in json.loads(path.read_text())["files"]}
     assert named == {str(path.relative_to(out)) for path in out.glob("[re]*s/**/part-*.parquet")}
 
@@ -123,4 +123,4 @@ def test_two_drivers_of_which_one_sleeps_until_the_run_is_complete(tmp_path, arc
         driver.kill()
     assert ((out / "run.json").read_bytes(), content(out)) == complete
     assert len(complete[1]) == IMAGES
-    assert f"errors    │ {IMAGES // 40} " in sleepers_log.read_text()
+    assert f"errors    │ {IMAGES // 32} " in sleepers_log.read_text()
