@@ -201,9 +201,13 @@ def _open(data: bytes, page: int | None = None) -> Image.Image | np.ndarray:
         return deep.grey_values(upright) if deep.is_deep(upright.mode) else upright
     if page > 1 and not is_tiff:
         raise ImageError("unsupported", "an animation of 16-bit colours is not read; write its frames as files")
-    upper, lower = _loaded(image, data), _at_page(data, page)
-    grey = deep.keep_lower(lower)
-    return deep.combined(upper, _loaded(lower, data), grey)
+    if deep.keep_all(image):
+        return deep.both_bytes(_loaded(image, data))
+    values = deep.upper_bytes(_loaded(image, data))
+    image = _at_page(data, page)  # the one before takes no memory any more
+    deep.keep_lower(image)
+    deep.add_lower_bytes(values, _loaded(image, data))
+    return values
 
 
 def _at_page(data: bytes, page: int) -> ImageFile:
