@@ -27,7 +27,8 @@ import numpy as np
 
 from glad_core.errors import GladError
 from glad_core.views import Framing
-from pipelines.archive.picture import MAX_MEMORY, TOO_MUCH, ImageError, Picture, as_framings, decode, pages
+from pipelines.archive.opened import MAX_MEMORY, TOO_MUCH, ImageError, pages
+from pipelines.archive.picture import Picture, as_framings, decode
 
 SECONDS = 20  # of CPU time that decoding one image may take
 PAGED = (b"II", b"MM", b"GIF8", b"\x89PNG", b"RIFF")  # how files begin that may hold several pages

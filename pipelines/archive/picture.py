@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import io
-import threading
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
-from PIL.ImageFile import ImageFile
+from PIL import Image
 
 from glad_core.views import Framing
-from pipelines.archive import damage, deep, tiff
+from pipelines.archive import opened
+from pipelines.archive.opened import ImageError
 
-# EPS would start Ghostscript and the exotic decoders are where the security holes are: only what cameras write.
-FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "PPM", "GIF")
 SUFFIXES = {
     "png apng": "PNG",
     "jpg jpeg jpe jfif jif jfi": "JPEG",
@@ -29,46 +24,12 @@ SUFFIXES = {
     "jp2 j2k jxl heic heif avif": "not read; an error says so, where other files would be left out",
 }
 IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffixes in SUFFIXES for suffix in suffixes.split())
-OTHER_FORMATS = (  # position and bytes that tell, and what it is
-    (4, b"jP  ", "JPEG 2000"),
-    (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
-    (4, b"JXL ", "JPEG XL"),
-    (0, b"\xff\x0a", "JPEG XL"),
-    (4, b"ftyphe", "HEIC"),
-    (4, b"ftypmif1", "HEIF"),
-    (4, b"ftypmsf1", "HEIF"),
-    (4, b"ftypavi", "AVIF"),
-    (128, b"DICM", "DICOM"),
-    (0, b"%PDF", "PDF"),
-    (0, b"v/1\x01", "OpenEXR"),
-    (0, b"8BPS", "Photoshop's PSD"),
-    (0, b"version https://git-lfs", "the pointer to a file in Git LFS"),
-    (0, b"<!", "HTML or XML"),
-    (0, b"<html", "HTML or XML"),
-    (0, b"<?xml", "HTML or XML"),
-)
-MAX_PIXELS = 250_000_000  # with more it is taken for a decompression bomb
-MAX_PAGES = 10_000  # of one file
 BAND = 2**20  # values that are scaled in one go
-MAX_MEMORY = 3 * 2**30  # bytes that decoding one image may take
-TOO_MUCH = f"its decoder asked for more memory than the {MAX_MEMORY // 2**20} MiB that one image may take"
-
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-# Bombs are refused below with an error of our own; Pillow's warning would only repeat it in worker logs.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def is_image(path: str) -> bool:
     """Whether a file's suffix says that it is an image. The one rule for what a dataset or a tar shard holds."""
     return PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES
-
-
-class ImageError(Exception):
-    """An image that cannot be had. ``kind`` is its error_type, from missing to deadly (docs/troubleshooting.md)."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -87,16 +48,6 @@ class Picture:
         return self.frames[0]
 
 
-class _Last(threading.local):
-    """The file of whose pages this thread decoded one after the first, opened: the next frame builds on it."""
-
-    data = b""
-    image: ImageFile | None = None
-
-
-_LAST = _Last()
-
-
 def decode(data: bytes, framings: int | Sequence[Framing], page: int | None = None) -> Picture:
     """Encoded bytes to a `Picture`.
 
@@ -105,7 +56,7 @@ def decode(data: bytes, framings: int | Sequence[Framing], page: int | None = No
         page: of an animation or a TIFF, from 1; None for the first of `pages`.
 
     Raises:
-        ImageError: not_an_image, damaged or too_large.
+        ImageError: not_an_image, unsupported, damaged or too_large.
     """
     framings = as_framings(framings)
     image, peak = _decoded(data, framings[0].white, page)
@@ -122,14 +73,14 @@ def decode_image(data: bytes) -> np.ndarray:
     """Encoded bytes to uint8 [H, W, 3] RGB, upright by its EXIF orientation. See `to_rgb` and `to_8_bits`.
 
     Raises:
-        ImageError: not_an_image, damaged or too_large.
+        ImageError: not_an_image, unsupported, damaged or too_large.
     """
     return _decoded(data, None)[0]
 
 
 def _decoded(data: bytes, white: float | None, page: int | None = None) -> tuple[np.ndarray, float | None]:
     """`decode_image`, and the largest stored value if there are more than 8 bits."""
-    stored = _open(data, page)
+    stored = opened.stored(data, page)
     try:
         if isinstance(stored, Image.Image):
             return np.asarray(to_rgb(stored)), None
@@ -139,138 +90,7 @@ def _decoded(data: bytes, white: float | None, page: int | None = None) -> tuple
     except ImageError:
         raise
     except Exception as error:
-        raise _refused(error) from error
-
-
-def pages(data: bytes) -> tuple[list[int], int]:
-    """Numbers of the pages of a TIFF and of the frames of an animation, from 1: each is a picture of its own.
-
-    Reduced copies (thumbnails, pyramids) and transparency masks in a TIFF are left out. So are the further pictures in
-    a JPEG, which are previews and depth maps. The second value is the number of all.
-
-    Raises:
-        ImageError: as `decode_image`; too_large also with more than `MAX_PAGES`.
-    """
-    if data.startswith(tiff.SIGNATURES):
-        try:
-            numbers, count = tiff.pages(data, MAX_PAGES)
-        except Exception as error:
-            raise _refused(error) from error
-    else:
-        image = _header(data)
-        count = getattr(image, "n_frames", 1)
-        numbers = list(range(1, 2 if image.format == "MPO" else min(count, MAX_PAGES) + 1))
-    if count > MAX_PAGES:
-        raise ImageError("too_large", f"more than {MAX_PAGES} pages")
-    return numbers or [1], count
-
-
-def _header(data: bytes) -> ImageFile:
-    """An image that is opened and not decoded. Raises as `decode_image`."""
-    try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError as error:
-        raise ImageError("too_large", f"decompression bomb: {error}") from error
-    except Image.UnidentifiedImageError as error:
-        if damage.looks_like_an_image(data):
-            raise ImageError("damaged", "begins like an image, but is cut off or of a kind that is not read") from error
-        raise ImageError("not_an_image", f"not PNG, JPEG, BMP, TIFF, WebP, GIF or PPM{_named(data)}") from error
-    except Exception as error:  # decoders raise whatever their parsing meets
-        raise _refused(error) from error
-
-
-def _open(data: bytes, page: int | None = None) -> Image.Image | np.ndarray:
-    """A decoded picture, upright: an image, or of more than 8 bits its stored values [H, W] or [H, W, 3].
-
-    Raises as `decode_image`.
-    """
-    is_tiff = data.startswith(tiff.SIGNATURES)
-    page = page or (pages(data)[0][0] if is_tiff else 1)
-    try:
-        image = _at_page(data, page)
-    except ImageError as error:
-        if is_tiff and error.kind == "damaged":
-            return _other_tiff(data, page)
-        raise
-    if isinstance(image, TiffImagePlugin.TiffImageFile) and not tiff.trusted(image):
-        return _other_tiff(data, page)
-    if not deep.is_colour(image):
-        upright = _loaded(image, data, keep=page > 1)
-        if page > 1:
-            _LAST.data, _LAST.image = data, image
-        return deep.grey_values(upright) if deep.is_deep(upright.mode) else upright
-    if page > 1 and not is_tiff:
-        raise ImageError("unsupported", "an animation of 16-bit colours is not read; write its frames as files")
-    if deep.keep_all(image):
-        return deep.both_bytes(_loaded(image, data))
-    values = deep.upper_bytes(_loaded(image, data))
-    image = _at_page(data, page)  # the one before takes no memory any more
-    deep.keep_lower(image)
-    deep.add_lower_bytes(values, _loaded(image, data))
-    return values
-
-
-def _at_page(data: bytes, page: int) -> ImageFile:
-    """An opened image at a page. Raises as `decode_image`."""
-    image = _LAST.image if _LAST.data == data else None
-    image = image if image is not None and image.tell() < page - 1 else None
-    _LAST.data, _LAST.image = b"", None  # unless the page comes out well
-    try:
-        image = _header(data) if image is None else image
-        image.seek(page - 1)
-    except ImageError:
-        raise
-    except Exception as error:
-        raise _refused(error) from error
-    _check_size(image.width, image.height)
-    return image
-
-
-def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise ImageError(
-            "too_large", f"decompression bomb: {width} x {height} pixels, the limit is {MAX_PIXELS} in all"
-        )
-
-
-def _loaded(image: ImageFile, data: bytes, keep: bool = False) -> Image.Image:
-    """A decoded image, upright, in the mode that it is stored in. Raises as `decode_image`.
-
-    Args:
-        keep: turn a copy, since the next frame builds on this one.
-    """
-    try:
-        _check(damage.of_structure(data, image))
-        if isinstance(image, TiffImagePlugin.TiffImageFile):
-            tiff.mend(image)
-        image.load()
-        _check(damage.of_pixels(data, image))
-        if _orientation(image) == 1:
-            return image
-        if keep:
-            return ImageOps.exif_transpose(image)
-        ImageOps.exif_transpose(image, in_place=True)
-    except ImageError:
-        raise
-    except Exception as error:
-        raise _refused(error) from error
-    return image
-
-
-def _other_tiff(data: bytes, number: int) -> np.ndarray:
-    """The values of a TIFF's page that Pillow does not read right, as of `_open`. Raises as `decode_image`."""
-    try:
-        with tiff.page(data, number) as page:
-            _check_size(page.imagewidth, page.imagelength)
-            return tiff.values(page, len(data))
-    except ImageError:
-        raise
-    except tiff.UnreadTiffError as error:
-        raise ImageError(
-            "unsupported", f"{error} is not read; write it uncompressed, as unsigned integers of 8 or 16 bits"
-        ) from error
-    except Exception as error:
-        raise _refused(error) from error
+        raise opened.refused(error) from error
 
 
 def read_labels(data: bytes) -> tuple[np.ndarray, bool]:
@@ -282,7 +102,7 @@ def read_labels(data: bytes) -> tuple[np.ndarray, bool]:
     Raises:
         ImageError: as `decode_image`.
     """
-    image = _open(data)
+    image = opened.stored(data)
     if isinstance(image, np.ndarray):
         return image, False
     lossy = image.format == "JPEG" or (image.format == "WEBP" and b"VP8L" not in data[:64])
@@ -304,41 +124,6 @@ def _palette_labels(image: Image.Image) -> np.ndarray:
         return indices
     colours: np.ndarray = palette[indices]
     return colours
-
-
-def orientation(data: bytes) -> int:
-    """A file's EXIF orientation: 1 upright, 2 to 4 mirrored or upside down, 5 to 8 on its side.
-
-    Raises:
-        ImageError: as `decode_image`.
-    """
-    try:
-        return _orientation(_header(data))
-    except ImageError:
-        if not data.startswith(tiff.SIGNATURES):
-            raise
-    with tiff.page(data, 1) as page:
-        stored = tiff.orientation(page)
-    return stored if stored in range(2, 9) else 1
-
-
-def _orientation(image: ImageFile) -> int:
-    """As `orientation`. EXIF data that cannot be read turn nothing."""
-    try:
-        stored = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # as in `_header`
-        return 1
-    return stored if stored in range(2, 9) else 1
-
-
-def _check(problem: str | None) -> None:
-    if problem is not None:
-        raise ImageError("damaged", problem)
-
-
-def _named(data: bytes) -> str:
-    """The name of a format that is not read, to be told what to convert; empty if its signature is unknown."""
-    return next((f" but {name}" for start, mark, name in OTHER_FORMATS if data.startswith(mark, start)), "")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -376,10 +161,3 @@ def to_8_bits(values: np.ndarray, white: float | None = None) -> np.ndarray:
         band *= 255 / top
         out[start : start + rows] = np.rint(np.minimum(band, 255, out=band), out=band)
     return out
-
-
-def _refused(error: Exception) -> ImageError:
-    """The error for a decoder's exception. (WebP's decoder reports too little memory as damage.)"""
-    if isinstance(error, MemoryError) or "out of memory" in str(error):
-        return ImageError("too_large", TOO_MUCH)
-    return ImageError("damaged", " ".join(f"{type(error).__name__}: {error}".split())[:300])

@@ -18,7 +18,8 @@ from glad_core.bundle import presets
 from pipelines.archive.examples import SPLITS, Example
 from pipelines.archive.fetch import FETCH_THREADS
 from pipelines.archive.layouts import read_whole
-from pipelines.archive.picture import ImageError, decode_image, orientation, pages
+from pipelines.archive.opened import ImageError, orientation, pages
+from pipelines.archive.picture import decode_image
 from pipelines.evaluate.masks import fetch_from, marks, read_mask
 
 LONG = 1.5  # times longer than wide

@@ -11,7 +11,8 @@ from PIL import Image
 from cluster.storage import Storage
 from pipelines.archive.examples import Example
 from pipelines.archive.fetch import fetch, neighbours
-from pipelines.archive.picture import ImageError, orientation, read_labels
+from pipelines.archive.opened import ImageError, orientation
+from pipelines.archive.picture import read_labels
 
 LOSSY = "lossy: cut at half of the highest value"
 LEAST_TOP = 16  # highest value that compression or resampling leaves; class numbers are smaller

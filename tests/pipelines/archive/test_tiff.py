@@ -11,7 +11,8 @@ from drawn_pictures import tiff
 from PIL import Image
 
 from glad_core.views import Framing
-from pipelines.archive.picture import ImageError, decode, decode_image, orientation, pages, read_labels
+from pipelines.archive.opened import orientation, pages
+from pipelines.archive.picture import ImageError, decode, decode_image, read_labels
 
 Y, X = np.mgrid[:40, :48]
 COLOURS = np.stack([X / 47, Y / 39, (X + Y) / 86], -1)
