@@ -160,7 +160,8 @@ def tree_rows(tree: Tree, files: Iterable[Entry], storage: Storage, left_out: Le
 
     @lru_cache(maxsize=1)
     def stems(folder: str) -> set[str]:
-        names = [PurePosixPath(entry.path) for entry in storage.level(join(tree.folder, folder))]
+        place = tree.folder if folder == "." else join(tree.folder, folder)
+        names = [PurePosixPath(entry.path) for entry in storage.level(place)]
         return {plain(name.stem) for name in names if is_image(name.name)}
 
     def is_mask(name: str) -> bool:

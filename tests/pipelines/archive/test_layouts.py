@@ -167,9 +167,9 @@ def test_a_slash_at_the_end_changes_nothing(mvtec, s3_server, monkeypatch):
         monkeypatch.setenv(name, value)
     make_bucket(s3_server, "slashes")
     storage = Storage.from_environment()
-    for file in ("a/0.png", "a/1.png", "b/train/good/0.png", "b/test/good/0.png"):
+    for file in ("a/0.png", "a/1.png", "b/train/good/0.png", "b/test/good/0.png", "b/test/1.png", "b/test/1_mask.png"):
         storage.write(f"s3://slashes/{file}", b"x")
-    for folder, count in (("s3://slashes/a", 2), ("s3://slashes/b", 1)):
+    for folder, count in (("s3://slashes/a", 2), ("s3://slashes/b", 2)):
         rows = list(list_source(folder, None, storage))
         assert len(rows) == count
         assert list(list_source(f"{folder}/", None, storage)) == rows
