@@ -8,9 +8,10 @@ import pytest
 from safetensors.torch import load_file
 from test_cluster_grows import ray_folder, until  # noqa: F401  (a fixture)
 from test_faults import start
+from test_faults_train import EAGER
 
 pytestmark = pytest.mark.slow
-STEPS = 120
+STEPS = 40
 
 
 def workers(machines):
@@ -35,7 +36,7 @@ def test_a_lost_worker_of_two_on_two_machines_changes_nothing(tmp_path, dataset,
     def train(name):
         words = ["train", dataset, "--category", "part", "--base", tiny_bundle, "--out", tmp_path / name]
         words += ["--steps", STEPS, "--batch-size", 2, "--learning-rate", "1e-4", "--workers", 2]
-        return start([*map(str, words), "--address", cluster.address], tmp_path / f"{name}.log")
+        return start([*map(str, words), "--address", cluster.address], tmp_path / f"{name}.log", before=EAGER)
 
     try:
         driver = train("disturbed")

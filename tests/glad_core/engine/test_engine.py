@@ -105,7 +105,7 @@ def test_images_stop_at_different_steps_and_for_every_reason(references):
     guarded=st.booleans(),
     guess=st.sampled_from([None, (-6.0, 0.0, 0.1, 0.0), (-8.0, 10.0, 0.0, 5.0), (5.0, 0.0, 0.0, 0.0)]),
 )
-@hypothesis_settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_same_answers_as_the_reference_in_any_order_with_any_number_of_slots(
     model, requests, references, case, order, slots, pauses, guarded, guess
 ):
