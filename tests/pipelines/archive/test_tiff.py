@@ -110,6 +110,7 @@ def test_lzw_of_16_bit_colours():
     ("values", "options", "named"),
     [
         (COLOURS[..., 0], {"photometric": "miniswhite"}, "1 x 64-bit float (MINISWHITE)"),
+        (np.ones((9, 9), np.float32), {"photometric": "miniswhite"}, "1 x 32-bit float (MINISWHITE)"),
         (-np.ones((9, 9), np.int8), {"photometric": "miniswhite"}, "1 x 8-bit signed integer (MINISWHITE)"),
         (np.ones((9, 9), complex), {}, "1 x 128-bit complex (MINISBLACK)"),
         (np.ones((9, 9, 5), np.uint16), {"photometric": "minisblack", "planarconfig": "contig"}, "5 x 16-bit integer"),
@@ -160,6 +161,6 @@ def test_it_is_turned_as_others_are(way):
 
 def test_labels_of_any_type_stay():
     labels = np.zeros((8, 8))
-    labels[2:4] = 70_000
+    labels[2:4] = 3_000_000_000  # more than a signed integer holds
     for dtype in ("uint32", "float64"):
         assert (read_labels(tiff(labels.astype(dtype), photometric="minisblack"))[0] == labels).all()
