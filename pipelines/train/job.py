@@ -182,7 +182,7 @@ def _fit(job: TrainJob, events: Any) -> Any:
 
 
 def _work(config: dict[str, Any]) -> None:
-    with quick_imports("transformers", "peft"):
+    with quick_imports("transformers", "peft", "scipy"):
         from pipelines.train.worker import train_worker
     train_worker(config)
 

@@ -26,7 +26,7 @@ from pipelines.train import job
 work = job._work
 
 def eager(config):
-    with quick_imports("transformers", "peft"):
+    with quick_imports("transformers", "peft", "scipy"):
         from pipelines.train import checkpoints
     checkpoints.LEAST_SECONDS = 0.2
     work(config)

@@ -55,7 +55,6 @@ def in_one_process(dataset: Path, base: Path, steps: int) -> tuple[dict, list[fl
     return model.unet.state_dict(), history
 
 
-@pytest.mark.slow
 def test_what_the_survey_of_the_pictures_found_is_said(monkeypatch):
     found = Survey([], [], [], [], "f", [], peaks=[3000.0], paged=["/a.tif", "/b.tif"])
     monkeypatch.setattr(job, "survey", lambda *arguments: found)
@@ -69,6 +68,7 @@ def test_what_the_survey_of_the_pictures_found_is_said(monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_two_workers_train_what_one_does(tmp_path, dataset, tiny_bundle, ray_session):
     invoke(*command(dataset, tiny_bundle, tmp_path / "two", 5, "--workers", 2))
     expected, losses = in_one_process(dataset, tiny_bundle, 5)
@@ -162,6 +162,7 @@ def test_mistakes_are_one_line(tmp_path, dataset, tiny_bundle):
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_what_ray_has_to_find_out_is_one_line_too(tmp_path, dataset, tiny_bundle, ray_session):
     broken = tmp_path / "broken" / "train" / "good"
     broken.mkdir(parents=True)
