@@ -20,6 +20,12 @@ torch.set_num_threads(1)
 SIDE = 32  # resolution of the tiny bundle
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: with the short ones at the end, parallel workers end together."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory):
     """A bundle of random weights, fast enough for real runs on a CPU; its δ lets images stop at different steps."""
