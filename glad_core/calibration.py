@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from glad_core.bundle.model import Model
-from glad_core.bundle.settings import Profile, Settings
+from glad_core.bundle.settings import Method, Profile, Settings
 from glad_core.engine.search import fit_guess, largest_fall
 from glad_core.foreground import ForegroundMode
 from glad_core.image_metrics import image_metrics
@@ -40,8 +41,10 @@ MIN_STEP_SHARE = 350 / 750
 START_STEPS = (250, 350, 450, 550, 650, 750)  # the candidates for T
 FAST_STEPS = (50, 100, 150, 200, 250, 300)  # and for the only step of profile `fast`
 STEP_TILES = 40  # the steps are chosen on so many tiles, or one for each picture
+TEST_TILES = 200  # methods and views are compared on about as many, good ones
 SELECTION_IMAGES = 16  # T is chosen on this many good images; δ and the threshold then use all
 UNREACHABLE_DELTA = 1e4
+ADAPTIVE = "adaptive steps"
 
 
 class Label(NamedTuple):
@@ -49,6 +52,29 @@ class Label(NamedTuple):
 
     category: str
     name: str
+
+
+class Quality(NamedTuple):
+    """How well good pictures and the same with synthetic anomalies are told apart.
+
+    Image AUROC, and for those that are equal the distance of the two means in standard deviations.
+    """
+
+    auroc: float
+    distance: float
+
+
+class Choice(NamedTuple):
+    """What calibration chose: settings, the good pictures' scores [N], the indices of the views kept.
+
+    ``name`` is the method in words, ``qualities`` those of all methods that were compared.
+    """
+
+    settings: Settings
+    scores: np.ndarray
+    views: list[int]
+    name: str
+    qualities: dict[str, Quality]
 
 
 @dataclass(frozen=True)
@@ -105,35 +131,52 @@ class Calibrator:
         )
         return _with_delta(settings, scores).model_copy(update={"score_guess": guess})
 
-    def choose_steps_and_views(
+    def choose(
         self,
         good: Sequence[np.ndarray | Frames],
         categories: Sequence[str] | None = None,
         names: Sequence[str] | None = None,
-    ) -> tuple[Settings, np.ndarray]:
-        """`choose_steps` on tiles, and of several views those that separate; also the good pictures' scores [N].
+        memory: Sequence[Tensor] = (),
+    ) -> Choice:
+        """The method, its steps and its views that separate best: `choose_steps` on tiles, and the alternatives to it.
 
         Of several views, those are kept that tell good pictures from the same with synthetic anomalies best: one of
-        them, or all, each standardised by the good pictures.
+        them, or all, each standardised by the good pictures. With a ``memory`` the adaptive steps are compared with as
+        many fixed ones, with a single one and with the nearest good patches, each through its best views.
 
         Args:
             good: arrays [R, R, 3], or pictures with a frame for every view.
+            memory: good patches [M, D] of every view, of pictures other than ``good``.
 
         Raises:
             NotFinite: as `choose_steps`.
         """
-        labels = self._labels(good, categories, names)
-        pictures = as_pictures(good)
+        labels, pictures = self._labels(good, categories, names), as_pictures(good)
         tiles, tile_labels = _some_tiles(pictures, labels, self.model.settings)
-        settings = self.choose_steps(tiles, *map(list, zip(*tile_labels, strict=True)))
-        scores_NV = self._score(settings, pictures, labels)
-        settings = _standardised(settings, scores_NV)
-        if len(settings.views) > 1:
-            chosen = self._views_that_separate(settings, pictures, labels)
-            scores_NV = scores_NV[:, chosen]
-            settings = settings.model_copy(update={"views": tuple(settings.views[view] for view in chosen)})
-            settings = _standardised(settings, scores_NV)
-        return settings, np.array([combined_score(settings, row) for row in scores_NV.tolist()])
+        steps = replace(self, model=_of_method(self.model, "glad"))
+        adaptive = steps.choose_steps(tiles, *map(list, zip(*tile_labels, strict=True)))
+        methods = {ADAPTIVE: adaptive}
+        if memory:
+            methods["fixed steps"] = adaptive.model_copy(update={"delta": 0.0, "score_fall": None, "score_guess": None})
+            single = replace(steps, profile="fast")
+            methods["a single step"] = single.choose_steps(tiles, *map(list, zip(*tile_labels, strict=True)))
+            methods["nearest good patches"] = adaptive.model_copy(update={"method": "nearest"})
+        remembering = replace(self, model=replace(self.model, memory=memory))
+        found = {name: ([*range(len(settings.views))], Quality(0.0, 0.0)) for name, settings in methods.items()}
+        if len(methods) > 1 or len(adaptive.views) > 1:
+            picked = _tested(pictures, adaptive)
+            chosen, chosen_labels = [pictures[index] for index in picked], [labels[index] for index in picked]
+            good_and_anomalous = anomalous_pictures(chosen, adaptive, self.foreground_mode, self.seed)
+            found = {
+                name: remembering._best_views(settings, *good_and_anomalous, chosen_labels)
+                for name, settings in methods.items()
+            }
+        best = max(found, key=lambda name: found[name][1])
+        views, _ = found[best]
+        scores_NV = remembering._score(methods[best], pictures, labels)[:, views]
+        settings = _of_views(methods[best], views, scores_NV)
+        quality = {name: quality for name, (_, quality) in found.items()}
+        return Choice(settings, combined_scores(settings, scores_NV), views, best, quality)
 
     def calibrate(
         self,
@@ -141,8 +184,9 @@ class Calibrator:
         categories: Sequence[str] | None = None,
         target_fpr: float = 0.05,
         names: Sequence[str] | None = None,
-    ) -> Settings:
-        """`choose_steps_and_views`, and the threshold from the same pictures.
+        memory: Sequence[Tensor] = (),
+    ) -> Choice:
+        """`choose`, and the threshold from the same pictures.
 
         The threshold is the conformal quantile of the good pictures' scores: a new good picture exceeds it with
         probability at most ``target_fpr``, if there are at least `images_needed` good pictures (with fewer, the largest
@@ -151,31 +195,32 @@ class Calibrator:
         Raises:
             NotFinite: as `choose_steps`.
         """
-        settings, scores = self.choose_steps_and_views(good, categories, names)
+        choice = self.choose(good, categories, names, memory)
         kinds = np.array([label.category for label in self._labels(good, categories, names)])
-        thresholds: dict[str, Any] = {"threshold": conformal_quantile(scores, target_fpr)}
+        thresholds: dict[str, Any] = {"threshold": conformal_quantile(choice.scores, target_fpr)}
         if self.model.prompts:
             thresholds["thresholds"] = {
-                kind: conformal_quantile(scores[kinds == kind], target_fpr) for kind in sorted(set(kinds.tolist()))
+                kind: conformal_quantile(choice.scores[kinds == kind], target_fpr)
+                for kind in sorted(set(kinds.tolist()))
             }
-        return settings.model_copy(update=thresholds)
+        return choice._replace(settings=choice.settings.model_copy(update=thresholds))
 
-    def _views_that_separate(
-        self, settings: Settings, pictures: Sequence[Frames], labels: Sequence[Label]
-    ) -> list[int]:
-        """The one view, or all, with the best image AUROC of synthetic anomalies; of equals, the cheapest."""
-        picked = _evenly(len(pictures), SELECTION_IMAGES)
-        chosen, chosen_labels = [pictures[index] for index in picked], [labels[index] for index in picked]
-        good, anomalous = anomalous_pictures(chosen, settings, self.foreground_mode, self.seed)
-        scores_NV = self._score(settings, [*good, *anomalous], [*chosen_labels, *chosen_labels])
+    def _best_views(
+        self, settings: Settings, good: Sequence[Frames], anomalous: Sequence[Frames], labels: Sequence[Label]
+    ) -> tuple[list[int], Quality]:
+        """The one view, or all, that separate best; of equals the cheapest."""
+        scores_NV = self._score(settings, [*good, *anomalous], [*labels, *labels])
         truth = np.array([0] * len(good) + [1] * len(anomalous))
-        candidates = [*([view] for view in range(len(settings.views))), list(range(len(settings.views)))]
-        quality = []
-        for views in candidates:
-            alone = settings.model_copy(update={"views": tuple(settings.views[view] for view in views)})
-            scores = np.array([combined_score(alone, row) for row in scores_NV[:, views].tolist()])
-            quality.append(image_metrics(scores, truth)["AUROC"])
-        return candidates[int(np.argmax(quality))]
+        views = list(range(len(settings.views)))
+        candidates = [*([view] for view in views), views] if len(views) > 1 else [views]
+        qualities = [
+            _quality(
+                combined_scores(_of_views(settings, some, scores_NV[: len(good), some]), scores_NV[:, some]), truth
+            )
+            for some in candidates
+        ]
+        best = qualities.index(max(qualities))
+        return candidates[best], qualities[best]
 
     def _score(self, settings: Settings, pictures: Sequence[Frames], labels: Sequence[Label]) -> np.ndarray:
         categories, names = zip(*labels, strict=True)
@@ -230,16 +275,34 @@ class Calibrator:
 
 
 def judged_images(
-    good: Sequence[np.ndarray | Frames], settings: Settings, profile: Profile = "exact", steps_only: bool = False
+    good: Sequence[np.ndarray | Frames],
+    settings: Settings,
+    profile: Profile = "exact",
+    steps_only: bool = False,
+    methods: bool = False,
 ) -> int:
-    """How many tiles `Calibrator.calibrate` judges, for a progress bar; or `Calibrator.choose_steps`, of images."""
+    """How many tiles `Calibrator.calibrate` judges, for a progress bar; or `Calibrator.choose_steps`, of images.
+
+    ``methods``: the alternatives are compared too.
+    """
     pictures = as_pictures(good)
     counts = [sum(len(framing.places(*picture.size)) for framing in settings.framings()) for picture in pictures]
     tiles = min(sum(counts), max(len(counts), STEP_TILES))
     few = min(tiles, SELECTION_IMAGES)
-    steps = 2 * few * len(FAST_STEPS) if profile == "fast" else 3 * few * len(START_STEPS) + 2 * tiles
-    views = 2 * sum(counts[index] for index in _evenly(len(counts), SELECTION_IMAGES)) if len(settings.views) > 1 else 0
-    return steps if steps_only else steps + sum(counts) + views
+    single = 2 * few * len(FAST_STEPS)
+    steps = single if profile == "fast" else 3 * few * len(START_STEPS) + 2 * tiles
+    if steps_only:
+        return steps
+    tests = 2 * sum(counts[index] for index in _tested(pictures, settings))
+    if methods:
+        return steps + single + 4 * tests + sum(counts)
+    return steps + sum(counts) + (tests if len(settings.views) > 1 else 0)
+
+
+def _tested(pictures: Sequence[Frames], settings: Settings) -> list[int]:
+    """Indices of the pictures that methods and views are compared on: as many as have `TEST_TILES`, a few at least."""
+    tiles = sum(len(framing.places(*picture.size)) for framing in settings.framings() for picture in pictures)
+    return _evenly(len(pictures), max(SELECTION_IMAGES, TEST_TILES * len(pictures) // tiles))
 
 
 def _evenly(count: int, most: int) -> list[int]:
@@ -258,13 +321,28 @@ def _some_tiles(
     return [tile for tile, _ in chosen], [label for _, label in chosen]
 
 
-def _standardised(settings: Settings, scores_NV: np.ndarray) -> Settings:
-    """Settings whose views are standardised by these good pictures' scores."""
+def _of_method(model: Model, method: Method) -> Model:
+    return replace(model, settings=model.settings.model_copy(update={"method": method}))
+
+
+def _of_views(settings: Settings, chosen: Sequence[int], scores_NV: np.ndarray) -> Settings:
+    """Settings with these views alone, standardised by good pictures' scores [N, V] in them."""
     views = [
-        view.model_copy(update={"good_mean": mean, "good_spread": spread})
-        for view, (mean, spread) in zip(settings.views, standards(scores_NV), strict=True)
+        settings.views[view].model_copy(update={"good_mean": mean, "good_spread": spread})
+        for view, (mean, spread) in zip(chosen, standards(scores_NV), strict=True)
     ]
     return settings.model_copy(update={"views": tuple(views)})
+
+
+def combined_scores(settings: Settings, scores_NV: np.ndarray) -> np.ndarray:
+    """`combined_score` of every picture [N]."""
+    return np.array([combined_score(settings, row) for row in scores_NV.tolist()])
+
+
+def _quality(scores: np.ndarray, truth: np.ndarray) -> Quality:
+    good, anomalous = scores[truth == 0], scores[truth == 1]
+    spread = math.sqrt((good.var() + anomalous.var()) / 2) or 1.0
+    return Quality(image_metrics(scores, truth)["AUROC"], float(anomalous.mean() - good.mean()) / spread)
 
 
 def images_needed(target_fpr: float) -> int:

@@ -13,8 +13,9 @@ import torch
 from glad_core import synthesis
 from glad_core.bundle.model import Model
 from glad_core.bundle.settings import Settings
-from glad_core.engine.base import run
+from glad_core.engine.base import Queue, run
 from glad_core.engine.engine import Engine
+from glad_core.engine.nearest import NearestEngine
 from glad_core.foreground import ForegroundMode, foreground
 from glad_core.images import to_tensor
 from glad_core.stitch import tile_requests, view_scores
@@ -57,12 +58,14 @@ def score_pictures(
     scores: list[list[float]] = []
     for chosen in _groups(pictures, model.settings):
         cut = [_requests(pictures[index], model.settings) for index in chosen]
-        owners = [index for index, views in zip(chosen, cut, strict=True) for view in views for _ in view]
-        tiles = [tile.image for views in cut for view in views for tile in view]
-        kinds, whose = [categories[index] for index in owners], [names[index] for index in owners]
-        verdicts = iter(judge_all(model, tiles, kinds, whose, batch_size, seed, on_image))
+        by_view = []
+        for view in range(len(model.settings.views)):
+            owners = [index for index, views in zip(chosen, cut, strict=True) for _ in views[view]]
+            tiles = [tile.image for views in cut for tile in views[view]]
+            kinds, whose = [categories[index] for index in owners], [names[index] for index in owners]
+            by_view.append(iter(judge_all(model, tiles, kinds, whose, batch_size, seed, on_image, view)))
         for index, views in zip(chosen, cut, strict=True):
-            judged = [[next(verdicts) for _ in view] for view in views]
+            judged = [[next(verdicts) for _ in tiles] for verdicts, tiles in zip(by_view, views, strict=True)]
             scores.append(view_scores(model.settings, pictures[index].size, judged))
     return np.array(scores)
 
@@ -134,6 +137,13 @@ def _reframed(frame: np.ndarray, view: int, picture: Frames, settings: Settings)
     return Frames(frames, picture.size)
 
 
+def engine_of(model: Model, view: int, slots: int, seed: int) -> Queue:
+    """What judges one view's tiles by the bundle's method."""
+    if model.settings.method == "nearest":
+        return NearestEngine(model, model.memory[view], slots)
+    return Engine(model, slots, seed)
+
+
 def judge_all(
     model: Model,
     images: Sequence[np.ndarray],
@@ -142,8 +152,9 @@ def judge_all(
     batch_size: int,
     seed: int,
     on_image: Callable[[int], None] = lambda count: None,
+    view: int = 0,
 ) -> list[Detection]:
-    """The verdicts on images [R, R, 3], in their order; the first failure is raised.
+    """The verdicts on images [R, R, 3] of one view, in their order; the first failure is raised.
 
     Raises:
         NotFinite: images have no finite score; the message names the model, their number and one of them.
@@ -151,7 +162,7 @@ def judge_all(
     detections: dict[str, Detection] = {}
     undecided: dict[int, NotFinite] = {}
     requests = [Request(str(index), image, categories[index]) for index, image in enumerate(images)]
-    for request, verdict in run(Engine(model, batch_size, seed), requests):
+    for request, verdict in run(engine_of(model, view, batch_size, seed), requests):
         if isinstance(verdict, NotFinite):
             undecided[int(request.image_id)] = verdict
         elif isinstance(verdict, Exception):

@@ -30,7 +30,9 @@ REQUIRED = frozenset(
         "prompt.safetensors",
     }
 )
-OPTIONAL = frozenset({"final_features/config.json", "final_features/model.safetensors"})  # both or neither
+FINAL_FEATURES = frozenset({"final_features/config.json", "final_features/model.safetensors"})  # both or neither
+MEMORY = "memory.safetensors"  # good patches, of a bundle whose method is `nearest`
+OPTIONAL = FINAL_FEATURES | {MEMORY}
 MAX_JSON = 2**20  # bytes; ours have a few thousand
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -118,7 +120,7 @@ def parse_description(text: bytes, where: str) -> Description:
     # Only these names, so that none can lead out of the folder.
     for name in sorted(names - REQUIRED - OPTIONAL):
         raise GladError(f"{where}: {GLAD_JSON} lists {name!r}, which is no file of a bundle; make the bundle again")
-    for name in sorted(REQUIRED - names) + sorted(OPTIONAL - names if OPTIONAL & names else ()):
+    for name in sorted(REQUIRED - names) + sorted(FINAL_FEATURES - names if FINAL_FEATURES & names else ()):
         raise GladError(f"{where}: incomplete bundle, {GLAD_JSON} does not list {name}; make the bundle again")
     Settings.parse(description.settings, f"{where}/{GLAD_JSON}")
     return description

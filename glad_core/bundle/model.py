@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from glad_core.bundle.configs import BackboneConfig, DiffusersConfig, SchedulerConfig, UNetConfig, VAEConfig
-from glad_core.bundle.glad_json import GLAD_JSON, read_description, verify, write_description
+from glad_core.bundle.glad_json import GLAD_JSON, MEMORY, read_description, verify, write_description
 from glad_core.bundle.settings import Settings
 from glad_core.bundle.weights import load_network, not_finite, read_shapes, read_tensors, storable
 from glad_core.errors import GladError
@@ -42,6 +42,7 @@ class Model:
     schedule, the comparisons and the scores stay in ``dtype``.
 
     A bundle for several categories has one prompt for each in ``prompts``; for a single category ``prompts`` is empty.
+    ``memory`` are the good patches [M, D] of every view, if the method is ``nearest``.
     """
 
     unet: UNet2DConditionModel
@@ -58,6 +59,7 @@ class Model:
     dtype: torch.dtype
     prompts: dict[str, Tensor] = field(default_factory=dict)
     autocast: torch.dtype | None = None
+    memory: Sequence[Tensor] = ()
 
     def precision(self) -> torch.autocast:
         """The context that network calls run in."""
@@ -100,6 +102,7 @@ def save_bundle(
     prompts: dict[str, Tensor] | None = None,
     final_features: Backbone | None = None,
     scheduler_config: dict[str, Any] | None = None,
+    memory: Sequence[Tensor] = (),
     overwrite: bool = False,
 ) -> str:
     """Write a bundle and return its model id. The folder appears complete or not at all.
@@ -109,6 +112,7 @@ def save_bundle(
         features_config: what rebuilds ``features``: values of `BackboneConfig`.
         prompts: one [1, L, D] embedding per category, in a bundle for several.
         scheduler_config: diffusers scheduler configuration; Stable Diffusion's β schedule by default.
+        memory: good patches [M, D] of every view, for method ``nearest``.
         overwrite: replace a bundle that is already there.
 
     Raises:
@@ -130,6 +134,9 @@ def save_bundle(
         stored = {"cond": prompt_cond, "uncond": prompt_uncond}
         stored |= {f"cond/{name}": value for name, value in (prompts or {}).items()}
         _save_tensors(partial / "prompt.safetensors", stored, "prompt")
+        if memory:
+            kept = {f"patches.{view}": patches.half().cpu() for view, patches in enumerate(memory)}
+            _save_tensors(partial / MEMORY, kept, "memory")
         description = write_description(partial, settings.model_dump(mode="json"), category, provenance)
         partial.chmod(0o755)  # mkdtemp makes it private
         if path.exists():
@@ -163,6 +170,7 @@ def save_derived(
         category=category,
         provenance=provenance,
         scheduler_config=json.loads((base / "scheduler/scheduler_config.json").read_text()),
+        memory=model.memory,
     )
 
 
@@ -223,6 +231,7 @@ def load_bundle(
         device=torch.device(device),
         dtype=dtype,
         autocast=autocast,
+        memory=_read_memory(path / MEMORY, settings, device),
     )
     _check_fit(model, str(path))
     if read_description(path) != description:
@@ -346,6 +355,22 @@ def _read_alphas(file: Path) -> Tensor:
     if not bool(((alphas > 0) & (alphas <= 1)).all()):
         raise GladError(f"{file}: its schedule leaves nothing of an image or is not finite; copy the bundle again")
     return alphas
+
+
+def _read_memory(file: Path, settings: Settings, device: str | torch.device) -> list[Tensor]:
+    """The good patches of every view; none if the method needs none.
+
+    Raises:
+        GladError: there are none of a view, or they are no patches.
+    """
+    if settings.method != "nearest":
+        return []
+    names = [f"patches.{view}" for view in range(len(settings.views))]
+    shapes = read_shapes(file)
+    if set(names) != shapes.keys() or any(len(shape) != 2 for shape in shapes.values()):
+        raise GladError(f"{file}: not the good patches of {len(names)} views; train the bundle again")
+    tensors = read_tensors(file, shapes, device)
+    return [tensors[name] for name in names]
 
 
 def _read_prompts(file: Path, category: str, device: str | torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 Kind = Literal["squash", "fit", "tiles"]  # of a view
 Profile = Literal["exact", "fast"]
 Search = Literal["scan", "guarded"]  # how the stop step is found, `glad_core.engine.search`
+Method = Literal["glad", "nearest"]
 Precision = Literal["off", "bf16", "fp16"]  # of the networks' matrix products; off is float32
 
 
@@ -106,6 +107,10 @@ class Settings(FrozenSettings):
     )
     score_guess: tuple[float, float, float, float] | None = Field(
         None, description="coefficients from which the guarded search guesses step scores, to compare fewer steps"
+    )
+    method: Method = Field(
+        "glad",
+        description="not in the paper: `nearest` compares with good patches in the bundle, not a reconstruction",
     )
     views: tuple[View, ...] = Field(
         (View(),),

@@ -94,7 +94,7 @@ def ablate(
         trained = row.trained_with_anomalies
         for seed in seeds:
             # The plain model keeps its own δ and T; everything else is alike.
-            changed = settings[trained].model_copy(update=row.changes)
+            changed = settings[trained].model_copy(update={"method": "glad"} | row.changes)
             identity = f"{trained}-{changed.model_dump_json()}-{seed}"
             if identity not in runs:
                 console.print(f"{row.name}, seed {seed}", highlight=False)

@@ -157,8 +157,9 @@ class GladActor:
         begun_with = settings.models.descriptions[key].model_id
         model = load_bundle(path, device=device, autocast=AUTOCAST[settings.precision], model_id=begun_with)
         slots = settings.slots or _gpu_slots(settings.gpu, model.settings.resolution)
-        if self.memory is not None:
-            return [NearestEngine(model, patches, slots) for patches in self.memory.patches]
+        if self.memory is not None or model.settings.method == "nearest":
+            memory = model.memory if self.memory is None else self.memory.patches
+            return [NearestEngine(model, patches, slots) for patches in memory]
         return [Engine(model, slots, settings.seed, settings.search, settings.compiled)] * len(model.settings.views)
 
     async def _judge(self, row: dict[str, Any], image: pa.LargeBinaryScalar) -> dict[str, Any]:
@@ -194,22 +195,22 @@ class GladActor:
         size = (row["height"], row["width"])
         frames = _frames(image, settings, size)
         by_view = tile_requests(row["image_id"], frames, settings, size, row["category"])
+        keeps = self._keeps(settings)
 
         async def judge(engine: Any, request: Any) -> Any:
             detection = await self.thread.judge(engine, request)
             # Or a huge picture would be held a second time until its last tile is judged.
-            return detection if self._keeps else replace(detection, reconstruction=NOTHING)
+            return detection if keeps else replace(detection, reconstruction=NOTHING)
 
         judged = [
             await asyncio.gather(*(judge(engine, request) for request in requests))
             for engine, requests in zip(engines, by_view, strict=True)
         ]
-        return stitch(settings, size, judged, self._keeps)
+        return stitch(settings, size, judged, keeps)
 
-    @property
-    def _keeps(self) -> bool:
+    def _keeps(self, settings: Settings) -> bool:
         """Whether reconstructions are kept; the nearest-neighbour method has none."""
-        return self.settings.reconstructions and self.memory is None
+        return self.settings.reconstructions and self.memory is None and settings.method == "glad"
 
     def _settings_of(self, model: Any) -> Any:
         """The model's settings; with the memory's own statistics of good pictures."""
@@ -235,7 +236,7 @@ class GladActor:
             "map_width": anomaly_map.shape[1],
             "full_height": full_size[0],
             "full_width": full_size[1],
-            "reconstruction": _png(detection.reconstruction) if self._keeps else None,
+            "reconstruction": _png(detection.reconstruction) if self._keeps(model.settings) else None,
             "width": row["width"],
             "height": row["height"],
             "seconds": detection.seconds,

@@ -88,7 +88,7 @@ def build_memory(good: str, bundle: str, model_id: str, storage: Storage, out: s
     order = np.random.default_rng(seed).permutation(len(images))
     held_out = max(1, round(len(images) * HELD_OUT_SHARE))
     fit = [images[index] for index in order[held_out:]]
-    patches = [nearest.remember(_features(model, fit, view, seed), seed) for view in range(len(s.views))]
+    patches = remember(model, fit, seed)
     scores = [_scores(model, patches, images[index]) for index in order[:held_out]]
     memory = Memory(patches, standards(np.array(scores)), None)
     settings = memory.settings(s)
@@ -99,6 +99,16 @@ def build_memory(good: str, bundle: str, model_id: str, storage: Storage, out: s
         tensors["threshold"] = torch.tensor([conformal_quantile(combined, TARGET_FPR)], dtype=torch.float64)
     storage.write(out, save(tensors))
     return len(fit)
+
+
+def remember(model: Model, images: Sequence[Good], seed: int) -> list[Tensor]:
+    """The good patches [M, D] to remember of every view, in the precision that they are stored in.
+
+    Raises:
+        GladError: an image has no finite features.
+    """
+    views = range(len(model.settings.views))
+    return [nearest.remember(_features(model, images, view, seed), seed).half().float() for view in views]
 
 
 def read_memory(location: str, storage: Storage) -> Memory:

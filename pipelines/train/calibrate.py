@@ -146,7 +146,9 @@ def _judge(
     """The settings with their denoising steps chosen, unless they are to stay, and the scores that they give."""
     assert request.source is not None
     source = absolute(request.source)
-    rows = [] if request.threshold_only else _good_images(source, storage)
+    # The nearest good patches have no steps; a profile asked for is one of those that have.
+    stays = request.threshold_only or (settings.method == "nearest" and request.profile is None)
+    rows = [] if stays else _good_images(source, storage)
     session.connect(request.address, reads=[base, source], writes=[work])
     if rows:
         settings = _choose_steps(request, base, description, rows, storage, console)
@@ -241,7 +243,7 @@ def steps_from(
             skipped.append(f"{row['uri']}: {error}")
     if not good:
         raise GladError(f"none of the good images can be read; the first: {skipped[0]}")
-    return Calibrator(model, profile, foreground_mode, seed=seed).choose_steps_and_views(good, names=names)[0], skipped
+    return Calibrator(model, profile, foreground_mode, seed=seed).choose(good, names=names).settings, skipped
 
 
 def _read_scores(run: Run, with_feedback: bool) -> Scores:
@@ -305,7 +307,9 @@ def _report(request: CalibrateRequest, settings: Settings, scores: Scores, thres
         misses = f"{missed} of {len(scores.anomalous)} confirmed anomalies do not exceed the new one"
         console.print(f"threshold was {before}; {misses}", highlight=False)
     steps = f"start step {settings.start_step}"
-    if settings.profile == "exact":
+    if settings.method == "nearest":
+        steps = "nearest good patches"
+    elif settings.profile == "exact":
         steps += f", stop when the difference exceeds {settings.delta:.4g}, or below step {settings.min_step}"
     console.print(
         f"{steps}; threshold {threshold:.4g} from {len(scores.good)} good images: "

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -16,6 +17,7 @@ from glad_core.bundle.model import Model, is_half, load_backbone, load_bundle, s
 from glad_core.calibration import Calibrator, judged_images
 from glad_core.errors import GladError
 from pipelines.models.find import local_bundle
+from pipelines.score.patch_memory import MAX_BYTES, MAX_IMAGES, Good, remember
 from pipelines.train.choose_views import usual_size
 from pipelines.train.failure import out_of_memory
 from pipelines.train.kept_frames import read_frames
@@ -54,7 +56,8 @@ def _finish(job: TrainJob, surveyed: Survey, checkpoint: Any, deliver: Deliver, 
     levels = {"white_level": surveyed.white_level, "dark_level": surveyed.dark_level}
     model = replace(model, settings=model.settings.model_copy(update={"views": views, **levels}))
     held_out = list(read_frames(surveyed.held_out, model.settings.framings(), job.storage))
-    total, done = judged_images(held_out, model.settings), 0
+    choose = "preset" not in read_description(base).provenance  # whose method is the published one
+    total, done = judged_images(held_out, model.settings, methods=choose), 0
 
     def judged(count: int) -> None:
         nonlocal done
@@ -63,14 +66,36 @@ def _finish(job: TrainJob, surveyed: Survey, checkpoint: Any, deliver: Deliver, 
 
     calibrator = Calibrator(model, foreground_mode=job.recipe.foreground_mode, seed=job.recipe.seed, on_image=judged)
     categories, names = zip(*((image.category, image.uri) for image in surveyed.held_out), strict=True)
-    settings = calibrator.calibrate(held_out, categories, job.target_fpr, names)
-    settings = settings.model_copy(update={"picture_size": usual_size(surveyed.shapes)})
+    memory = remember(model, _good(job, model), job.recipe.seed) if choose else []
+    choice = calibrator.calibrate(held_out, categories, job.target_fpr, names, memory)
+    settings = choice.settings.model_copy(update={"picture_size": usual_size(surveyed.shapes)})
+    kept = [memory[view] for view in choice.views] if settings.method == "nearest" else []
+    model = replace(model, memory=kept)
     provenance = _provenance(job, surveyed, read_description(base))
+    if choose:
+        provenance["methods"] = {name: quality.auroc for name, quality in choice.qualities.items()}
+        found = ", ".join(f"{name} {quality.auroc:.3f}" for name, quality in choice.qualities.items())
+        send_event(
+            events, job.name, "calibrate", warning=f"judged by {choice.name} (AUROC of synthetic anomalies: {found})"
+        )
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "bundle"
         save_derived(bundle, base, model, settings, category=",".join(job.categories), provenance=provenance)
         send_event(events, job.name, "deliver")
         return deliver(bundle, job, surveyed)
+
+
+def _good(job: TrainJob, model: Model) -> list[Good]:
+    """Training pictures to remember, evenly spread."""
+    images, good, held = job.images, [], 0
+    chosen = [images[index] for index in np.linspace(0, len(images) - 1, min(len(images), MAX_IMAGES)).astype(int)]
+    framings = model.settings.framings()
+    for image, frames in zip(chosen, read_frames(chosen, framings, job.storage), strict=True):
+        good.append(Good(image.uri, *frames))
+        held += sum(frame.nbytes for frame in frames.frames)
+        if held > MAX_BYTES:
+            break
+    return good
 
 
 def _provenance(job: TrainJob, surveyed: Survey, base: Description) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import pytest
 from glad_core import adaptive, calibration
 from glad_core.bundle.model import load_bundle
 from glad_core.bundle.settings import View
+from glad_core.engine.nearest import patch_features, remember
+from glad_core.images import to_tensor
 from glad_core.judge import detect
 from glad_core.model_comparison import compare_models
 from glad_core.pictures import anomalous_pictures, score_pictures
@@ -32,7 +34,7 @@ def test_calibration_sets_the_steps_and_the_threshold_from_good_images(tiny_bund
     rng = np.random.default_rng(0)
     good = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(5)]
     judged: list[int] = []
-    settings = calibration.Calibrator(model, on_image=judged.append).calibrate(good)
+    settings = calibration.Calibrator(model, on_image=judged.append).calibrate(good).settings
     assert sum(judged) == calibration.judged_images(good, settings)
     assert settings.start_step in (120, 240)
     assert settings.inference_steps == settings.start_step // 30
@@ -51,7 +53,7 @@ def test_the_fast_profile_has_no_steps_and_a_threshold_of_its_own(tiny_bundle, m
     rng = np.random.default_rng(0)
     good = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(4)]
     judged: list[int] = []
-    settings = calibration.Calibrator(model, "fast", on_image=judged.append).calibrate(good)
+    settings = calibration.Calibrator(model, "fast", on_image=judged.append).calibrate(good).settings
     assert sum(judged) == calibration.judged_images(good, settings, "fast")
     assert settings.start_step in calibration.FAST_STEPS
     assert (settings.profile, settings.inference_steps, settings.delta) == ("fast", 1, 0)
@@ -59,7 +61,7 @@ def test_the_fast_profile_has_no_steps_and_a_threshold_of_its_own(tiny_bundle, m
     assert (result.steps, result.stop_step, result.stop_reason) == ([], None, "none")
     assert settings.threshold is not None
     assert result.score <= settings.threshold + 1e-4
-    assert calibration.Calibrator(replace(model, settings=settings)).calibrate(good).profile == "exact"
+    assert calibration.Calibrator(replace(model, settings=settings)).calibrate(good).settings.profile == "exact"
 
 
 @pytest.mark.parametrize("profile", ["exact", "fast"])
@@ -97,7 +99,7 @@ def test_the_views_that_separate_are_kept_and_standardised(tiny_bundle, monkeypa
         picture = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
         pictures.append(Frames([framing.frame(picture) for framing in model.settings.framings()], size))
     judged: list[int] = []
-    settings = calibration.Calibrator(model, on_image=judged.append).calibrate(pictures)
+    settings = calibration.Calibrator(model, on_image=judged.append).calibrate(pictures).settings
     assert sum(judged) == calibration.judged_images(pictures, model.settings)
     kept = [view.kind for view in settings.views]
     assert kept in (["squash"], ["tiles"], ["squash", "tiles"])
@@ -110,6 +112,30 @@ def test_the_views_that_separate_are_kept_and_standardised(tiny_bundle, monkeypa
     assert settings.threshold == pytest.approx(max(scores), abs=1e-3)
     if len(kept) > 1:
         assert scores_NV.mean(axis=0) == pytest.approx([view.good_mean for view in settings.views], abs=1e-4)
+
+
+def test_the_method_that_separates_best_is_chosen(tiny_bundle, monkeypatch) -> None:
+    monkeypatch.setattr(calibration, "START_STEPS", (120,))
+    monkeypatch.setattr(calibration, "FAST_STEPS", (120,))
+    model = load_bundle(tiny_bundle)
+    rng = np.random.default_rng(0)
+    board = rng.integers(0, 256, (32, 32, 3))
+    good = [(board + rng.integers(0, 2, board.shape)).clip(0, 255).astype(np.uint8) for _ in range(8)]
+    memory = [remember(patch_features(model, to_tensor(good[4:])).flatten(0, 1))]
+    judged: list[int] = []
+    choice = calibration.Calibrator(model, on_image=judged.append).calibrate(good[:4], memory=memory)
+    assert sum(judged) == calibration.judged_images(good[:4], model.settings, methods=True)
+    assert list(choice.qualities) == ["adaptive steps", "fixed steps", "a single step", "nearest good patches"]
+    # The tiny model rebuilds nothing, but what differs from all that was seen is easy to tell.
+    assert choice.name == "nearest good patches"
+    assert choice.qualities[choice.name] == max(choice.qualities.values()) > choice.qualities["adaptive steps"]
+    assert choice.settings.method == "nearest"
+    assert choice.settings.threshold == pytest.approx(choice.scores.max())
+    # From such a bundle a new training starts with the steps again.
+    again = replace(model, settings=choice.settings, memory=memory)
+    assert calibration.Calibrator(again).calibrate(good[:4]).settings.method == "glad"
+    # The gate of `glad retrain` judges either model by its own method.
+    assert compare_models(again, model, good[:4], good[:4], 3, margin=0.0).new == 1.0
 
 
 def test_an_anomaly_is_seen_in_every_view_and_nothing_else_differs(tiny_bundle) -> None:

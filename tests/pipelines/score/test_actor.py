@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from cluster.storage import Storage
 from glad_core import adaptive
 from glad_core.bundle.glad_json import update_settings, write_description
-from glad_core.bundle.model import load_bundle
+from glad_core.bundle.model import load_bundle, save_derived
 from glad_core.bundle.settings import Settings, View
+from glad_core.engine import nearest
 from glad_core.errors import GladError
+from glad_core.images import to_tensor
 from pipelines.archive.decode import DECODED_SCHEMA
 from pipelines.models import registry
 from pipelines.models.find import find_models
@@ -38,13 +41,19 @@ def settings(bundle, **changed):
     return ActorSettings(models=models, storage=Storage(), **(values | changed))
 
 
+def pixels(image_ids):
+    return [
+        np.random.default_rng(ord(image_id)).integers(0, 256, (SIDE, SIDE, 3)).astype(np.uint8)
+        for image_id in image_ids
+    ]
+
+
 def rows(*image_ids, bad=()):
     def row(image_id):
         base = {"image_id": image_id, "uri": f"/{image_id}.png", "category": None, "position": ord(image_id)}
         if image_id in bad:
             return base | {"stage": "decode", "error_type": "damaged", "message": "torn"}
-        pixels = np.random.default_rng(ord(image_id)).integers(0, 256, (SIDE, SIDE, 3)).astype(np.uint8)
-        return base | {"width": 40, "height": 36, "image": pixels.tobytes()}
+        return base | {"width": 40, "height": 36, "image": pixels(image_id)[0].tobytes()}
 
     return pa.Table.from_pylist([row(image_id) for image_id in image_ids], schema=DECODED_SCHEMA)
 
@@ -81,6 +90,24 @@ def test_every_row_comes_back_as_a_result_or_an_error(actor):
     assert a["is_anomalous"] == (a["score"] > a["threshold"])
     assert a["steps"][-1]["timestep"] == a["stop_step"]
     assert a["reconstruction"] is None
+
+
+def test_a_bundle_may_judge_by_the_good_patches_in_it(tiny_bundle, tmp_path):
+    model = load_bundle(tiny_bundle)
+    memory = nearest.remember(nearest.patch_features(model, to_tensor(pixels("ab"))).flatten(0, 1))
+    chosen = model.settings.model_copy(update={"method": "nearest", "threshold": 0.01})
+    path, known = tmp_path / "bundle", {"category": "widget", "provenance": {}}
+    save_derived(path, tiny_bundle, replace(model, memory=[memory]), chosen, **known)
+    out = by_id(call(GladActor(settings(path, reconstructions=True)), rows("a", "b", "c")))
+    assert [out[key]["is_anomalous"] for key in "abc"] == [False, False, True]
+    assert {(row["stop_reason"], row["stop_step"], row["reconstruction"]) for row in out.values()} == {
+        ("none", None, None)
+    }
+    with pytest.raises(GladError, match=r"memory.safetensors: not the good patches of 2 views"):
+        load_bundle(path, settings=chosen.model_copy(update={"views": (View(), View(kind="tiles"))}))
+    (path / "memory.safetensors").unlink()
+    with pytest.raises(GladError, match=r"memory.safetensors is missing"):
+        load_bundle(path)
 
 
 def test_full_maps_and_reconstructions_on_request(actor, tiny_bundle):
