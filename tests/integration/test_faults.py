@@ -18,7 +18,7 @@ from cluster import session
 from pipelines.cli.main import app
 
 pytestmark = pytest.mark.slow
-IMAGES = 96
+IMAGES = 64
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ def monday(tmp_path_factory, tiny_bundle, photos, ray_session):
         copy.write_bytes(photo.read_bytes())
     (folder / "photos/empty.png").write_bytes(b"")
     (folder / "photos/page.png").write_bytes(b"<html>")
-    words = ["score", folder / "photos", "--model", tiny_bundle, "--out", folder / "monday"]
+    words = ["score", folder / "photos", "--model", tiny_bundle, "--out", folder / "monday", "--actors", 1]
     outcome = CliRunner().invoke(app, [str(word) for word in words])
     assert outcome.exit_code == 0, outcome.output
     return folder

@@ -69,7 +69,8 @@ def test_broken_files_are_errors_and_the_job_goes_on(tmp_path, tiny_bundle, phot
     Image.fromarray(np.full((20, 30), 40_000, np.uint16)).save(archive / "deep.png")
     out = tmp_path / "out"
 
-    outcome = glad("score", archive, "--model", tiny_bundle, "--out", out, "--reconstructions", "--maps", "full")
+    words = ["score", archive, "--model", tiny_bundle, "--out", out, "--actors", 1]
+    outcome = glad(*words, "--reconstructions", "--maps", "full")
     assert outcome.exit_code == 0, outcome.output
     run = json.loads((out / "run.json").read_text())
     assert run["counts"] | {"anomalies": 0} == {
@@ -95,16 +96,16 @@ def test_broken_files_are_errors_and_the_job_goes_on(tmp_path, tiny_bundle, phot
     assert shown.exit_code == 0, shown.output
     assert np.asarray(Image.open(sheet).convert("L")).std() > 10  # pictures, not a blank page
 
-    again = glad("score", archive, "--model", tiny_bundle, "--out", out)
+    again = glad(*words)
     assert again.exit_code == 2
     assert "maps was full, now token" in again.stderr
     written = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
-    again = glad("score", archive, "--model", tiny_bundle, "--out", out, "--reconstructions", "--maps", "full")
+    again = glad(*words, "--reconstructions", "--maps", "full")
     assert again.exit_code == 0, again.output
     assert "complete" in again.stdout
     assert written == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
 
-    stopped = glad("score", archive, "--model", tiny_bundle, "--out", out, "--overwrite", "--max-errors", 2)
+    stopped = glad(*words, "--overwrite", "--max-errors", 2)
     assert stopped.exit_code == 1
     assert "--max-errors 2" in stopped.stderr
     assert all_cpus_free()
@@ -146,7 +147,7 @@ def test_a_damaged_bundle_is_one_line_though_the_actor_finds_it(tmp_path, tiny_b
     weights.write_bytes(changed)
     logged = BufferingHandler(1000)
     logging.getLogger("ray.data").addHandler(logged)
-    outcome = glad("score", photos, "--model", bundle, "--out", tmp_path / "out")
+    outcome = glad("score", photos, "--model", bundle, "--out", tmp_path / "out", "--actors", 1)
     logging.getLogger("ray.data").removeHandler(logged)
     assert outcome.exit_code == 2, outcome.output
     assert outcome.stderr.count("\n") == 1

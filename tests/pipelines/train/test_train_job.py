@@ -121,7 +121,7 @@ def test_tiles_are_trained_on_and_judged(tmp_path, tiny_bundle, ray_session):
     for name in ("a", "moved/b"):  # the same picture: the same verdict
         (archive / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((100, 50, 3), 120, np.uint8)).save(archive / f"{name}.png")
-    invoke("score", archive, "--model", out, "--out", tmp_path / "run", "--reconstructions")
+    invoke("score", archive, "--model", out, "--out", tmp_path / "run", "--reconstructions", "--actors", 1)
     one, other = pq.read_table(tmp_path / "run/results").to_pylist()
     for name in ("score", "stop_step", "anomaly_map", "steps", "tiles"):
         assert one[name] == other[name]
