@@ -8,7 +8,8 @@ recall_nearest_tiles, recall_nearest_squash    share of defective boards above 9
                           on the small bundle's features, through whole and tiles at the boards' scale, and whole alone
 recall_tiles, recall_squash    the same of GLAD, trained on the same boards: the views that training chose, and squash
 seam                      largest change of the score when one defect is moved by ten pixels, across seams too, divided
-                          by the score that 1 % of good boards exceed; on boards without parts, which would change too
+                          by the score that 1 % of good boards exceed; between two rows of parts, over tracks
+seam_over_threshold       the score of the defect in the first place, divided by the same
 equal                     scores of other batch sizes and orders are the same within rounding
 large_mb                  memory that one 100 MP picture adds: of its decoder's process and of the process beside it,
                           which then cuts and stitches it
@@ -50,21 +51,20 @@ TILES = (View(), View(kind="tiles"))
 QUIET = Console(quiet=True)
 
 
-def board(seed: int, defect: tuple[int, int, int] | None = None, bare: bool = False) -> Image.Image:
+def board(seed: int, defect: tuple[int, int, int] | None = None) -> Image.Image:
     """A board: pads, tracks and chips in their places, moved by a few pixels; light and noise are the picture's own.
 
     Args:
         defect: x, y and diameter of a spot, pixels.
-        bare: nothing is mounted on it.
     """
     layout, rng = np.random.default_rng(7), np.random.default_rng(seed)
     picture = Image.new("RGB", (WIDTH, HEIGHT), (24, 92, 52))
     draw = ImageDraw.Draw(picture)
     shift = rng.integers(-3, 4, 2)
-    for x in range(WIDTH if bare else 40, WIDTH, 64):
+    for x in range(40, WIDTH, 64):
         colour = tuple(int(v) for v in layout.integers(90, 130, 3))
         draw.line([(x + shift[0], 0), (x + shift[0], HEIGHT)], fill=colour, width=3)
-    for y in range(HEIGHT if bare else 32, HEIGHT, 96):
+    for y in range(32, HEIGHT, 96):
         for x in range(48, WIDTH, 128):
             w, h = (int(v) for v in layout.integers(20, 52, 2))
             dark = int(layout.integers(20, 60))
@@ -141,15 +141,13 @@ def nearest(folder: Path, **_: int) -> dict[str, float]:
 
 
 def seam(folder: Path, **_: int) -> dict[str, float]:
-    """A spot of 24 pixels on bare boards, moved across the edges of tiles, judged through tiles alone."""
-    for number in range(24):
-        save(board(number, bare=True), folder / f"bare/good/{number:02d}.png")
+    """A spot of 24 pixels between two rows of parts, moved across the edges of tiles, judged through tiles alone."""
     for x in range(60, 200, 10):
-        save(board(10_001, (x, 300, 24), bare=True), folder / f"seam/spot/{x:03d}.png")
+        save(board(10_001, (x, 107, 24)), folder / f"seam/spot/{x:03d}.png")
     model = bundle_with(folder / "seam-bundle", TILES[1:])
-    options = {"method": "nearest", "good": str(folder / "bare/good")}
+    options = {"method": "nearest", "good": str(folder / "board/train/good")}
     values = [value for _, value in sorted(scores(folder / "seam", folder / "s", model, **options).items())]
-    good = scores(folder / "bare", folder / "s-good", model, **options).values()
+    good = scores(folder / "board/test/good", folder / "s-good", model, **options).values()
     threshold = float(np.quantile(list(good), 0.99))
     return {"seam": float(np.abs(np.diff(values)).max()) / threshold, "seam_over_threshold": values[0] / threshold}
 
