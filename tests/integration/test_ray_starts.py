@@ -83,7 +83,7 @@ class Command:
     def end(self):
         """Its exit code and last line; no process of it may be left."""
         code = self.process.wait(420)
-        _, left = psutil.wait_procs([child for child in self.children if child.is_running()], 30)
+        _, left = psutil.wait_procs([child for child in self.children if child.is_running()], 180)
         assert left == []
         self.reader.join()
         return code, self.lines[-1].rstrip()

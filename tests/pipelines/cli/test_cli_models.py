@@ -12,7 +12,10 @@ def glad(*words):
 
 def test_json_of_a_bundle_is_its_description(tiny_bundle):
     outcome = glad("bundle", "inspect", tiny_bundle, "--json")
-    assert json.loads(outcome.stdout) == json.loads((tiny_bundle / "glad.json").read_text())
+    description, features = (
+        json.loads((tiny_bundle / name).read_text()) for name in ("glad.json", "features/config.json")
+    )
+    assert json.loads(outcome.stdout) == description | {"features": features}
 
 
 def test_json_of_a_registry(tiny_bundle, tmp_path):
