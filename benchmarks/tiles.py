@@ -9,7 +9,8 @@ recall_nearest_tiles, recall_nearest_squash    share of defective boards above 9
 recall_tiles, recall_squash    the same of GLAD, trained on the same boards: the views that training chose, and squash
 seam                      largest change of the score when one defect is moved by ten pixels, across seams too, divided
                           by the score that 1 % of good boards exceed; between two rows of parts, over tracks
-seam_over_threshold       the score of the defect in the first place, divided by the same
+seam_of_score             the same change divided by the defect's smallest score
+seam_over_threshold       the defect's smallest score, divided by the score that 1 % of good boards exceed
 equal                     scores of other batch sizes and orders are the same within rounding
 large_mb                  memory that one 100 MP picture adds: of its decoder's process and of the process beside it,
                           which then cuts and stitches it
@@ -149,7 +150,12 @@ def seam(folder: Path, **_: int) -> dict[str, float]:
     values = [value for _, value in sorted(scores(folder / "seam", folder / "s", model, **options).items())]
     good = scores(folder / "board/test/good", folder / "s-good", model, **options).values()
     threshold = float(np.quantile(list(good), 0.99))
-    return {"seam": float(np.abs(np.diff(values)).max()) / threshold, "seam_over_threshold": values[0] / threshold}
+    change = float(np.abs(np.diff(values)).max())
+    return {
+        "seam": change / threshold,
+        "seam_of_score": change / min(values),
+        "seam_over_threshold": min(values) / threshold,
+    }
 
 
 def glad(folder: Path, *, steps: int, **_: int) -> dict[str, float]:
