@@ -62,11 +62,21 @@ class Backbone(nn.Module):
         size = img_size or config["input_size"][-1]
         self.fixed = None if _any_size(net) else size if isinstance(size, int) else size[0]
 
-    @property
-    def compared(self) -> list[nn.Module]:
-        """The blocks or stages whose outputs are compared."""
+    def adaptable(self) -> list[nn.Parameter]:
+        """The weights that `--part dino` trains: the MLPs of the blocks compared, or the stages compared.
+
+        Raises:
+            GladError: timm names no such layers, or they have no weights.
+        """
         info: Any = self.net.feature_info
-        return [self.net.get_submodule(info[layer]["module"]) for layer in self.layers]
+        try:
+            parts = [self.net.get_submodule(info[layer]["module"]) for layer in self.layers]
+        except (AttributeError, KeyError):
+            parts = []
+        weights = [weight for part in parts for weight in getattr(part, "mlp", part).parameters()]
+        if not weights:
+            raise GladError(f"features of a {type(self.net).__name__} cannot be adapted: train --part unet or vae")
+        return weights
 
     @property
     def sizes(self) -> str:

@@ -120,8 +120,8 @@ class FeatureLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        for part in backbone.compared:
-            getattr(part, "mlp", part).requires_grad_(True)
+        for weight in backbone.adaptable():
+            weight.requires_grad_(True)
         self.frozen, self.reconstructions = (frozen,), reconstructions
         self.size, self.keep, self.autocast = size, keep, autocast
 

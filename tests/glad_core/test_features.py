@@ -101,6 +101,20 @@ def test_images_of_any_size_are_brought_to_the_nearest_that_fits(side: int, grid
     assert backbone(torch.zeros(1, 3, side, side))[0].shape == (1, grid**2, 48)
 
 
+@pytest.mark.parametrize(("architecture", "begin"), [("test_resnet", ("layer2.", "layer3.")), ("vgg11", ())])
+def test_stages_are_adapted_if_they_have_weights(architecture: str, begin: tuple[str, ...]) -> None:
+    """timm names an activation as the end of a stage of VGG."""
+    backbone = features.create_backbone(architecture)
+    if not begin:
+        with pytest.raises(GladError, match="features of a VGG cannot be adapted"):
+            backbone.adaptable()
+        return
+    chosen = {id(weight) for weight in backbone.adaptable()}
+    assert {name for name, weight in backbone.net.named_parameters() if id(weight) in chosen} == {
+        name for name, _ in backbone.net.named_parameters() if name.startswith(begin)
+    }
+
+
 def test_a_network_of_one_size_gets_images_of_that_size() -> None:
     backbone = features.create_backbone("test_vit_relpos")
     assert backbone.sizes == "160"
