@@ -118,7 +118,7 @@ def run_job(folder: Path, actor: type, images: int, address: str) -> Path:
     archive = long_folder(folder / "archive", images)
     real, dataflow.GladActor = dataflow.GladActor, actor  # type: ignore[misc, assignment]
     try:
-        request = score_job.ScoreRequest(str(archive), str(folder / "run"), batch_size=SLOTS, address=address)
+        request = score_job.ScoreRequest(str(archive), str(folder / "run"), "small", batch_size=SLOTS, address=address)
         score_job.score(request, QUIET)
     finally:
         dataflow.GladActor = real  # type: ignore[misc]

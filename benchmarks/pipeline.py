@@ -69,7 +69,7 @@ class Watch(score_job.Progress):
 
 def job(archive: Path, out: Path, actors: int) -> float:
     """Seconds of a scoring job."""
-    request = score_job.ScoreRequest(str(archive), str(out), actors=actors)
+    request = score_job.ScoreRequest(str(archive), str(out), "small", actors=actors)
     counts = score_job.score(request, QUIET)
     assert counts.errors == 0
     return json.loads((out / "run.json").read_text())["seconds"]
@@ -139,7 +139,7 @@ def long_archive(folder: Path, images: int) -> dict[str, float]:
     real, dataflow.GladActor, score_job.Progress = dataflow.GladActor, NullActor, Watch  # type: ignore[misc, assignment]
     SEEN.clear()
     started, before = time.perf_counter(), psutil.Process().memory_info().rss / 1e6
-    score_job.score(score_job.ScoreRequest(str(archive), str(folder / "null")), QUIET)
+    score_job.score(score_job.ScoreRequest(str(archive), str(folder / "null"), "small"), QUIET)
     dataflow.GladActor = real  # type: ignore[misc]
     times = np.array([(moment, done) for moment, done, _ in SEEN])
 

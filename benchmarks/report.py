@@ -50,7 +50,7 @@ def long_run(folder: Path, images: int) -> str:
         board, _ = make_board(board_rng(5, defect or "good", index), defect)
         Image.fromarray(board).save(archive / f"{index:06d}.png")
     seed, run = Run.at(str(folder / "seed")), Run.at(str(folder / "run"))
-    score(ScoreRequest(str(archive), seed.location, reconstructions=True), Console(quiet=True))
+    score(ScoreRequest(str(archive), seed.location, "small", reconstructions=True), Console(quiet=True))
     results = seed.results().to_table().to_pylist()
     listed = next(iter(seed.manifest_rows([results[0]["image_id"]]).values()))
     rng = np.random.default_rng(0)

@@ -70,7 +70,7 @@ def main(
     open_run.list_remotely, job.run_dataflow = timed_listing, timed_dataflow
     with tempfile.TemporaryDirectory() as name:
         archive, out = long_folder(Path(name), images), Path(name) / "out"
-        request = ScoreRequest(str(archive), str(out))
+        request = ScoreRequest(str(archive), str(out), "small")
         session.connect()
         Moments.cut = round(share * images)
         try:

@@ -64,5 +64,7 @@ def _fail_on_usage(error: Any) -> NoReturn:
     if type(error).__name__ == "NoArgsIsHelpError":
         raise error
     message = error.format_message().replace("Value error, ", "").rstrip(".")
+    if type(error).__name__ == "MissingParameter" and error.param and error.param.help:
+        message += f": {error.param.help}"
     advice = f"; `{error.ctx.command_path} --help` lists what fits" if error.ctx else ""
     fail(message + advice, USER_ERROR)

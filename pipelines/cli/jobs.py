@@ -41,7 +41,9 @@ LOCATIONS = (
 READERS = ("drift", "show")
 
 
-@commands.command(epilog="Example: glad submit -- score s3://photos/line-4 --out s3://verdicts/monday")
+@commands.command(
+    epilog="Example: glad submit -- score s3://photos/line-4 --model s3://models/board --out s3://verdicts/monday"
+)
 def submit(
     ctx: typer.Context,
     command: Annotated[list[str], typer.Argument(help="The command to run, after -- and without `glad`")],

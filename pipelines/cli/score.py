@@ -26,8 +26,12 @@ def score(
     ],
     out: Annotated[str, typer.Option(help="Folder for the results, local or s3://")],
     model: Annotated[
-        str, typer.Option(help="Model bundle or registry, local or s3://; 'small' is the built-in bundle")
-    ] = "small",
+        str,
+        typer.Option(
+            help="Bundle that judges, as `glad train` makes one, or registry, local or s3://; 'small' is the demo's, "
+            "trained on drawn circuit boards"
+        ),
+    ],
     category: Annotated[
         str | None, typer.Option(help="Category to score of a dataset, or whose model to take from a registry")
     ] = None,

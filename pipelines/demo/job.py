@@ -25,7 +25,7 @@ def demo(out: Path, console: Console) -> None:
         out / "sheet.png",
         out / "report.html",
     )
-    counts = score(ScoreRequest(dataset, run, reconstructions=True, overwrite=True), console)
+    counts = score(ScoreRequest(dataset, run, "small", reconstructions=True, overwrite=True), console)
     (metrics,) = evaluate(run, dataset, console).values()
     show(run, 20, str(sheet), console)
     report(run, str(page), Console(quiet=True), dataset=dataset)

@@ -6,7 +6,7 @@ Every row is the scoring job with other settings, once per seed; a run that is c
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -100,7 +100,8 @@ def ablate(
                 console.print(f"{row.name}, seed {seed}", highlight=False)
                 folder = join(out, "runs", f"{len(runs):02d}-seed{seed}")
                 description = with_settings(descriptions[trained], changed, {})
-                request = ScoreRequest(dataset, folder, category=category, seed=seed, address=address, overwrite=True)
+                variant = f"{folder}.bundle"
+                request = ScoreRequest(dataset, folder, variant, category, seed=seed, address=address, overwrite=True)
                 _score(request, bundles[trained], description, storage)
                 runs[identity] = Run.at(folder, storage)
             metrics = average([tally.metrics() for tally in tally_results(runs[identity], examples).values()])
@@ -120,11 +121,10 @@ def _score(request: ScoreRequest, base: str, description: Description, storage: 
         same_model = run.record["models"][""]["model_id"] == description.model_id
         if same_model and run.record["request"]["seed"] == request.seed:
             return
-    variant = f"{run.location}.bundle"
-    storage.delete_folder(variant)  # of a killed command
-    write_variant(base, description, variant, storage, linked=True)
-    score(replace(request, model=variant), Console(quiet=True))
-    storage.delete_folder(variant)
+    storage.delete_folder(request.model)  # of a killed command
+    write_variant(base, description, request.model, storage, linked=True)
+    score(request, Console(quiet=True))
+    storage.delete_folder(request.model)
 
 
 def _tables(values: dict[str, dict[str, list[float]]]) -> list[Table]:

@@ -14,6 +14,8 @@ from glad_core.errors import GladError
 from pipelines.models import cache, registry
 
 SMALL = "small"
+SMALL_IS = ": the demo's, trained on drawn circuit boards; for other products train one: glad train GOOD --out BUNDLE"
+SHOWN = 5  # names of categories in a line
 MOST_FILES = 1000  # looked at in a place that should hold the dozen of a bundle
 SMALL_BUNDLE = Path(glad_json.__file__).parents[1] / "small_bundle"
 
@@ -37,6 +39,16 @@ class Models:
         if self.categories and category not in self.categories:
             return None
         return "" if "" in self.bundles else category
+
+    def line(self, model: str) -> str:
+        """Which model judges, and what it was trained for, in one line; ``model``: what ``--model`` names."""
+        if "" not in self.bundles:
+            names = ", ".join((*self.categories[:SHOWN], *(["…"] if len(self.categories) > SHOWN else [])))
+            count = len(self.categories)
+            return f"models of {count} categor{'y' if count == 1 else 'ies'} in {model}: {names}"
+        description = self.descriptions[""]
+        line = f"model {model} ({description.model_id})" + (f" for {description.category}" * bool(description.category))
+        return line + SMALL_IS * (self.bundles[""] == SMALL)
 
     def settings(self) -> dict[str, Settings]:
         """The settings of every bundle, by its key."""
@@ -64,10 +76,12 @@ def find_models(model: str, storage: Storage) -> Models:
 def bundle_location(model: str) -> str:
     """What ``--model`` names, in one spelling for every machine: an absolute location, or ``small``, the embedded one.
 
+    A bundle in a folder of that name wins.
+
     Raises:
         StorageError: an unknown kind of location.
     """
-    return SMALL if model == SMALL and not Path(SMALL).exists() else absolute(model)
+    return SMALL if model == SMALL and not Path(SMALL, glad_json.GLAD_JSON).is_file() else absolute(model)
 
 
 def describe(model: str, storage: Storage) -> glad_json.Description:

@@ -44,6 +44,7 @@ def score(request: ScoreRequest, console: Console) -> Counts:
     """
     started = datetime.now(UTC)
     job = check(request)
+    console.print(job.models.line(request.model), highlight=False, markup=False, soft_wrap=True)
     found = find_own(job.run, job.identity, request.overwrite)
     if found.plan is not None and is_whole(job.run, found.plan):
         console.print("this run is complete; to score images added since, choose another --out", highlight=False)

@@ -26,7 +26,7 @@ class ScoreRequest:
 
     source: str
     out: str
-    model: str = "small"  # `pipelines.models.find.SMALL`; importing it would slow `glad --help` down
+    model: str
     category: str | None = None
     batch_size: int | None = None
     actors: int | None = None
@@ -34,7 +34,7 @@ class ScoreRequest:
     num_gpus: float | None = None
     seed: int = 0
     max_errors: int | None = None
-    decode_seconds: int = 20  # `pipelines.archive.decoder.SECONDS`, as above
+    decode_seconds: int = 20  # `pipelines.archive.decoder.SECONDS`; importing it would slow `glad --help` down
     pages: Pages = "all"
     maps: Maps = "token"
     reconstructions: bool = False

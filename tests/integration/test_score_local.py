@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 from logging.handlers import BufferingHandler
 from pathlib import Path
@@ -72,6 +73,7 @@ def test_broken_files_are_errors_and_the_job_goes_on(tmp_path, tiny_bundle, phot
     words = ["score", archive, "--model", tiny_bundle, "--out", out, "--actors", 1]
     outcome = glad(*words, "--reconstructions", "--maps", "full")
     assert outcome.exit_code == 0, outcome.output
+    assert re.match(rf"model {tiny_bundle} \([0-9a-f]{{16}}\) for widget\n", outcome.stdout)
     run = json.loads((out / "run.json").read_text())
     assert run["counts"] | {"anomalies": 0} == {
         "images": 16,

@@ -114,7 +114,7 @@ def test_a_job_is_sent_followed_listed_and_given_again(cluster, tiny_bundle, tmp
 
 def test_a_job_that_fails_says_so_and_one_that_is_not_there_too(cluster, tmp_path):
     url, environment = cluster
-    words = ["score", tmp_path / "nothing", "--out", tmp_path / "out"]
+    words = ["score", tmp_path / "nothing", "--model", "small", "--out", tmp_path / "out"]
     code, out, err = glad(environment, "submit", "--address", url, "--", *words)
     assert code == 1, out + err
     assert "failed" in out.splitlines()[-1]
@@ -166,6 +166,7 @@ def test_without_the_token_nobody_is_let_in(cluster, tmp_path, token):
     stranger["HOME"] = str(tmp_path)  # no token lies there
     if token:
         stranger |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
-    code, _, err = glad(stranger, "submit", "--address", url, "--", "score", tmp_path, "--out", tmp_path / "out")
+    words = ["score", tmp_path, "--model", "small", "--out", tmp_path / "out"]
+    code, _, err = glad(stranger, "submit", "--address", url, "--", *words)
     assert (code, len(err.splitlines())) == (2, 1)
     assert "refused the token" in err

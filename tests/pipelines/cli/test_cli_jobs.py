@@ -28,13 +28,14 @@ def test_options_of_this_machine_s_file_and_environment_are_sent_along(monkeypat
     monkeypatch.setenv("GLAD_SCORE_ADDRESS", "10.0.0.1:6379")  # of another way to use a cluster
     context = ROOT.make_context("glad", ["doctor"])
     context.default_map = {"score": {"out": "s3://b/o u t", "seed": 3, "reconstructions": True}, "train": {"seed": 1}}
-    words = check(["score", "s3://photos", "--seed", "5"], context)
-    assert words[:4] == ["score", "s3://photos", "--seed", "5"]
-    assert set(words[4:-2]) == {"--out=s3://b/o u t", "--batch-size=4", "--reconstructions", "--compile"}
+    given = ["score", "s3://photos", "--seed", "5", "--model", "small"]
+    words = check(given, context)
+    assert words[:6] == given
+    assert set(words[6:-2]) == {"--out=s3://b/o u t", "--batch-size=4", "--reconstructions", "--compile"}
     assert words[-2:] == ["--address", "auto"]
     context.default_map = {"score": {"out": "folder"}}
     with pytest.raises(GladError, match="folder: the cluster does not know this folder"):
-        check(["score", "s3://photos"], context)
+        check(given, context)
 
 
 @pytest.mark.parametrize(
@@ -47,9 +48,9 @@ def test_options_of_this_machine_s_file_and_environment_are_sent_along(monkeypat
         (["drift", "s3://b/run", "other"], "other: the cluster does not know this folder"),
         (["ablate", "s3://d", "--model", "/m", "--plain", "p", "--out", "s3://b/o"], "p: the cluster does not know"),
         (["calibrate", "s3://d", "--model", "small", "--out", "s3:/b/o"], "s3:/b/o: the cluster does not know"),
-        (["score", "photos", "--out", "s3://b/out"], "photos: the cluster does not know this folder"),
+        (["score", "photos", "--model", "small", "--out", "s3://b/o"], "photos: the cluster does not know"),
         (["train", "s3://d", "--out", "s3://b/out", "--exclude", "run"], "run: the cluster does not know this folder"),
-        (["score", "/a", "--out", "/b", "--address", "auto"], "give --address before --"),
+        (["score", "/a", "--model", "small", "--out", "/b", "--address", "auto"], "give --address before --"),
     ],
 )
 def test_what_cannot_run_on_a_cluster_is_not_sent(words, message):

@@ -9,19 +9,19 @@ def score(monkeypatch, *options):
     """The request that `glad score` makes of the options."""
     requests = []
     monkeypatch.setattr(job, "score", lambda request, console: requests.append(request))
-    outcome = CliRunner().invoke(app, ["score", "photos", "--out", "results", *options])
+    outcome = CliRunner().invoke(app, ["score", "photos", "--out", "results", "--model", "bundle", *options])
     assert outcome.exit_code == 0, outcome.output
     return requests[0]
 
 
 def test_without_options_the_request_has_its_own_defaults(monkeypatch):
-    assert score(monkeypatch) == ScoreRequest("photos", "results")
+    assert score(monkeypatch) == ScoreRequest("photos", "results", "bundle")
 
 
 def test_every_option_reaches_the_request(monkeypatch):
     flags = ["--reconstructions", "--overwrite", "--compile"]
     options = {
-        "model": "bundle",
+        "model": "other",
         "category": "screw",
         "batch-size": 3,
         "actors": 2,
@@ -50,5 +50,5 @@ def test_too_many_errors_stop_with_exit_code_1_and_one_line(monkeypatch):
         raise TooManyErrors("stopped after\n3 errors")
 
     monkeypatch.setattr(job, "score", stop)
-    outcome = CliRunner().invoke(app, ["score", "photos", "--out", "results", "--max-errors", "2"])
+    outcome = CliRunner().invoke(app, ["score", "photos", "--out", "results", "--model", "small", "--max-errors", "2"])
     assert (outcome.exit_code, outcome.stderr) == (1, "Error: stopped after 3 errors\n")

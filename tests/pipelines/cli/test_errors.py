@@ -25,6 +25,7 @@ def test_options_and_commands_that_do_not_fit_are_one_line(tmp_path):
     assert_refused(run("--cofnig", "x"), "--config")
     assert_refused(run("score"), "Missing argument 'source'", "score --help")
     assert_refused(run("score", "x", "--out"), "'--out' requires an argument")
+    assert_refused(run("score", "x", "--out", "y"), "Missing option '--model'", "`glad train`", "drawn circuit boards")
     assert_refused(run("score", "x", "--out", "y", "--batchsize", 3), "--batch-size")
     assert_refused(run("score", "x", "--out", "y", "--batch-size", "many"), "--batch-size", "integer")
     assert_refused(run("score", "x", "--out", "y", "--maps", "huge"), "'huge' is not one of 'token', 'full'")

@@ -32,17 +32,24 @@ def test_a_registry_gives_each_category_its_current_bundle(tiny_bundle, tmp_path
     models = find_models(f"{home}/", STORAGE)
     assert models.bundles == {"bolt": f"{home}/bolt/{version}"}
     assert models.categories == ("bolt",)
+    assert models.line(home) == f"models of 1 category in {home}: bolt"
     assert models.key("bolt") == "bolt"
     assert models.key("nut") is models.key(None) is None
     assert models.settings()["bolt"].threshold == 3.6
 
 
-def test_small_is_the_embedded_bundle_unless_a_folder_has_that_name(tmp_path, monkeypatch):
+def test_small_is_the_embedded_bundle_unless_a_bundle_has_that_name(tmp_path, tiny_bundle, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "small").mkdir()  # of pictures, perhaps
     assert local_bundle("small", STORAGE) == SMALL_BUNDLE
-    assert find_models("small", STORAGE).bundles == {"": "small"}
-    (tmp_path / "small").mkdir()
+    models = find_models("small", STORAGE)
+    assert models.bundles == {"": "small"}
+    assert "for circuit_board: the demo's, trained on drawn circuit boards; for other" in models.line("small")
+    (tmp_path / "small").rmdir()
+    shutil.copytree(tiny_bundle, tmp_path / "small")
     assert local_bundle("small", STORAGE) == tmp_path / "small"
+    own = find_models("small", STORAGE)
+    assert own.line("small") == f"model small ({own.descriptions[''].model_id}) for widget"
 
 
 @pytest.mark.slow
