@@ -11,6 +11,12 @@ GOOD_NAMES = {
     *("good", "ok", "normal", "0", "pass", "passed", "undamaged", "non_defective", "nondefective"),
     *("anomaly_free", "defect_free", "no_anomaly", "no_defect", "no_defects", "nodefect"),
 }
+# The same for anomalous ones; any other name may mean anything.
+BAD_NAMES = {
+    *("bad", "ng", "nok", "not_ok", "not_good", "1", "fail", "failed", "reject", "rejects", "rejected", "scrap"),
+    *("anomaly", "anomalies", "anomalous", "abnormal", "broken", "damaged", "faulty", "faults"),
+    *("defect", "defects", "defective"),
+}
 SPLITS = {
     **{"train": "train", "test": "test", "test_public": "test"},
     **{"validation": "validation", "val": "validation", "valid": "validation"},
@@ -47,4 +53,13 @@ class Dataset(NamedTuple):
 
 def is_good(name: str) -> bool:
     """Whether a folder or label of this name means good images."""
-    return re.sub(r"[\s-]+", "_", name.strip().casefold()) in GOOD_NAMES
+    return _plain(name) in GOOD_NAMES
+
+
+def is_bad(name: str) -> bool:
+    """Whether a folder of this name means anomalous images."""
+    return _plain(name) in BAD_NAMES
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s-]+", "_", name.strip().casefold())

@@ -4,6 +4,7 @@ MVTec-AD (also MPDD):         CATEGORY/train/good/NAME.png
                               CATEGORY/test/DEFECT/NAME.png    CATEGORY/ground_truth/DEFECT/NAME[_mask].png
 MVTec LOCO:                   the same, with CATEGORY/validation/good, and the masks of an image in a folder of its name
 MVTec AD 2:                   the same, with CATEGORY/test_public/DEFECT and CATEGORY/test_public/ground_truth/DEFECT
+a plain folder:               NAME.png, good ones alone, for training (`good_folder`)
 VisA and PCB-Bank:            split_csv/1cls.csv or 1cls.csv with the columns object, split, label, image, mask;
                               image and mask are paths from the dataset's folder
 """
@@ -11,12 +12,13 @@ VisA and PCB-Bank:            split_csv/1cls.csv or 1cls.csv with the columns ob
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import PurePosixPath
 
 from cluster.storage import Storage, StorageError, absolute, is_s3, join
 from glad_core.errors import GladError, did_you_mean
 from pipelines.archive.examples import SPLITS, Dataset, Example, is_good
+from pipelines.archive.good_folder import LAYOUT, good_folder
 from pipelines.archive.mask_files import (
     MaskFile,
     Owners,
@@ -134,11 +136,20 @@ def _refuse_real_iad(root: str, storage: Storage) -> None:
         )
 
 
-def good_images(location: str, category: str | None, storage: Storage) -> dict[str, list[str]]:
+def good_images(
+    location: str,
+    category: str | None,
+    storage: Storage,
+    default: str = "",
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, list[str]]:
     """URIs of the good training images by category. A folder with nothing but train/good in it is a category's as well.
+
+    So is a folder with pictures directly in it, of which ``say`` gets a line.
 
     Args:
         category: one, several with commas between, ``all``, or None if there is only one.
+        default: the category of pictures directly in a folder that has a name like good.
 
     Raises:
         GladError: no such folder, no training images, unknown category, or several and none chosen.
@@ -146,7 +157,7 @@ def good_images(location: str, category: str | None, storage: Storage) -> dict[s
     """
     root = absolute(location)
     if storage.kind(root) != "folder":
-        raise GladError(f"{root}: no such dataset folder")
+        raise GladError(f"{root}: no such dataset folder; expected is a folder with good pictures, or with {LAYOUT}")
     examples = read_split_file(root, storage)
     if examples is not None:
         good = [example for example in examples if example.split == "train" and not example.anomalous]
@@ -163,7 +174,7 @@ def good_images(location: str, category: str | None, storage: Storage) -> dict[s
     }
     if not by_category:
         _refuse_real_iad(root, storage)
-        raise GladError(f"{root}: no category with train/good in it; MVTec-AD's layout is expected, or VisA's")
+        return good_folder(root, category, storage, default, say)
     return {
         name: [
             join(folder, str(picture))

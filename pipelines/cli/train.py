@@ -46,11 +46,14 @@ def train(
     ctx: typer.Context,
     dataset: Annotated[
         str,
-        typer.Argument(help="Dataset (MVTec-AD, VisA), or the folder of one category with good images in train/good"),
+        typer.Argument(help="Folder of good pictures; or a dataset (MVTec-AD, VisA), or one category's folder of it"),
     ],
     out: Annotated[str, typer.Option(help="Bundle to write, local or s3://")],
     category: Annotated[
-        str | None, typer.Option(help="Category within the folder; a,b,c or all: one model for several")
+        str | None,
+        typer.Option(
+            help="Category within the dataset; a,b,c or all: one model for several. Of good pictures: their name"
+        ),
     ] = None,
     base: Base = "small",
     part: PartChoice = "unet",

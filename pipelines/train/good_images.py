@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,17 +22,24 @@ class GoodImage:
     digest: str = ""
 
 
-def good_images(dataset: str, category: str | None, storage: Storage) -> dict[str, list[GoodImage]]:
+def good_images(
+    dataset: str,
+    category: str | None,
+    storage: Storage,
+    default: str = "",
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, list[GoodImage]]:
     """Good training images by category, of a dataset in MVTec-AD's or VisA's layout or of one category's folder.
 
     Args:
         category: one, several with commas between, ``all``, or None if there is only one.
+        default, say: see `layouts.good_images`.
 
     Raises:
         GladError: no such folder or category, or fewer than two images in one.
         StorageError: storage cannot be used.
     """
-    uris = layouts.good_images(dataset, category, storage)
+    uris = layouts.good_images(dataset, category, storage, default, say)
     for name, images in uris.items():
         if len(images) < 2:
             raise GladError(f"{dataset}: {len(images)} good images of '{name}'; at least two are needed, better 50")

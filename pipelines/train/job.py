@@ -43,10 +43,11 @@ def train(request: TrainRequest, console: Console) -> str:
     """
     storage = Storage.from_environment()
     out = absolute(request.out)
-    images = good_images(request.dataset, request.category, storage)
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    images = good_images(request.dataset, request.category, storage, out.rpartition("/")[2], say)
     images, changes = apply_feedback(images, request.exclude, request.include, storage)
     if changes:
-        console.print(changes, highlight=False, soft_wrap=True)
+        say(changes)
     job = plan_job(request, list(images), storage, name=" ".join(images), work=f"{out}.train")
     check_free(out, storage)
     claim_work(storage, job.work)

@@ -64,10 +64,11 @@ def retrain(request: RetrainRequest, console: Console) -> bool:
     """
     storage = Storage.from_environment()
     home = absolute(request.train.out)
-    images = good_images(request.train.dataset, request.train.category or "all", storage)
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    images = good_images(request.train.dataset, request.train.category or "all", storage, say=say)
     images, changes = apply_feedback(images, request.train.exclude, request.train.include, storage)
     if changes:
-        console.print(changes, highlight=False, soft_wrap=True)
+        say(changes)
     jobs = _plan(request, images, storage)
     claim_work(storage, join(home, WORK))
     session.connect(

@@ -146,7 +146,10 @@ def test_mistakes_are_one_line(tmp_path, dataset, tiny_bundle):
     refused(train(dataset, "--category", "prat", *rest), "no category 'prat'", "did you mean 'part'")
     refused(train(dataset, *rest), "holds 2 categories", "--category")
     refused(train(tmp_path / "nowhere", *rest), "no such dataset folder")
-    refused(train(tmp_path / "empty", *rest), "no category with train/good")
+    refused(
+        train(tmp_path / "empty", *rest),
+        "no pictures directly in it, and no dataset; expected are good pictures, or CATEGORY/train/good",
+    )
     part = [dataset, "--category", "part"]
     refused(train(*part, "--base", tmp_path / "empty", "--out", out), "not a GLAD bundle")
     refused(train(*part, "--base", tiny_bundle, "--out", tiny_bundle), "already exists")
