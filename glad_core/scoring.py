@@ -6,7 +6,7 @@ Shapes: B batch, N = g·g tokens, D embedding width, R side of the map.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -113,10 +113,15 @@ def smooth(maps_BHW: Tensor, sigma: float) -> Tensor:
     return TF.gaussian_blur(maps_BHW[:, None], [taps, taps], [sigma, sigma])[:, 0]
 
 
-def full_size_map(maps_Bgg: Tensor, settings: Settings, size: tuple[int, int] | None = None) -> Tensor:
-    """The map that the image score is taken from: a token map resized to ``size`` (None: D x D) and smoothed."""
+def full_size_map(
+    maps_Bgg: Tensor, settings: Settings, size: tuple[int, int] | None = None, quick: bool = False
+) -> Tensor:
+    """The map that the image score is taken from: a token map resized to ``size`` (None: D x D) and smoothed.
+
+    ``quick`` gives the same but for rounding, several times faster: to be looked at, not to be scored.
+    """
     size = size or (settings.feature_resolution, settings.feature_resolution)
-    if size[0] * size[1] > LARGE:
+    if quick or size[0] * size[1] > LARGE:
         return torch.stack([torch.cat(list(_bands(one, settings, size))) for one in maps_Bgg])
     return smooth(resize_map(maps_Bgg, size), settings.blur_sigma)
 
@@ -135,6 +140,7 @@ def _bands(map_gg: Tensor, settings: Settings, size: tuple[int, int]) -> Iterato
         yield rows @ half
 
 
+@lru_cache(maxsize=8)
 def _enlarge(tokens: int, length: int, sigma: float) -> Tensor:
     """The matrix [length, tokens] that resizes one axis with aligned corners and smooths it."""
     resized = F.interpolate(torch.eye(tokens)[None], size=length, mode="linear", align_corners=True)[0]

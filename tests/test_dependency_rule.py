@@ -25,10 +25,11 @@ MAY_IMPORT = {
     "score": {"archive", "runs", "models"},
     "train": {"archive", "runs", "models", "score"},
     "evaluate": {"archive", "runs", "models", "score"},
-    "report": {"archive", "runs", "evaluate"},
+    "export": {"archive", "runs"},
+    "report": {"archive", "runs", "evaluate", "export"},
     "demo": {"score", "evaluate", "report"},
     "small_model": {"demo"},
-    "cli": {"archive", "runs", "models", "score", "train", "evaluate", "report", "demo"},
+    "cli": {"archive", "runs", "models", "score", "train", "evaluate", "export", "report", "demo"},
 }
 CORE_MAY_IMPORT = {  # folders of `glad_core`; "" are the files beside them
     "bundle": {""},

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli import jobs, models, results, score, setup, train
+from pipelines.cli import exports, jobs, models, results, score, setup, train
 from pipelines.cli.errors import OneLineErrors
 
 app = typer.Typer(
@@ -35,5 +35,13 @@ def glad(
         ctx.default_map = read(config or default, ctx)
 
 
-for commands in (score.commands, results.commands, train.commands, models.commands, jobs.commands, setup.commands):
+for commands in (
+    score.commands,
+    results.commands,
+    exports.commands,
+    train.commands,
+    models.commands,
+    jobs.commands,
+    setup.commands,
+):
     app.add_typer(commands)  # without a name: its commands become commands of `glad` itself

@@ -81,7 +81,7 @@ def search(results: pads.Dataset, query: Query, marks: dict[str, str] | None = N
         return table.take(pc.select_k_unstable(table, min(end, len(table)), sort_keys=sort_keys))
 
     total, held, batches = 0, 0, []
-    for tagged in results.scanner(columns=columns, filter=_filter(query, marks or {})).scan_batches():
+    for tagged in results.scanner(columns=columns, filter=condition(query, marks or {})).scan_batches():
         batch = tagged.record_batch
         if not len(batch):
             continue
@@ -117,7 +117,8 @@ def read_rows(results: pads.Dataset, keys: list[ResultKey], columns: list[str] |
     return [rows[key.image_id] for key in keys]
 
 
-def _filter(query: Query, marks: dict[str, str]) -> pc.Expression | None:
+def condition(query: Query, marks: dict[str, str]) -> pc.Expression | None:
+    """What results have to fulfil to match a query; None if all do. ``marks`` as in `search`."""
     conditions = []
     if query.text:
         conditions.append(pc.match_substring(pads.field("uri"), query.text, ignore_case=True))

@@ -71,6 +71,8 @@ def test_a_large_map_in_bands_is_the_map_in_one_piece(sigma, monkeypatch):
     tokens = torch.rand(9, 31, generator=torch.Generator().manual_seed(0))
     whole = scoring.full_size_map(tokens[None], settings, (72, 248))
     score = scoring.score_of_map(tokens.numpy(), settings, (72, 248))
+    quick = scoring.full_size_map(tokens[None], settings, (72, 248), quick=True)
+    torch.testing.assert_close(quick, whole, atol=1e-5, rtol=1e-5)
     monkeypatch.setattr(scoring, "LARGE", 1000)
     torch.testing.assert_close(scoring.full_size_map(tokens[None], settings, (72, 248)), whole, atol=1e-5, rtol=1e-5)
     assert scoring.score_of_map(tokens.numpy(), settings, (72, 248)) == pytest.approx(score, abs=1e-5)
