@@ -31,11 +31,11 @@ from rich.console import Console
 
 from cluster import session
 from glad_core.bundle.model import load_bundle
+from glad_core.decoding.picture import decode
 from glad_core.engine.base import run
 from glad_core.engine.engine import Engine
 from glad_core.engine.process import keep_buffers
 from glad_core.verdict import Request
-from pipelines.archive.picture import decode
 from pipelines.demo.boards import board_rng, make_board
 from pipelines.models.find import SMALL_BUNDLE
 from pipelines.runs.schema import SCORED_SCHEMA

@@ -27,12 +27,12 @@ from throughput import boards
 from cluster.storage import Storage
 from glad_core import adaptive
 from glad_core.bundle.model import Model, load_bundle
+from glad_core.decoding.picture import decode
 from glad_core.engine.base import run
 from glad_core.engine.engine import Engine
 from glad_core.engine.search import expected_crossing, first_crossing, guess_scores, largest_fall, next_comparison
 from glad_core.verdict import Request
 from pipelines.archive.layouts import read_dataset
-from pipelines.archive.picture import decode
 from pipelines.demo.boards import DEFECTS
 from pipelines.models.find import SMALL_BUNDLE
 

@@ -33,6 +33,7 @@ MAY_IMPORT = {
 }
 CORE_MAY_IMPORT = {  # folders of `glad_core`; "" are the files beside them
     "bundle": {""},
+    "decoding": {""},
     "engine": {"", "bundle"},
     "training": {"", "bundle"},
 }

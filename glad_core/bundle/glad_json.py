@@ -18,6 +18,9 @@ from glad_core.errors import GladError, one_line
 
 SCHEMA_VERSION = 1
 GLAD_JSON = "glad.json"
+# The bundle in this package, and what it is for.
+SMALL, SMALL_BUNDLE = "small", Path(__file__).parents[1] / "small_bundle"
+SMALL_IS = "the demo's, trained on drawn circuit boards"
 REQUIRED = frozenset(
     {
         "unet/config.json",

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from cluster.storage import Storage
+from glad_core.decoding.picture import ImageError
 from glad_core.views import Framing
 from pipelines.archive.decoder import SECONDS, decoder
 from pipelines.archive.fetch import FETCH_THREADS, Row, fetch, neighbours
-from pipelines.archive.picture import ImageError
 from pipelines.archive.uris import page_id, page_uri
 
 Pages = Literal["all", "first"]

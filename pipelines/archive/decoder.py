@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
+from glad_core.decoding.opened import MAX_MEMORY, TOO_MUCH, ImageError, pages
+from glad_core.decoding.picture import Picture, as_framings, decode
 from glad_core.errors import GladError
 from glad_core.views import Framing
-from pipelines.archive.opened import MAX_MEMORY, TOO_MUCH, ImageError, pages
-from pipelines.archive.picture import Picture, as_framings, decode
 
 SECONDS = 20  # of CPU time that decoding one image may take
 PAGED = (b"II", b"MM", b"GIF8", b"\x89PNG", b"RIFF")  # how files begin that may hold several pages

@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any
 
 from cluster.storage import ChangedError, Listed, Storage, StorageError, absolute, explain, is_s3, is_trouble
-from pipelines.archive.picture import ImageError
+from glad_core.decoding.picture import ImageError
 from pipelines.archive.sources import WILDCARDS
 
 FETCH_THREADS = 8

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import PurePosixPath
 
 from cluster.storage import Storage, join
+from glad_core.decoding.picture import is_image
 from glad_core.errors import GladError
 from pipelines.archive.examples import SPLITS, is_bad, is_good
 from pipelines.archive.mask_files import is_mask_folder, part_masks
-from pipelines.archive.picture import is_image
 
 LAYOUT = "CATEGORY/train/good/NAME.png (MVTec-AD's layout), or split_csv/1cls.csv (VisA's)"
 # Of a category: not hidden, one folder's name, and no list of several.

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection
 from pathlib import PurePosixPath
 
 from cluster.storage import Storage, StorageError, absolute, is_s3, join
+from glad_core.decoding.picture import is_image
 from glad_core.errors import GladError, did_you_mean
 from pipelines.archive.examples import SPLITS, Dataset, Example, is_good
 from pipelines.archive.good_folder import LAYOUT, good_folder
@@ -27,7 +28,6 @@ from pipelines.archive.mask_files import (
     part_masks,
     without_mask_folders,
 )
-from pipelines.archive.picture import is_image
 from pipelines.archive.split_file import read_split_file
 
 SHARED = "its mask may be of another image of the same name: name it with the suffix, such as a.jpg_mask.png"

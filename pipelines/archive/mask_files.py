@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
-from pipelines.archive.picture import is_image
+from glad_core.decoding.picture import is_image
 
 # Folders of masks within a split's folder (MVTec AD 2 has them there), and beside those of the splits.
 INNER_FOLDERS = {"ground_truth", "groundtruth", "gt", "masks"}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.storage import ChangedError, Entry, Listed, Storage, StorageError, explain, is_s3, is_trouble
-from pipelines.archive.picture import is_image
+from glad_core.decoding.picture import is_image
 from pipelines.archive.tar import Index, Member, read_index
 from pipelines.archive.uris import image_id, printable, tar_uri
 

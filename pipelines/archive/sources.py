@@ -18,10 +18,10 @@ from fsspec.utils import glob_translate
 
 from cluster.locations import SCHEME, UNSPEAKABLE
 from cluster.storage import IS_HIDDEN, Entry, Storage, StorageError, absolute, clear_errors, is_s3, join, spelled
+from glad_core.decoding.picture import is_image
 from glad_core.errors import GladError
 from pipelines.archive.layouts import category_folders, choose_category, is_real_iad, split_folders
 from pipelines.archive.mask_files import in_mask_folder, named_picture, plain
-from pipelines.archive.picture import is_image
 from pipelines.archive.rows import (
     HIDDEN,
     HIDDEN_FILES,

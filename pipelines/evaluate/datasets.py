@@ -15,11 +15,11 @@ from rich.table import Table
 
 from cluster.storage import Storage
 from glad_core.bundle import presets
+from glad_core.decoding.opened import ImageError, orientation, pages
+from glad_core.decoding.picture import decode_image
 from pipelines.archive.examples import SPLITS, Example
 from pipelines.archive.fetch import FETCH_THREADS
 from pipelines.archive.layouts import read_whole
-from pipelines.archive.opened import ImageError, orientation, pages
-from pipelines.archive.picture import decode_image
 from pipelines.evaluate.masks import fetch_from, marks, read_mask
 
 LONG = 1.5  # times longer than wide

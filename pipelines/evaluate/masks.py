@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image
 
 from cluster.storage import Storage
+from glad_core.decoding.opened import ImageError, orientation
+from glad_core.decoding.picture import read_labels
 from pipelines.archive.examples import Example
 from pipelines.archive.fetch import fetch, neighbours
-from pipelines.archive.opened import ImageError, orientation
-from pipelines.archive.picture import read_labels
 
 LOSSY = "lossy: cut at half of the highest value"
 LEAST_TOP = 16  # highest value that compression or resampling leaves; class numbers are smaller

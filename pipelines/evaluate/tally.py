@@ -16,11 +16,11 @@ import numpy as np
 
 from cluster import session
 from cluster.storage import StorageError
+from glad_core.decoding.picture import ImageError
 from glad_core.errors import GladError
 from glad_core.image_metrics import auroc_interval, image_metrics
 from glad_core.pixel_metrics import PixelCounts
 from pipelines.archive.examples import Example
-from pipelines.archive.picture import ImageError
 from pipelines.archive.uris import path_of
 from pipelines.evaluate.masks import marks, read_mask, resize_mask
 from pipelines.runs.run import Run

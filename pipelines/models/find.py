@@ -6,18 +6,21 @@ import errno
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cluster.storage import Storage, StorageError, absolute, explain, is_s3, join
 from glad_core.bundle import glad_json
+from glad_core.bundle.glad_json import SMALL, SMALL_BUNDLE, SMALL_IS
 from glad_core.bundle.settings import Settings
 from glad_core.errors import GladError
 from pipelines.models import cache, registry
 
-SMALL = "small"
-SMALL_IS = ": the demo's, trained on drawn circuit boards; for other products train one: glad train GOOD --out BUNDLE"
+if TYPE_CHECKING:
+    from glad_core.detector import Detector
+
 SHOWN = 5  # names of categories in a line
 MOST_FILES = 1000  # looked at in a place that should hold the dozen of a bundle
-SMALL_BUNDLE = Path(glad_json.__file__).parents[1] / "small_bundle"
+TRAIN = "for other products train one: glad train GOOD --out BUNDLE"
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Models:
             return f"models of {count} categor{'y' if count == 1 else 'ies'} in {model}: {names}"
         description = self.descriptions[""]
         line = f"model {model} ({description.model_id})" + (f" for {description.category}" * bool(description.category))
-        return line + SMALL_IS * (self.bundles[""] == SMALL)
+        return f"{line}: {SMALL_IS}; {TRAIN}" if self.bundles[""] == SMALL else line
 
     def settings(self) -> dict[str, Settings]:
         """The settings of every bundle, by its key."""
@@ -133,3 +136,21 @@ def _checked(location: str, text: bytes, storage: Storage) -> glad_json.Descript
     description = glad_json.parse_description(text, location)
     glad_json.check_files(description, dict(islice(storage.walk(location), MOST_FILES)), location)
     return description
+
+
+def pretrained(model: str, category: str | None = None, device: str | None = None, seed: int = 0) -> Detector:
+    """`glad_core.Detector.from_pretrained` of whatever ``--model`` may name: also ``s3://``, or a registry's category.
+
+    Raises:
+        GladError: as there; also a registry without that category. StorageError: S3 cannot be used.
+    """
+    from glad_core.detector import Detector  # here: it imports PyTorch
+
+    storage = Storage.from_environment()
+    models = find_models(model, storage)
+    only = models.categories[0] if "" not in models.bundles and len(models.categories) == 1 else None
+    key = models.key(category or only)
+    if key is None or key not in models.bundles:
+        raise GladError(f"{model}: no model for category '{category}'; there are {', '.join(models.categories)}")
+    bundle = models.bundles[key]
+    return Detector.from_pretrained(SMALL if bundle == SMALL else local_bundle(bundle, storage), device, seed)

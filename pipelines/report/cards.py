@@ -13,9 +13,9 @@ from matplotlib import colormaps
 from PIL import Image
 
 from cluster.storage import StorageError
+from glad_core.decoding.picture import ImageError, decode, decode_image
 from glad_core.views import Framing
 from pipelines.archive.fetch import fetch
-from pipelines.archive.picture import ImageError, decode, decode_image
 from pipelines.runs.query import is_decided
 from pipelines.runs.run import Run
 

@@ -16,9 +16,9 @@ from rich.markup import escape
 
 from cluster.storage import Storage, clear_errors
 from glad_core.bundle.settings import Settings
+from glad_core.decoding.picture import ImageError, decode, decode_image
 from glad_core.errors import GladError
 from pipelines.archive.fetch import fetch
-from pipelines.archive.picture import ImageError, decode, decode_image
 from pipelines.report.cards import STOP_REASONS
 from pipelines.report.figures import save_figure
 from pipelines.runs.run import Run

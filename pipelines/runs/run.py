@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -37,10 +37,13 @@ from pipelines.runs.schema import (
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder at ``location``, absolute, local or s3://. Can be pickled, so that tasks read it as well."""
+    """A run folder at ``location``, local or s3://, kept absolute. Can be pickled, so that tasks read it as well."""
 
     location: str
-    storage: Storage
+    storage: Storage = field(default_factory=Storage.from_environment)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "location", absolute(self.location))
 
     @classmethod
     def at(cls, location: str, storage: Storage | None = None) -> Run:
@@ -49,7 +52,7 @@ class Run:
         Raises:
             StorageError: an unknown kind of location.
         """
-        return cls(absolute(location), storage or Storage.from_environment())
+        return cls(location, storage or Storage.from_environment())
 
     def patient(self) -> Run:
         """The same run with `Storage.patient`."""

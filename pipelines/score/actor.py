@@ -21,6 +21,7 @@ from PIL import Image
 from cluster.quick_imports import quick_imports
 from cluster.storage import Storage, StorageError
 from glad_core.bundle.settings import Precision, Settings
+from glad_core.doubt import doubt_about
 from glad_core.engine.process import set_up
 from glad_core.engine.search import Search
 from glad_core.errors import GladError
@@ -38,7 +39,6 @@ DEADLY = "the process that judged it died twice with no other image at work"
 ERROR_COLUMNS = ("image_id", "uri", "stage", "error_type", "message")
 STAGE = "an actor"  # in what users read
 TELL_EVERY = 10.0  # seconds
-LONG, LARGE = 1.5, 4.0  # times longer than wide, and larger than the model sees: what goes beyond is said
 NOTHING = np.empty((0, 0, 3), np.uint8)
 KEPT_MODELS = 4  # bundles an actor holds at a time
 
@@ -258,27 +258,6 @@ class GladActor:
             return anomaly_map
         full = full_size_map(torch.from_numpy(anomaly_map)[None].float(), model.settings, full_size)
         return full[0].numpy().astype(np.float16)
-
-
-def doubt_about(settings: Settings, row: dict[str, Any]) -> str | None:
-    """What a decoded picture has that the model was not made for, in words; None if there is nothing to say."""
-    size, usual = (row["height"], row["width"]), settings.picture_size
-    longer, large = max(size) / min(size), max(size) / settings.resolution
-    kinds, doubts = {view.kind for view in settings.views}, []
-    as_long = usual is not None and longer <= LONG * max(usual) / min(usual)
-    if kinds == {"squash"} and longer > LONG and not as_long:
-        doubts.append(f"{longer:.1f} times longer than wide, seen as a square")
-    as_large = usual is not None and max(size) <= 2 * max(usual)
-    if "tiles" not in kinds and large > LARGE and not as_large:
-        doubts.append(f"{large:.0f} times larger than the model sees")
-    peak = row.get("peak")
-    if peak is not None and settings.white_level is None and peak < (1 if peak <= 1 else 65535) / 4:
-        doubts.append("less than a quarter of its bits' range, and the model has no white level")
-    if peak is not None and settings.white_level is not None and peak > settings.white_level:
-        doubts.append("brighter than the white level")
-    if peak is not None and settings.dark_level is not None and peak < settings.dark_level:
-        doubts.append("far darker than the training pictures")
-    return "; ".join(doubts) or None
 
 
 def _frames(image: pa.LargeBinaryScalar, settings: Any, size: tuple[int, int]) -> list[np.ndarray]:

@@ -18,6 +18,7 @@ from glad_core.bundle.model import Model, load_bundle
 from glad_core.bundle.settings import Settings
 from glad_core.bundle.weights import not_finite
 from glad_core.calibration import conformal_quantile, images_needed
+from glad_core.decoding.picture import ImageError, decode
 from glad_core.engine import nearest
 from glad_core.errors import GladError
 from glad_core.images import to_tensor
@@ -25,7 +26,6 @@ from glad_core.stitch import combined_score, standards, tile_requests, view_scor
 from glad_core.verdict import NotFinite, finite
 from glad_core.views import Framing
 from pipelines.archive.fetch import AT_HAND, fetch, neighbours
-from pipelines.archive.picture import ImageError, decode
 from pipelines.archive.sources import list_source
 from pipelines.models.find import local_bundle
 

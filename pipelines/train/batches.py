@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from cluster import session
 from cluster.quick_imports import quick_imports
 from cluster.storage import Storage, StorageError
+from glad_core.decoding.picture import ImageError
 from glad_core.errors import GladError
 from glad_core.training.recipe import Part, Recipe
 from glad_core.views import Framing, random_tile
-from pipelines.archive.picture import ImageError
 from pipelines.train.good_images import GoodImage
 from pipelines.train.kept_frames import Kept, read_frames
 from pipelines.train.textures import texture_pool

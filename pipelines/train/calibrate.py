@@ -24,12 +24,12 @@ from glad_core.bundle.glad_json import Description, with_settings
 from glad_core.bundle.model import load_bundle
 from glad_core.bundle.settings import Profile, Settings
 from glad_core.calibration import Calibrator, conformal_quantile, images_needed
+from glad_core.decoding.picture import ImageError, decode
 from glad_core.engine.process import set_up
 from glad_core.errors import GladError
 from glad_core.foreground import ForegroundMode
 from glad_core.views import Frames
 from pipelines.archive.fetch import fetch, neighbours
-from pipelines.archive.picture import ImageError, decode
 from pipelines.archive.sources import list_source
 from pipelines.models.find import bundle_location, describe, local_bundle
 from pipelines.models.variant import check_free, write_variant

@@ -14,9 +14,9 @@ from typing import Any
 
 from cluster import session
 from cluster.storage import Storage, StorageError
+from glad_core.decoding.picture import ImageError, decode
 from glad_core.views import Frames, Framing
 from pipelines.archive.fetch import fetch
-from pipelines.archive.picture import ImageError, decode
 from pipelines.train.good_images import GoodImage
 
 KEPT_SHARE = 0.5  # of the object store of one machine, by all training runs of a command

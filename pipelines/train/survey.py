@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.storage import Storage
+from glad_core.decoding.opened import ImageError, pages
+from glad_core.decoding.picture import decode
 from glad_core.errors import GladError
 from glad_core.views import Frames, Framing
 from pipelines.archive.fetch import Row, fetch, neighbours
-from pipelines.archive.opened import ImageError, pages
-from pipelines.archive.picture import decode
 from pipelines.train.good_images import GoodImage
 from pipelines.train.kept_frames import DATA_CPUS, TASK_MEMORY, Kept, places
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cluster.storage import Storage, join
+from glad_core.decoding.picture import ImageError, decode
 from glad_core.errors import GladError
 from pipelines.archive.fetch import Row, fetch
-from pipelines.archive.picture import ImageError, decode
 
 if TYPE_CHECKING:
     import torch  # takes seconds to import, which finding and surveying images does not need

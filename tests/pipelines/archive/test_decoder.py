@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 from test_picture import encode, picture
 
+from glad_core.decoding import damage
+from glad_core.decoding.picture import ImageError, decode
 from glad_core.errors import GladError
-from pipelines.archive import damage, decoder
+from pipelines.archive import decoder
 from pipelines.archive.decoder import Decoder
-from pipelines.archive.picture import ImageError, decode
 
 GOOD = encode(Image.fromarray(picture()))
 

@@ -11,9 +11,9 @@ import tenacity
 
 from cluster import local, s3
 from cluster.storage import Storage, StorageError
+from glad_core.decoding.picture import ImageError
 from pipelines.archive import fetch as fetch_module
 from pipelines.archive.fetch import fetch
-from pipelines.archive.picture import ImageError
 
 BODY = b"0123456789" * 100
 

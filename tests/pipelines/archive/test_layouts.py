@@ -9,11 +9,11 @@ from drawn_datasets import draw_image, draw_mask, draw_mvtec, draw_visa
 from typer.testing import CliRunner
 
 from cluster.storage import Storage
+from glad_core.decoding.picture import decode_image, is_image
 from glad_core.errors import GladError
 from pipelines.archive.fetch import fetch
 from pipelines.archive.layouts import category_folders, choose_category, good_images, read_dataset
 from pipelines.archive.listing import Archive, read_manifest, split, write_manifest
-from pipelines.archive.picture import decode_image, is_image
 from pipelines.archive.sources import advice_on, list_source
 from pipelines.cli.main import app
 

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from cluster.storage import Storage
+from glad_core.decoding.picture import read_labels
 from pipelines.archive.examples import Example
-from pipelines.archive.picture import read_labels
 from pipelines.evaluate.masks import LOSSY, is_smeared, marked_in, read_mask, resize_mask
 
 STORAGE = Storage()

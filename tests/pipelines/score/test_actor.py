@@ -18,6 +18,7 @@ from glad_core import adaptive
 from glad_core.bundle.glad_json import update_settings, write_description
 from glad_core.bundle.model import load_bundle, save_derived
 from glad_core.bundle.settings import Settings, View
+from glad_core.doubt import doubt_about
 from glad_core.engine import nearest
 from glad_core.errors import GladError
 from glad_core.images import to_tensor
@@ -25,7 +26,7 @@ from pipelines.archive.decode import DECODED_SCHEMA
 from pipelines.models import registry
 from pipelines.models.find import find_models
 from pipelines.runs.schema import RESULTS_SCHEMA, SCORED_SCHEMA
-from pipelines.score.actor import ActorSettings, GladActor, doubt_about
+from pipelines.score.actor import ActorSettings, GladActor
 
 SIDE = 32
 
@@ -215,7 +216,7 @@ def test_a_bundle_that_was_replaced_stops_the_job(registered, tiny_bundle, tmp_p
 STARTED = """
 import sys
 from cluster.storage import Storage
-from pipelines.score.actor import ActorSettings, GladActor, doubt_about
+from pipelines.score.actor import ActorSettings, GladActor
 from pipelines.models.find import find_models
 
 models = find_models(sys.argv[1], Storage())

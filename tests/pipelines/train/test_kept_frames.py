@@ -6,8 +6,8 @@ import ray
 from PIL import Image
 
 from cluster.storage import Storage
+from glad_core.decoding.picture import ImageError
 from glad_core.views import Framing
-from pipelines.archive.picture import ImageError
 from pipelines.train.good_images import GoodImage
 from pipelines.train.kept_frames import Kept, keep, read_frames
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from glad_core.decoding.opened import orientation, pages
+from glad_core.decoding.picture import ImageError, decode, decode_image, is_image
 from glad_core.images import resize, to_tensor
 from glad_core.views import Framing
-from pipelines.archive.opened import orientation, pages
-from pipelines.archive.picture import ImageError, decode, decode_image, is_image
 
 
 def encode(image, format="PNG", **options):
@@ -304,6 +304,6 @@ def test_a_chain_of_pages_that_breaks_off_keeps_those_before(monkeypatch):
     assert len(found) > 2  # and what is broken is an error, not nothing
     with pytest.raises(ImageError):
         decode(bytes(data), 8, found[2])
-    monkeypatch.setattr("pipelines.archive.opened.MAX_PAGES", 3)
+    monkeypatch.setattr("glad_core.decoding.opened.MAX_PAGES", 3)
     with pytest.raises(ImageError, match="more than 3 pages"):
         pages(encode(frames[0], "TIFF", save_all=True, append_images=frames[1:]))

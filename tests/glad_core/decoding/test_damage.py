@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from test_picture import encode
 
-from pipelines.archive import damage
-from pipelines.archive.picture import ImageError, decode_image
+from glad_core.decoding import damage
+from glad_core.decoding.picture import ImageError, decode_image
 
 RNG = np.random.default_rng(5)
 END = b"\xff\xd9"

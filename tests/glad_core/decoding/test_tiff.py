@@ -10,9 +10,9 @@ import tifffile
 from drawn_pictures import tiff
 from PIL import Image
 
+from glad_core.decoding.opened import orientation, pages
+from glad_core.decoding.picture import ImageError, decode, decode_image, read_labels
 from glad_core.views import Framing
-from pipelines.archive.opened import orientation, pages
-from pipelines.archive.picture import ImageError, decode, decode_image, read_labels
 
 Y, X = np.mgrid[:40, :48]
 COLOURS = np.stack([X / 47, Y / 39, (X + Y) / 86], -1)

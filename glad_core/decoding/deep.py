@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from PIL.ImageFile import ImageFile
 
-from pipelines.archive import tiff
+from glad_core.decoding import tiff
 
 BAND = 64  # rows
 

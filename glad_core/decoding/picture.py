@@ -9,9 +9,9 @@ from pathlib import PurePosixPath
 import numpy as np
 from PIL import Image
 
+from glad_core.decoding import opened
+from glad_core.decoding.opened import ImageError
 from glad_core.views import Framing
-from pipelines.archive import opened
-from pipelines.archive.opened import ImageError
 
 SUFFIXES = {
     "png apng": "PNG",

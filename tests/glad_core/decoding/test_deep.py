@@ -6,8 +6,8 @@ import pytest
 from drawn_pictures import png_of_16_bits
 from PIL import Image
 
+from glad_core.decoding.picture import ImageError, decode, decode_image
 from glad_core.views import Framing
-from pipelines.archive.picture import ImageError, decode, decode_image
 
 VALUES = np.random.default_rng(0).integers(0, 65536, (13, 17, 4)).astype(np.uint16)
 

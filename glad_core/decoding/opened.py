@@ -10,7 +10,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 from PIL.ImageFile import ImageFile
 
-from pipelines.archive import damage, deep, tiff
+from glad_core.decoding import damage, deep, tiff
 
 # EPS would start Ghostscript and the exotic decoders are where the security holes are: only what cameras write.
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "PPM", "GIF")
