@@ -135,6 +135,7 @@ def test_marks_of_label_studio_come_back(judged, tmp_path) -> None:
     tasks = json.loads((tmp_path / "label-studio.json").read_text())
     assert len(tasks) == len(alarms(judged))
     for task in tasks:
+        assert 0.5 < task["predictions"][0]["score"] < 1, "Label Studio takes no other"
         for found in task["predictions"][0]["result"]:
             points = np.array(found["value"]["points"])
             assert ((points >= 0) & (points <= 100)).all()
