@@ -33,7 +33,8 @@ def export(
     verdict: Annotated[Literal["anomalous", "good"] | None, typer.Option(help="Only images with this verdict")] = None,
     reason: Annotated[str, typer.Option(help="Only images that stopped for this reason, as in the results")] = "",
     mark: Annotated[
-        Literal["confirmed", "false_alarm", "unmarked"] | None, typer.Option(help="Only images with this feedback")
+        Literal["confirmed", "false_alarm", "marked", "unmarked"] | None,
+        typer.Option(help="Only images with this feedback"),
     ] = None,
     low: Annotated[float | None, typer.Option(help="Only images with this score or a higher one")] = None,
     high: Annotated[float | None, typer.Option(help="Only images with this score or a lower one")] = None,

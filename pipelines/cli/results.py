@@ -49,11 +49,14 @@ def report(
 def view(
     results: Results,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port on this machine; 0: any free one")] = 0,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 lets colleagues in who have the link with its token")
+    ] = "127.0.0.1",
 ) -> None:
     """Serve the report over all images to a browser, and keep your feedback in RESULTS/feedback. Ctrl-C ends it."""
     from pipelines.report.server import view as serve
 
-    serve(results, port, Console())
+    serve(results, port, Console(), host)
 
 
 @commands.command(epilog="Example: glad evaluate results --dataset mvtec --out tables")

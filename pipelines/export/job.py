@@ -39,8 +39,8 @@ def export(run_folder: str, kinds: Collection[Kind], query: Query, out: str, con
         raise GladError("say what to export: --csv, --masks, --coco, --label-studio, --delta or --iceberg")
     run, folder = Run.at(run_folder), absolute(out)
     results = run.results()
-    marks = {row["image_id"]: row["verdict"] for row in feedback.read_marks(run)}
-    matching = condition(query, marks)
+    marks = {mark["image_id"]: mark for mark in feedback.read_marks(run)}
+    matching = condition(query, {image_id: mark["verdict"] for image_id, mark in marks.items()})
     if matching is not None and (refused := [f"--{kind}" for kind in TABLES if kind in kinds]):
         raise GladError(
             f"{' and '.join(refused)} registers whole files: leave the filter out, and filter in your query"
@@ -69,7 +69,7 @@ def _write_verdicts(
     run: Run,
     results: pads.Dataset,
     matching: pc.Expression | None,
-    marks: dict[str, str],
+    marks: dict[str, dict[str, Any]],
     folder: str,
     done: dict[str, Any],
 ) -> None:

@@ -39,7 +39,12 @@ def task(image: Judged, left_out: Counter[str]) -> dict[str, Any]:
         "threshold": image.threshold,
     }
     result = [_polygon(image, region, number) for number, region in enumerate(image.regions)]
-    return {"data": data, "predictions": [{"model_version": row["model_id"], "score": _share(image.score, image.threshold), "result": result}]}
+    return {
+        "data": data,
+        "predictions": [
+            {"model_version": row["model_id"], "score": _share(image.score, image.threshold), "result": result}
+        ],
+    }
 
 
 def _polygon(image: Judged, region: Region, number: int) -> dict[str, Any]:
@@ -100,8 +105,9 @@ def read_feedback(run: Run, file: str) -> dict[str, Any]:
     columns = [name for name in feedback.SCHEMA.names if name in results.schema.names]
     with clear_errors(run.location, run.storage):
         rows = results.to_table(columns=columns, filter=pads.field("image_id").isin(pa.array(chosen, pa.string())))
+    notes = {mark["image_id"]: mark["note"] or "" for mark in feedback.read_marks(run)}
     for row in rows.to_pylist():
-        feedback.mark(run, row, chosen[row["image_id"]][1])
+        feedback.mark(run, row, chosen[row["image_id"]][1], notes.get(row["image_id"], ""))
     if len(chosen) > len(rows):
         left_out["choices of images that are not in this run"] += len(chosen) - len(rows)
     return {"kept": len(rows), "left_out": dict(left_out)}

@@ -23,6 +23,7 @@ COLUMNS = (
     "threshold",
     "score / threshold",
     "feedback",
+    "note",
     "doubt",
     "stopped at step",
     "width",
@@ -46,11 +47,14 @@ READ = {
 
 
 def verdicts(
-    run: Run, results: pads.Dataset, matching: pc.Expression | None, marks: dict[str, str]
+    run: Run, results: pads.Dataset, matching: pc.Expression | None, marks: dict[str, dict[str, Any]]
 ) -> tuple[bytes, int, int]:
     """The table, most anomalous first, as UTF-8 with the mark by which Excel knows it.
 
     A text that begins like a formula gets an apostrophe before it, so that a file's name is never run as one.
+
+    Args:
+        marks: rows of `feedback.read_marks` by image id.
 
     Returns:
         The bytes of the file, the number of images, and the number of texts with an apostrophe.
@@ -63,11 +67,13 @@ def verdicts(
     writer = csv.writer(stream)
     writer.writerow(COLUMNS)
     for row in table.to_pylist():
+        mark = marks.get(row["image_id"], {})
         verdict = {True: "anomalous", False: "good", None: "no threshold"}[row["verdict"]]
         row |= {
             "image": name_in(source, row["uri"]),
             "verdict": verdict if row["decided"] else "undecided",
-            "feedback": (marks.get(row["image_id"]) or "").replace("_", " "),
+            "feedback": mark.get("verdict", "").replace("_", " "),
+            "note": mark.get("note") or "",
         }
         cells = [_cell(row[name]) for name in COLUMNS]
         guarded += sum(

@@ -1,28 +1,35 @@
 """`glad view`: the report's page over all results of a run, served to a browser, and people's feedback on them.
 
-The server has no login, so it listens on this machine alone.
+The server has no login, so it listens on this machine alone. Told to listen to others, it serves those who have the
+link: there is a token in it, made anew at each start.
 """
 
 from __future__ import annotations
 
+import os
+import secrets
 import socket
+import sys
+import webbrowser
+from collections.abc import Awaitable, Callable
 from threading import Thread
 from typing import Annotated, Any
 
 import uvicorn
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi import Query as FromUrl
-from fastapi.responses import HTMLResponse
-from pydantic import BaseModel
+from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse
+from pydantic import BaseModel, Field
 from rich.console import Console
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from cluster.storage import StorageError, clear_errors
 from glad_core.errors import GladError
+from pipelines.export.verdicts import verdicts
 from pipelines.report.page import make_cards, render, summary
 from pipelines.report.totals import count
 from pipelines.runs import feedback
-from pipelines.runs.query import Query, ResultKey, read_rows, search
+from pipelines.runs.query import Query, ResultKey, condition, read_rows, search
 from pipelines.runs.run import Run
 
 HOST = "127.0.0.1"
@@ -31,41 +38,56 @@ MARKED_COLUMNS = ["image_id", "uri", "category", "model_id", "score"]  # of a re
 
 
 class Mark(ResultKey):
-    """A person's verdict on a result; None takes it back."""
+    """A person's verdict on a result, and a note beside it; None takes both back."""
 
     verdict: feedback.Verdict | None
+    note: str = Field("", max_length=2000)
 
 
 class Cards(BaseModel):
-    """The cards of one page of a search, and how many results match in all."""
+    """The cards of one page of a search, and how many results match in all.
+
+    Of those that match whatever their mark: their number, and how many of them are marked.
+    """
 
     total: int
+    to_review: int
+    reviewed: int
     cards: list[dict[str, Any]]
 
 
-def view(run_folder: str, port: int, console: Console) -> None:
-    """Serve the page until interrupted.
+def view(run_folder: str, port: int, console: Console, host: str = HOST) -> None:
+    """Serve the page until interrupted, and open it in a browser if this terminal has one.
 
     Args:
         port: on this machine; 0 takes any free one.
+        host: address to listen on; any but this machine's own is served with a token.
 
     Raises:
-        GladError, StorageError: no finished run there, or the port is taken.
+        GladError, StorageError: no finished run there, or the address cannot be used.
     """
-    app = make_app(Run.at(run_folder))
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    token = None if host == HOST else secrets.token_urlsafe(16)
+    app = make_app(Run.at(run_folder), token)
     try:
-        listener.bind((HOST, port))
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family)
     except OSError as error:
-        raise GladError(f"port {port}: {error.strerror}; choose another --port, or none for a free one") from error
+        raise GladError(
+            f"{host}, port {port}: {error.strerror}; choose another --port, or none for a free one, and a --host of "
+            "this machine, such as 0.0.0.0 for all of them"
+        ) from error
     with listener:
-        address = f"http://{HOST}:{listener.getsockname()[1]}"
+        name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+        address = f"http://{name}:{listener.getsockname()[1]}" + (f"/?token={token}" if token else "")
         console.print(f"{address} shows {run_folder}; Ctrl-C ends it", highlight=False, markup=False, soft_wrap=True)
+        if token:
+            console.print("whoever has this link sees the pictures and can mark them; it is not encrypted")
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
         # In a thread of its own it leaves the signals alone, so that they end this command as they end every other.
         serving = Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         serving.start()
+        if sys.stdout.isatty() and (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+            webbrowser.open(address)
         try:
             serving.join()
         finally:
@@ -73,16 +95,22 @@ def view(run_folder: str, port: int, console: Console) -> None:
             serving.join()
 
 
-def make_app(run: Run) -> FastAPI:
-    """The page of a finished run with its ``api/cards`` and ``api/marks``.
+def make_app(run: Run, token: str | None = None) -> FastAPI:
+    """The page of a finished run with its ``api/cards``, ``api/marks`` and ``api/verdicts.csv``.
+
+    Args:
+        token: that a browser has to bring once, in its first link; None serves this machine alone.
 
     Raises:
         GladError, StorageError: no finished run there.
     """
     viewer = Viewer(run)
     app = FastAPI(title="glad view", docs_url=None, redoc_url=None, openapi_url=None)
-    # Refuses other host names, so that no foreign web page reaches this server by pointing its name at this machine.
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
+    if token is None:
+        # Refuses other host names: no foreign web page reaches this server by pointing its name at this machine.
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
+    else:
+        _ask_for(token, app)
 
     @app.get("/", response_class=HTMLResponse)
     def page() -> str:
@@ -94,6 +122,15 @@ def make_app(run: Run) -> FastAPI:
             return viewer.cards(query)
         except (StorageError, GladError) as error:
             raise HTTPException(503, str(error)) from error
+
+    @app.get("/api/verdicts.csv")
+    def table(query: Annotated[Query, FromUrl()]) -> Response:
+        try:
+            content = viewer.table(query)
+        except (StorageError, GladError) as error:
+            raise HTTPException(503, str(error)) from error
+        headers = {"content-disposition": 'attachment; filename="verdicts.csv"'}
+        return Response(content, media_type="text/csv; charset=utf-8", headers=headers)
 
     @app.post("/api/marks")
     def keep(mark: Mark) -> dict[str, str]:
@@ -108,6 +145,21 @@ def make_app(run: Run) -> FastAPI:
     return app
 
 
+def _ask_for(token: str, app: FastAPI) -> None:
+    """Serve only browsers that know the token: from the link, and from then on from a cookie of this server."""
+
+    @app.middleware("http")
+    async def check(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
+        name = f"glad-view-{request.url.port}"  # cookies know no ports, and a machine may serve several runs
+        if secrets.compare_digest(request.query_params.get("token", "").encode(), token.encode()):
+            reply: Response = RedirectResponse(request.url.path)  # the token does not stay in the address
+            reply.set_cookie(name, token, httponly=True, samesite="strict")
+            return reply
+        if secrets.compare_digest(request.cookies.get(name, "").encode(), token.encode()):
+            return await answer(request)
+        return PlainTextResponse("Open the link that `glad view` printed: its token is missing here.", 403)
+
+
 class Viewer:
     """A finished run as the server shows it: the page, made once, and the marks, read once and then kept up to date."""
 
@@ -118,23 +170,38 @@ class Viewer:
             page = summary(run, count(self.results))
         self.scale = page["scale"]
         self.html = render(page | {"cards": []}, live=True)
-        self.marks = {row["image_id"]: row["verdict"] for row in feedback.read_marks(run)}
+        self.marks = {mark["image_id"]: mark for mark in feedback.read_marks(run)}
+
+    @property
+    def verdicts(self) -> dict[str, str]:
+        """The verdicts of the marks by image id."""
+        return {image_id: mark["verdict"] for image_id, mark in self.marks.items()}
 
     def cards(self, query: Query) -> Cards:
         """The cards of one page of a search. Raises GladError, StorageError: they cannot be read."""
         with clear_errors(self.run.location, self.run.storage):
-            total, chosen = search(self.results, query, self.marks)
+            total, chosen = search(self.results, query, self.verdicts)
             cards = make_cards(self.run, self.results, chosen, self.scale, CARD_BYTES)
+            to_review, reviewed = (
+                self.results.count_rows(filter=condition(query.model_copy(update={"mark": mark}), self.verdicts))
+                for mark in ("", "marked")
+            )
         for card, result in zip(cards, chosen, strict=True):
-            card |= {"file": result.file, "mark": self.marks.get(card["id"])}
-        return Cards(total=total, cards=cards)
+            mark = self.marks.get(card["id"], {})
+            card |= {"file": result.file, "mark": mark.get("verdict"), "note": mark.get("note") or ""}
+        return Cards(total=total, to_review=to_review, reviewed=reviewed, cards=cards)
+
+    def table(self, query: Query) -> bytes:
+        """What matches a search as `verdicts`. Raises GladError, StorageError: it cannot be read."""
+        with clear_errors(self.run.location, self.run.storage):
+            return verdicts(self.run, self.results, condition(query, self.verdicts), self.marks)[0]
 
     def keep(self, mark: Mark) -> None:
         """Keep or take back a mark. Raises KeyError: no such result. StorageError: it cannot be written."""
         with clear_errors(self.run.location, self.run.storage):
             (row,) = read_rows(self.results, [mark], MARKED_COLUMNS)
-            feedback.mark(self.run, row, mark.verdict)
+            feedback.mark(self.run, row, mark.verdict, mark.note)
         if mark.verdict is None:
             self.marks.pop(mark.image_id, None)
         else:
-            self.marks[mark.image_id] = mark.verdict
+            self.marks[mark.image_id] = {"verdict": mark.verdict, "note": mark.note}

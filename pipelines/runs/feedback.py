@@ -28,17 +28,19 @@ SCHEMA = pa.schema(
         ("score", pa.float32()),
         ("verdict", pa.string()),  # confirmed: it is a defect; false_alarm: the image is good
         ("marked_at", pa.timestamp("s", tz="UTC")),
+        ("note", pa.string()),  # what the person wrote beside it; null in marks of before 0.2
     ]
 )
 
 
-def mark(run: Run, row: dict[str, Any], verdict: Verdict | None) -> None:
-    """Keep a person's verdict on a result; None deletes it."""
+def mark(run: Run, row: dict[str, Any], verdict: Verdict | None, note: str = "") -> None:
+    """Keep a person's verdict on a result, with a note beside it; None deletes both."""
     file = run.path(FEEDBACK, f"{row['image_id']}.parquet")
     if verdict is None:
         run.storage.delete_file(file)
         return
     mark = {name: row.get(name) for name in SCHEMA.names} | {"verdict": verdict, "marked_at": datetime.now(UTC)}
+    mark["note"] = note
     stream = io.BytesIO()
     pq.write_table(pa.Table.from_pylist([mark], schema=SCHEMA), stream)
     run.storage.write(file, stream.getvalue())

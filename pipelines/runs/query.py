@@ -48,7 +48,7 @@ class Query(BaseModel):
     category: str = ""
     verdict: Literal["", "anomalous", "good"] = ""
     reason: str = ""
-    mark: Literal["", "confirmed", "false_alarm", "unmarked"] = ""
+    mark: Literal["", "confirmed", "false_alarm", "marked", "unmarked"] = ""
     low: float | None = None
     high: float | None = None
     ids: tuple[str, ...] = ()
@@ -141,7 +141,7 @@ def condition(query: Query, marks: dict[str, str]) -> pc.Expression | None:
 
 
 def _marked(mark: str, marks: dict[str, str]) -> pc.Expression:
-    """Results with this mark, or without any (``unmarked``)."""
-    ids: Collection[str] = [image_id for image_id, verdict in marks.items() if mark in (verdict, "unmarked")]
+    """Results with this mark, with any (``marked``), or without (``unmarked``)."""
+    ids: Collection[str] = [image_id for image_id, verdict in marks.items() if mark in (verdict, "marked", "unmarked")]
     marked = pads.field("image_id").isin(pa.array(ids, pa.string()))
     return ~marked if mark == "unmarked" else marked

@@ -133,7 +133,7 @@ function element(card) {
   node.querySelector(".step").textContent = card.step === null ? stopReason(card.reason) : `step ${card.step} · ${stopReason(card.reason)}`;
   node.setAttribute("aria-label", `${lastParts(card.uri)}, score ${short(card.score)}, ${node.querySelector(".badge").textContent}`);
   const curve = node.querySelector(".curve");
-  curve.hidden = !card.steps.length;
+  curve.hidden = node.querySelector(".curve-label").hidden = !card.steps.length;
   curve.card = card;
   curvesInView.observe(curve);
   return node;
@@ -151,16 +151,48 @@ async function query(filters, first) {
     if (!reply.ok) throw new Error((await reply.json().catch(() => ({}))).detail || reply.statusText);
     return reply.json();
   }
-  const text = (filters.text || "").toLowerCase();
-  const matches = data.cards.filter((card) =>
-    (!text || card.uri.toLowerCase().includes(text)) && (!filters.category || card.category === filters.category) &&
-    (!filters.verdict || card.decided && (card.anomalous === true) === (filters.verdict === "anomalous")) && (!filters.reason || card.reason === filters.reason) &&
-    (!filters.truth || card.truth === filters.truth) && !(card.score < +filters.low) && (!filters.high || card.score <= +filters.high));
-  matches.sort(SORT[filters.sort]);
+  const matches = matching(filters);
   return { total: matches.length, cards: matches.slice(first, first + PAGE) };
 }
 
-let filters = {}, shown = [], total = 0, search = 0, loading = false;
+function matching(filters) {
+  const text = (filters.text || "").toLowerCase();
+  return data.cards.filter((card) =>
+    (!text || card.uri.toLowerCase().includes(text)) && (!filters.category || card.category === filters.category) &&
+    (!filters.verdict || card.decided && (card.anomalous === true) === (filters.verdict === "anomalous")) && (!filters.reason || card.reason === filters.reason) &&
+    (!filters.truth || card.truth === filters.truth) && !(card.score < +filters.low) && (!filters.high || card.score <= +filters.high)).sort(SORT[filters.sort]);
+}
+
+let filters = {}, shown = [], total = 0, toReview = 0, reviewed = 0, search = 0, loading = false;
+
+function busy(now) {
+  byId("busy").hidden = !now;
+  gallery.setAttribute("aria-busy", String(now));
+}
+
+function showReviewed() {
+  byId("reviewed").textContent = data.live ? `· ${reviewed.toLocaleString("en")} of ${toReview.toLocaleString("en")} reviewed` : "";
+}
+
+// The same columns as `glad view` and `glad export --csv` write, as far as the page has them. A text never begins like a formula.
+function table(cards) {
+  const columns = { image: (card) => lastParts(card.uri), category: (card) => card.category, verdict: (card) => !card.decided ? "undecided" : card.anomalous === null ? "no threshold" : card.anomalous ? "anomalous" : "good",
+    score: (card) => card.score, threshold: (card) => card.threshold, "score / threshold": (card) => card.threshold ? card.margin : null, "ground truth": (card) => card.truth, doubt: (card) => card.doubt,
+    "stopped at step": (card) => card.step, width: (card) => card.width, height: (card) => card.height, seconds: (card) => card.seconds, uri: (card) => card.uri, model: (card) => card.model, image_id: (card) => card.id };
+  const cell = (value) => `"${(typeof value === "string" && /^[=+\-@\t\r]/.test(value) ? "'" : "") + String(value ?? "").replaceAll('"', '""')}"`;
+  const rows = [Object.keys(columns), ...cards.map((card) => Object.values(columns).map((column) => column(card)))];
+  return "\ufeff" + rows.map((row) => row.map(cell).join(",") + "\r\n").join("");
+}
+
+byId("download").addEventListener("click", (event) => {
+  if (data.live) {
+    event.currentTarget.href = `api/verdicts.csv?${new URLSearchParams(filters)}`;
+    return;
+  }
+  const url = URL.createObjectURL(new Blob([table(matching(filters))], { type: "text/csv" }));
+  event.currentTarget.href = url;
+  setTimeout(() => URL.revokeObjectURL(url), 60000);
+});
 
 async function more() {
   if (loading || (shown.length && shown.length >= total)) return;
@@ -171,9 +203,13 @@ async function more() {
     const reply = await query(filters, shown.length);
     if (mySearch !== search) return;
     total = reply.total;
+    [toReview, reviewed] = [reply.to_review, reply.reviewed];
+    showReviewed();
     if (!shown.length) {
       gallery.replaceChildren();
-      gallery.classList.toggle("single", !reply.cards.some((card) => card.reconstruction));
+      const without = !reply.cards.some((card) => card.reconstruction);
+      gallery.classList.toggle("single", without);
+      byId("no-reconstructions").hidden = !without || !reply.cards.length || data.method === "nearest";
     }
     shown.push(...reply.cards);
     gallery.append(...reply.cards.map(element));
@@ -185,7 +221,10 @@ async function more() {
   } catch (error) {
     byId("more").textContent = `The images could not be loaded: ${error.message}`;
   } finally {
-    if (mySearch === search) loading = false;
+    if (mySearch === search) {
+      loading = false;
+      busy(false);
+    }
   }
   if (mySearch === search && byId("more").getBoundingClientRect().top < innerHeight + 400 && shown.length < total) more();
 }
@@ -194,6 +233,7 @@ function start() {
   filters = Object.fromEntries([...new FormData(form)].filter(([, value]) => value !== ""));
   [shown, total, loading] = [[], 0, false];
   search += 1;
+  busy(true);
   more();
 }
 
@@ -204,7 +244,8 @@ form.addEventListener("input", (event) => {
   typing = setTimeout(start, event.target.tagName === "INPUT" ? 150 : 0);
 });
 form.addEventListener("submit", (event) => event.preventDefault());
-form.addEventListener("reset", () => setTimeout(() => { heat(65); gallery.parentElement.classList.remove("no-contour"); start(); }));
+form.addEventListener("reset", () => setTimeout(() => { heat(65); document.body.classList.remove("no-contour"); start(); }));
+byId("unfold").addEventListener("click", (event) => event.target.setAttribute("aria-expanded", String(form.classList.toggle("unfolded"))));
 new IntersectionObserver((entries) => { if (entries.some((entry) => entry.isIntersecting) && shown.length) more(); }, { rootMargin: "600px" }).observe(byId("more"));
 
 // ---- heat map, theme, detail, keys ---------------------------------------------------------------------------------
@@ -224,7 +265,8 @@ byId("theme").addEventListener("click", (event) => {
 });
 
 let current = -1;
-function open(index) {
+const note = detail.querySelector("[name=note]");
+function open(index, message = "") {
   if (index < 0 || index >= shown.length) return;
   current = index;
   const card = shown[index];
@@ -238,19 +280,22 @@ function open(index) {
     panel.append(text, picture(card, source, hot));
     return panel;
   }));
-  const facts = { score: short(card.score), threshold: short(card.threshold), "stopped at step": card.step ?? "none", "stop reason": stopReason(card.reason),
-    doubt: card.doubt, "truth": card.truth, category: card.category, size: `${card.width} × ${card.height}`, "model time": `${short(card.seconds)} s`, model: card.model, id: card.id };
-  detail.querySelector("dl").replaceChildren(...Object.entries(facts).filter(([, value]) => value).flatMap(([name, value]) => {
-    const [term, definition] = [document.createElement("dt"), document.createElement("dd")];
-    [term.textContent, definition.textContent] = [name, value];
-    return [term, definition];
-  }));
+  const facts = { verdict: card.truth || (!card.decided ? "undecided" : card.anomalous === null ? null : card.anomalous ? "anomalous" : "good"), score: short(card.score), threshold: short(card.threshold), "score / threshold": card.threshold ? short(card.margin) : null, doubt: card.doubt, category: card.category, size: `${card.width} × ${card.height}` };
+  const method = { "stopped at step": card.step ?? "none", "stop reason": stopReason(card.reason), "model time": `${short(card.seconds)} s`, model: card.model, id: card.id };
+  for (const [list, entries] of [[".facts-of-one", facts], ["details dl", method]]) {
+    detail.querySelector(list).replaceChildren(...Object.entries(entries).filter(([, value]) => value).flatMap(([name, value]) => {
+      const [term, definition] = [document.createElement("dt"), document.createElement("dd")];
+      [term.textContent, definition.textContent] = [name, value];
+      return [term, definition];
+    }));
+  }
   detail.querySelector(".prev").disabled = index === 0;
   detail.querySelector(".next").disabled = index === shown.length - 1;
   detail.querySelector(".marks").hidden = !data.live;
-  showMark(card, "");
+  showMark(card, message);
+  note.value = card.note || "";
   if (!detail.open) detail.showModal();
-  const curve = detail.querySelector(".below figure"), drawn = stepCurve(card, Math.max(240, curve.clientWidth), 180, true);
+  const curve = detail.querySelector(".below figure"), drawn = stepCurve(card, Math.min(640, Math.max(240, detail.clientWidth - 60)), 180, true);
   curve.hidden = !drawn;
   curve.querySelector(".curve").replaceChildren(...(drawn ? [drawn] : []));
   if (index > shown.length - 5) more();
@@ -261,20 +306,62 @@ function showMark(card, message) {
   detail.querySelector(".marks [role]").textContent = message;
 }
 
-async function mark(index, verdict) {
-  const card = shown[index];
-  if (!data.live || !card) return;
+const made = []; // marks of this visit, for undo: the card, what it had before, where it was
+
+async function save(card, verdict, text) {
   const reply = await fetch("api/marks", { method: "POST", headers: { "content-type": "application/json" },
-    body: JSON.stringify({ file: card.file, image_id: card.id, verdict: verdict || null }) });
-  if (reply.ok) {
-    card.mark = verdict || null;
-    const node = gallery.children[index];
+    body: JSON.stringify({ file: card.file, image_id: card.id, verdict: verdict || null, note: text || "" }) }).catch((error) => ({ ok: false, statusText: error.message, json: async () => ({}) }));
+  if (!reply.ok) {
+    const reason = (await reply.json().catch(() => ({}))).detail || reply.statusText;
+    return `Not saved: ${typeof reason === "string" ? reason : JSON.stringify(reason)}`;
+  }
+  reviewed += Number(!!verdict) - Number(!!card.mark);
+  [card.mark, card.note] = [verdict || null, verdict ? text : ""];
+  showReviewed();
+  const node = gallery.children[shown.indexOf(card)];
+  if (node) {
     node.classList.remove("marked-confirmed", "marked-false_alarm");
     if (verdict) node.classList.add(`marked-${verdict}`);
     badge(node.querySelector(".badge"), card);
   }
-  if (detail.open) showMark(card, reply.ok ? "Saved" : `Not saved: ${(await reply.json().catch(() => ({}))).detail || reply.statusText}`);
+  return "";
 }
+
+// After a mark the next image comes, in the dialog as among the cards; a mark taken back stays where it is.
+async function mark(index, verdict) {
+  const card = shown[index];
+  if (!data.live || !card) return;
+  const before = { card, mark: card.mark, note: card.note };
+  const problem = await save(card, verdict, detail.open ? note.value : card.note);
+  if (!problem) made.push(before);
+  detail.querySelector(".undo").disabled = !made.length;
+  const message = problem || `${lastParts(card.uri)}: ${verdict ? verdict.replace("_", " ") : "taken back"}`;
+  const next = problem || !verdict || index + 1 >= shown.length ? index : index + 1;
+  if (detail.open) {
+    if (current === index) open(next, message);
+  } else {
+    byId("reviewed").title = message;
+    if (problem) alert(message);
+    else gallery.children[next].focus();
+  }
+}
+
+async function undo() {
+  const last = made.at(-1);
+  if (!last) return;
+  const problem = await save(last.card, last.mark, last.note);
+  if (!problem) made.pop();
+  detail.querySelector(".undo").disabled = !made.length;
+  const index = shown.indexOf(last.card);
+  if (detail.open && index >= 0) open(index, problem || `${lastParts(last.card.uri)}: undone`);
+  else gallery.children[index]?.focus();
+}
+
+note.addEventListener("change", async () => {
+  const card = shown[current];
+  if (card.mark) showMark(card, await save(card, card.mark, note.value) || "Note saved");
+});
+detail.querySelector(".undo").addEventListener("click", undo);
 
 gallery.addEventListener("click", (event) => {
   const card = event.target.closest(".card");
@@ -290,7 +377,10 @@ for (const button of detail.querySelectorAll("[data-mark]")) button.addEventList
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || help.open) return;
   if (event.target.matches("input:not([type=range], [type=checkbox]), select")) {
-    if (event.key === "Escape") event.target.blur();
+    if (event.key === "Escape" || event.key === "Enter" && event.target === note) {
+      event.target.blur();
+      event.preventDefault();
+    }
     return;
   }
   const focused = [...gallery.children].indexOf(document.activeElement);
@@ -315,10 +405,12 @@ document.addEventListener("keydown", (event) => {
     heat(now ? 0 : before);
   } else if (event.key === "[" || event.key === "]") heat(+byId("opacity").value + (event.key === "]" ? 10 : -10));
   else if (event.key === "c" || event.key === "f") mark(detail.open ? current : focused, event.key === "c" ? "confirmed" : "false_alarm");
+  else if (event.key === "u") undo();
   else return;
   event.preventDefault();
 });
 
+if (matchMedia("(max-width: 760px)").matches) byId("charts").open = false;
 drawPlots();
 start();
 document.documentElement.dataset.ready = "yes";

@@ -106,6 +106,7 @@ def test_the_page_in_a_browser(judged, tmp_path, ray_session) -> None:
         assert page.evaluate("getComputedStyle(document.querySelector('.heat')).opacity") == "0.2"
         page.keyboard.press("ArrowRight")
         page.keyboard.press("Enter")
+        page.click("#one-method summary")
         page.wait_for_selector("#detail[open] .below svg")
         before = page.inner_text("#detail .path")
         page.keyboard.press("ArrowRight")

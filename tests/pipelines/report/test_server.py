@@ -1,11 +1,15 @@
 """`glad view` serves cards of any search, keeps marks and refuses other hosts."""
 
+import io
+
+import pandas as pd
 import pytest
 from fastapi.testclient import TestClient
 from judged_run import make_judged_run
+from rich.console import Console
 
 from glad_core.errors import GladError
-from pipelines.report.server import make_app
+from pipelines.report.server import make_app, view
 from pipelines.runs import feedback
 from pipelines.runs.run import Run
 
@@ -25,7 +29,7 @@ def test_cards_of_a_search(client, judged) -> None:
     reply = client.get("/api/cards", params={"count": 3, "verdict": "anomalous"}).json()
     assert reply["total"] == sum(row["is_anomalous"] for row in judged.rows)
     assert [card["anomalous"] for card in reply["cards"]] == [True] * 3
-    assert client.get("/api/cards", params={"text": "no such file"}).json() == {"total": 0, "cards": []}
+    assert client.get("/api/cards", params={"text": "no such file"}).json()["total"] == 0
     assert client.get("/api/cards", params={"sort": "luck"}).status_code == 422
 
 
@@ -55,6 +59,47 @@ def test_marks_of_an_earlier_server_are_shown(judged) -> None:
 def test_the_page_is_served_to_this_machine_alone(client) -> None:
     assert "GLAD report" in client.get("/").text
     assert client.get("/", headers={"host": "elsewhere.example"}).status_code == 400
+
+
+def test_a_mark_has_a_note_and_counts_as_reviewed(client, judged) -> None:
+    shown = client.get("/api/cards", params={"verdict": "anomalous", "mark": "unmarked", "count": 2}).json()
+    assert (shown["to_review"], shown["reviewed"]) == (shown["total"], 0)
+    card = shown["cards"][0]
+    mark = {"file": card["file"], "image_id": card["id"], "verdict": "false_alarm", "note": "=dust, ü"}
+    client.post("/api/marks", json=mark)
+    again = client.get("/api/cards", params={"verdict": "anomalous", "mark": "false_alarm"}).json()
+    assert (again["total"], again["to_review"], again["reviewed"]) == (1, shown["total"], 1)
+    assert again["cards"][0]["note"] == "=dust, ü"
+    assert feedback.read_marks(judged.run)[0]["note"] == "=dust, ü"
+    assert client.post("/api/marks", json=mark | {"note": "x" * 2001}).status_code == 422
+
+
+def test_the_table_is_of_what_the_filter_shows(client, judged) -> None:
+    reply = client.get("/api/verdicts.csv", params={"verdict": "anomalous", "category": "cable"})
+    assert "attachment" in reply.headers["content-disposition"]
+    table = pd.read_csv(io.BytesIO(reply.content))
+    assert set(table.uri) == {row["uri"] for row in judged.rows if row["is_anomalous"] and row["category"] == "cable"}
+
+
+def test_colleagues_need_the_link_with_its_token(judged) -> None:
+    app = make_app(judged.run, "secret")
+    with TestClient(app, base_url="http://factory:8080") as client:
+        for path in ("/", "/api/cards", "/api/verdicts.csv", "/?token=", "/?token=wrong", "/?token=s%C3%A9cret"):
+            assert client.get(path).status_code == 403
+        assert client.post("/api/marks", json={}).status_code == 403
+        assert client.get("/", headers={"cookie": "glad-view-8080=wrong"}).status_code == 403
+        page = client.get("/?token=secret")
+        assert page.status_code == 200
+        assert "token" not in str(page.url)
+        assert client.get("/api/cards").status_code == 200
+    with TestClient(app, base_url="http://factory:8080") as stranger:
+        assert stranger.get("/").status_code == 403
+
+
+def test_an_address_of_another_machine_is_one_line(judged) -> None:
+    for host in ("192.0.2.1", "no.such.host.invalid"):
+        with pytest.raises(GladError, match="choose another --port"):
+            view(judged.run.location, 0, Console(quiet=True), host)
 
 
 def test_an_unfinished_run_is_refused(tmp_path) -> None:
