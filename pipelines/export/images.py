@@ -18,6 +18,7 @@ from contourpy import FillType, contour_generator
 from scipy import ndimage
 
 from cluster.locations import UNSPEAKABLE
+from pipelines.archive.sources import WILDCARDS
 from pipelines.archive.uris import path_of, split_tar_uri
 from pipelines.runs.query import is_decided
 from pipelines.runs.run import Run
@@ -25,7 +26,7 @@ from pipelines.runs.run import Run
 BATCH = 32  # results held at a time: their maps may be large
 THREADS = 4
 UNREAD = ("reconstruction", "steps", "tiles")  # columns that no export needs
-LONGEST = 80  # characters of a name in the name of a mask
+LONGEST = 120  # bytes of a name in the name of a mask
 EIGHT = np.ones((3, 3), bool)  # neighbours that touch at a corner belong together
 
 
@@ -50,9 +51,13 @@ class Judged:
     row: dict[str, Any]  # as `RESULTS_SCHEMA`, without `UNREAD`
 
     @property
+    def is_decided(self) -> bool:
+        return is_decided(self.row["score"], self.row["threshold"])
+
+    @property
     def is_alarm(self) -> bool:
         """Whether it was called anomalous by finite numbers."""
-        return bool(self.row["is_anomalous"]) and is_decided(self.row["score"], self.row["threshold"])
+        return bool(self.row["is_anomalous"]) and self.is_decided
 
     @property
     def category(self) -> str:
@@ -91,7 +96,8 @@ class Judged:
     @property
     def file(self) -> str:
         """The name of a file about it, without suffix: safe on every disk, and no other image's."""
-        stem = re.sub(r"[^\w.-]", "_", PurePosixPath(path_of(self.row["uri"])).stem)[:LONGEST].lstrip(".")
+        stem = re.sub(r"[^\w.-]", "_", PurePosixPath(path_of(self.row["uri"])).stem).lstrip(".")
+        stem = stem.encode()[:LONGEST].decode(errors="ignore")
         return f"{stem}-{self.row['image_id']}"
 
 
@@ -115,7 +121,10 @@ def name_in(source: str, uri: str) -> str:
     """The path of an image within ``source``; its URI if it lies elsewhere, or if no text can hold the path."""
     parts = split_tar_uri(uri)
     path = f"{parts[1]}/{parts[0]}" if parts else path_of(uri)
-    root = source.rstrip("/")
+    wild = WILDCARDS.search(source)
+    root = (
+        source[: wild.start()].rpartition("/")[0] if wild and not path.startswith(f"{source}/") else source.rstrip("/")
+    )
     inside = path.removeprefix(f"{root}/") if root else path
     if parts and parts[1] == source:  # the source is the tar
         inside = parts[0]

@@ -19,7 +19,7 @@ from pipelines.export.coco import Coco
 from pipelines.export.images import judged
 from pipelines.export.verdicts import verdicts
 from pipelines.runs import feedback
-from pipelines.runs.query import Query, condition
+from pipelines.runs.query import DECIDED, Query, condition
 from pipelines.runs.run import Run
 
 Kind = Literal["csv", "masks", "coco", "label-studio", "delta", "iceberg"]
@@ -45,7 +45,8 @@ def export(run_folder: str, kinds: Collection[Kind], query: Query, out: str, con
         raise GladError(
             f"{' and '.join(refused)} registers whole files: leave the filter out, and filter in your query"
         )
-    alarms = pads.field("is_anomalous") if matching is None else matching & pads.field("is_anomalous")
+    called = DECIDED & pads.field("is_anomalous")
+    alarms = called if matching is None else matching & called
     with clear_errors(run.location, run.storage):
         done: dict[str, Any] = {"images": results.count_rows(filter=matching), "files": {}, "left_out": {}}
         done["alarms"] = results.count_rows(filter=alarms)
@@ -98,7 +99,8 @@ def _write_images(
     categories = set()
     for image in judged(run, results, matching):
         categories.add(image.category)
-        left_out["images without threshold: without regions"] += image.threshold is None
+        left_out["images without threshold: without regions"] += image.row["threshold"] is None
+        left_out["images without a finite score or threshold: undecided, without regions"] += not image.is_decided
         left_out["alarms without a region above the threshold"] += image.is_alarm and not image.regions
         if coco is not None:
             coco.add(image, left_out)

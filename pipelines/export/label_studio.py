@@ -118,7 +118,7 @@ def _tasks(run: Run, file: str) -> list[Any]:
     try:
         with clear_errors(file, run.storage):
             content = json.loads(run.storage.read(absolute(file)))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise GladError(wrong) from error
     if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
         raise GladError(wrong)
@@ -129,12 +129,12 @@ def _answers(entry: dict[str, Any], left_out: Counter[str]) -> tuple[str, list[t
     """The image of a task, and the choices made for it, each with its time."""
     data = entry.get("data", entry)
     image_id = data.get("image_id") if isinstance(data, dict) else None
-    if not isinstance(image_id, str):
+    if not isinstance(image_id, str) or not image_id.isascii():
         left_out["tasks without image_id, which `glad export` did not write"] += 1
         return "", []
     annotations = entry.get("annotations", [entry])
     found = []
-    for annotation in annotations if isinstance(annotations, list) else []:
+    for annotation in annotations if isinstance(annotations, list) else [None]:
         if not isinstance(annotation, dict) or annotation.get("was_cancelled"):
             left_out["annotations that were skipped"] += 1
             continue
@@ -150,10 +150,10 @@ def _answers(entry: dict[str, Any], left_out: Counter[str]) -> tuple[str, list[t
 
 def _choices(annotation: dict[str, Any]) -> list[str]:
     """What was chosen: in JSON among the results of the annotation, in JSON-MIN under the name of the control."""
-    if "result" not in annotation:
-        verdict = annotation.get("verdict", [])
-        choices = verdict.get("choices", []) if isinstance(verdict, dict) else verdict
-        return [choices] if isinstance(choices, str) else list(choices or [])
-    results = annotation["result"] if isinstance(annotation["result"], list) else []
-    values = [item.get("value") for item in results if isinstance(item, dict) and item.get("type") == "choices"]
-    return [str(choice) for value in values if isinstance(value, dict) for choice in value.get("choices") or []]
+    if "result" in annotation:
+        results = annotation["result"] if isinstance(annotation["result"], list) else []
+        values = [item.get("value") for item in results if isinstance(item, dict) and item.get("type") == "choices"]
+    else:
+        values = [annotation.get("verdict")]
+    lists = [value.get("choices") if isinstance(value, dict) else value for value in values]
+    return [str(choice) for found in lists for choice in (found if isinstance(found, list) else [found])]

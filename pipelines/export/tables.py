@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.dataset as pads
@@ -54,8 +55,8 @@ def delta(run: Run, results: pads.Dataset) -> str:
     schema = Schema.from_arrow(pa.schema([field for field in RESULTS_SCHEMA if field.name != NO_HALVES]))
     with _in_one_line("Delta", table):
         if DeltaTable.is_deltatable(table, options):
-            known = DeltaTable(table, storage_options=options).get_add_actions()
-            if set(pa.table(known)["path"].to_pylist()) == {action.path for action in actions}:
+            known = DeltaTable(table, storage_options=options).file_uris()
+            if {unquote(file).rpartition("/")[2] for file in known} == {info.base_name for info in infos}:
                 return table
         create_table_with_add_actions(
             table, schema, actions, mode="overwrite", partition_by=[], storage_options=options, name="glad results"

@@ -150,7 +150,7 @@ def _ask_for(token: str, app: FastAPI) -> None:
 
     @app.middleware("http")
     async def check(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
-        name = f"glad-view-{request.url.port}"  # cookies know no ports, and a machine may serve several runs
+        name = f"glad-view-{request.scope['server'][1]}"  # cookies know no ports, and a machine may serve several runs
         if secrets.compare_digest(request.query_params.get("token", "").encode(), token.encode()):
             reply: Response = RedirectResponse(request.url.path)  # the token does not stay in the address
             reply.set_cookie(name, token, httponly=True, samesite="strict")

@@ -119,6 +119,12 @@ def test_the_delta_table_is_the_runs_own_files(judged, tmp_path) -> None:
     assert set(read.image_id) == {row["image_id"] for row in judged.rows}
     exported(judged, tmp_path, "--delta")
     assert deltalake.DeltaTable(table).version() == 0, "nothing has changed since"
+    log = Path(table) / "_delta_log/00000000000000000000.json"
+    ours = next(Path(table).rglob("part-*.parquet")).name
+    log.write_text(log.read_text().replace(ours, "part-of-the-run-before.parquet"))
+    exported(judged, tmp_path, "--delta")
+    assert deltalake.DeltaTable(table).version() == 1, "as after --overwrite"
+    assert len(deltalake.DeltaTable(table).to_pandas()) == len(judged.rows)
     assert len(pq.read_table(table)) == len(judged.run.results().to_table()) == len(judged.rows)
 
 
@@ -182,7 +188,29 @@ def test_mistakes_are_one_line(judged, tmp_path, words, message) -> None:
     assert message in errors
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1]", "\x00"])
+@pytest.mark.parametrize(
+    "task",
+    [
+        {"data": {"image_id": "\ud800"}, "annotations": []},
+        {"data": 1, "annotations": None},
+        {"data": {"image_id": "x"}, "annotations": {"a": 1}},
+        {"data": {"image_id": "x"}, "annotations": [1]},
+        {"data": {"image_id": "x"}, "annotations": [{"result": [1, {"type": "choices", "value": 3}]}]},
+        {"data": {"image_id": "x"}, "annotations": [{"result": [{"type": "choices", "value": {"choices": 7}}]}]},
+        {"image_id": "x", "verdict": {"choices": [["confirmed"]]}},
+        {"image_id": "x", "verdict": ["confirmed", "false alarm"]},
+        {"image_id": "x"},
+    ],
+)
+def test_what_is_no_mark_is_counted(judged, tmp_path, task) -> None:
+    (tmp_path / "x.json").write_text(json.dumps([task]))
+    code, text, errors = glad("feedback", judged.run.location, "--label-studio", tmp_path / "x.json", "--json")
+    assert code == 0, errors
+    assert json.loads(text)["kept"] == 0
+    assert sum(json.loads(text)["left_out"].values()) == 1
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", "\x00", "[" * 100_000])
 def test_what_label_studio_did_not_write_is_refused(judged, tmp_path, content) -> None:
     (tmp_path / "x.json").write_text(content)
     code, _, errors = glad("feedback", judged.run.location, "--label-studio", tmp_path / "x.json")

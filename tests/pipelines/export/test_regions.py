@@ -60,6 +60,7 @@ def test_numbers_and_plain_texts_stay(value, written) -> None:
         ("s3://b/x", "s3://b/x/a,b.png", "a,b.png"),
         ("/data/t.tar", "tar://in/a.png::/data/t.tar", "in/a.png"),
         ("/data", "tar://in/a.png::/data/t.tar", "t.tar/in/a.png"),
+        ("s3://b/x/*/a?.png", "s3://b/x/1/a2.png", "1/a2.png"),
         ("/data", "file:///data/bad%FF.png", "file:///data/bad%FF.png"),
     ],
 )
