@@ -56,6 +56,7 @@ class Provenance(TypedDict, total=False):
 
     recipe: dict[str, Any]
     target_fpr: Share
+    confidence: Share
     calibration_images: Count
     good_images: Count
     held_out_images: Count

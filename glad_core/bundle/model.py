@@ -3,8 +3,8 @@
     unet/ vae/ scheduler/   diffusers format      features/ [final_features/]   timm name, arguments, weights
     prompt.safetensors      prompt embeddings    glad.json                    settings, provenance, sha256 of all files
 
-Nothing here unpickles. ``final_features`` is present only if the final comparison uses features adapted to the category
-while the steps use the frozen ones.
+Nothing here unpickles. ``final_features`` is present only if the final comparison, and the memory of good patches, use
+other features than the steps: adapted to the category, or another network.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -34,6 +34,13 @@ from glad_core.features import Backbone, timm_network
 AUTOCAST = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # by the names users give
 
 
+class PatchMemory(NamedTuple):
+    """Whitened good patches [M, D] of a view, and what whitens others: a matrix and an offset, [D + 1, D]."""
+
+    patches: Tensor
+    whitening: Tensor
+
+
 @dataclass(frozen=True)
 class Model:
     """A loaded bundle. ``alphas`` is ᾱ_t [1000]; prompts are [1, L, D].
@@ -42,7 +49,7 @@ class Model:
     schedule, the comparisons and the scores stay in ``dtype``.
 
     A bundle for several categories has one prompt for each in ``prompts``; for a single category ``prompts`` is empty.
-    ``memory`` are the good patches [M, D] of every view, if the method is ``nearest``.
+    ``memory`` are the good patches of every view, if the method is ``nearest``.
     """
 
     unet: UNet2DConditionModel
@@ -59,7 +66,7 @@ class Model:
     dtype: torch.dtype
     prompts: dict[str, Tensor] = field(default_factory=dict)
     autocast: torch.dtype | None = None
-    memory: Sequence[Tensor] = ()
+    memory: Sequence[PatchMemory] = ()
 
     def precision(self) -> torch.autocast:
         """The context that network calls run in."""
@@ -101,8 +108,9 @@ def save_bundle(
     provenance: dict[str, Any],
     prompts: dict[str, Tensor] | None = None,
     final_features: Backbone | None = None,
+    final_features_config: dict[str, Any] | None = None,
     scheduler_config: dict[str, Any] | None = None,
-    memory: Sequence[Tensor] = (),
+    memory: Sequence[PatchMemory] = (),
     overwrite: bool = False,
 ) -> str:
     """Write a bundle and return its model id. The folder appears complete or not at all.
@@ -110,9 +118,10 @@ def save_bundle(
     Args:
         path: local folder to create.
         features_config: what rebuilds ``features``: values of `BackboneConfig`.
+        final_features_config: the same of ``final_features``; by default they are of one kind.
         prompts: one [1, L, D] embedding per category, in a bundle for several.
         scheduler_config: diffusers scheduler configuration; Stable Diffusion's β schedule by default.
-        memory: good patches [M, D] of every view, for method ``nearest``.
+        memory: good patches of every view, for method ``nearest``.
         overwrite: replace a bundle that is already there.
 
     Raises:
@@ -130,13 +139,13 @@ def save_bundle(
         scheduler.save_pretrained(partial / "scheduler")
         _save_backbone(partial / "features", features, features_config)
         if final_features is not None:
-            _save_backbone(partial / "final_features", final_features, features_config)
+            config = final_features_config or features_config
+            _save_backbone(partial / "final_features", final_features, config)
         stored = {"cond": prompt_cond, "uncond": prompt_uncond}
         stored |= {f"cond/{name}": value for name, value in (prompts or {}).items()}
         _save_tensors(partial / "prompt.safetensors", stored, "prompt")
         if memory:
-            kept = {f"patches.{view}": patches.half().cpu() for view, patches in enumerate(memory)}
-            _save_tensors(partial / MEMORY, kept, "memory")
+            _save_tensors(partial / MEMORY, memory_tensors(memory), "memory")
         description = write_description(partial, settings.model_dump(mode="json"), category, provenance)
         partial.chmod(0o755)  # mkdtemp makes it private
         if path.exists():
@@ -163,6 +172,7 @@ def save_derived(
         features=model.features,
         features_config=json.loads((base / "features/config.json").read_text()),
         final_features=None if model.final_features is model.features else model.final_features,
+        final_features_config=json.loads((base / final_folder(base) / "config.json").read_text()),
         prompt_cond=model.prompt_cond,
         prompt_uncond=model.prompt_uncond,
         prompts=model.prompts,
@@ -172,6 +182,11 @@ def save_derived(
         scheduler_config=json.loads((base / "scheduler/scheduler_config.json").read_text()),
         memory=model.memory,
     )
+
+
+def final_folder(path: Path) -> str:
+    """The folder in a bundle of the features that the final comparison uses."""
+    return "final_features" if (path / "final_features").is_dir() else "features"
 
 
 def is_half(path: Path) -> bool:
@@ -214,7 +229,8 @@ def load_bundle(
     unet = _load_part(UNetConfig, path / "unet", device, dtype)
     vae = _load_part(VAEConfig, path / "vae", device, dtype)
     features = load_backbone(path / "features", device, dtype)
-    final = load_backbone(path / "final_features", device, dtype) if (path / "final_features").is_dir() else features
+    own = final_folder(path) != "features"
+    final = load_backbone(path / "final_features", device, dtype) if own else features
     prompts = _read_prompts(path / "prompt.safetensors", description.category, device, dtype)
     model = Model(
         unet=unet,
@@ -357,7 +373,27 @@ def _read_alphas(file: Path) -> Tensor:
     return alphas
 
 
-def _read_memory(file: Path, settings: Settings, device: str | torch.device) -> list[Tensor]:
+def memory_tensors(memory: Sequence[PatchMemory]) -> dict[str, Tensor]:
+    """The memory of every view as it is stored; the patches in float16."""
+    stored = {f"patches.{view}": kept.patches.half().cpu() for view, kept in enumerate(memory)}
+    return stored | {f"whitening.{view}": kept.whitening.cpu() for view, kept in enumerate(memory)}
+
+
+def memory_of(tensors: dict[str, Tensor], views: int) -> list[PatchMemory] | None:
+    """What `memory_tensors` stored for as many views; None if these tensors are something else."""
+    memory = []
+    for view in range(views):
+        patches, whitening = tensors.get(f"patches.{view}"), tensors.get(f"whitening.{view}")
+        if patches is None or whitening is None or patches.ndim != 2:
+            return None
+        width = patches.shape[1]
+        if whitening.shape != (width + 1, width):
+            return None
+        memory.append(PatchMemory(patches.float(), whitening.float()))
+    return memory
+
+
+def _read_memory(file: Path, settings: Settings, device: str | torch.device) -> list[PatchMemory]:
     """The good patches of every view; none if the method needs none.
 
     Raises:
@@ -365,12 +401,11 @@ def _read_memory(file: Path, settings: Settings, device: str | torch.device) -> 
     """
     if settings.method != "nearest":
         return []
-    names = [f"patches.{view}" for view in range(len(settings.views))]
-    shapes = read_shapes(file)
-    if set(names) != shapes.keys() or any(len(shape) != 2 for shape in shapes.values()):
-        raise GladError(f"{file}: not the good patches of {len(names)} views; train the bundle again")
-    tensors = read_tensors(file, shapes, device)
-    return [tensors[name] for name in names]
+    views = len(settings.views)
+    memory = memory_of(read_tensors(file, read_shapes(file), device), views)
+    if memory is None:
+        raise GladError(f"{file}: not the good patches of {views} views; train the bundle again")
+    return memory
 
 
 def _read_prompts(file: Path, category: str, device: str | torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -1,7 +1,11 @@
-"""A baseline without diffusion: PatchCore's memory of good patches (Roth et al., CVPR 2022) on the bundle's features.
+"""A method without diffusion: PatchCore's memory of good patches (Roth et al., CVPR 2022) on the bundle's features.
 
 The anomaly score of a patch is its distance to the nearest remembered patch of the good images. Features, map and image
-score are those of GLAD, so the two methods differ only in what an image is compared with.
+score are those of GLAD's final comparison, so the two methods differ only in what an image is compared with.
+
+Unlike in PatchCore, features are whitened by the good patches, so directions in which these differ much weigh less.
+With the small model's features that added .01 to .03 to the image AUROC: of defects of printed circuit boards, and of
+faint synthetic anomalies on good magnetic tiles and solar cells (29 November 2026).
 
 Shapes: B images, N patches of an image, g patches along a side, D feature width, M patches remembered.
 """
@@ -16,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glad_core import scoring
-from glad_core.bundle.model import Model
+from glad_core.bundle.model import Model, PatchMemory
 from glad_core.engine.base import Queue, Verdict
 from glad_core.images import to_tensor
 from glad_core.verdict import Detection, Request, finite
@@ -24,6 +28,7 @@ from glad_core.verdict import Detection, Request, finite
 CANDIDATES = 50_000  # patches from which the memory is chosen
 REMEMBERED = 5_000
 PROJECTED = 64  # width of the features in which distances are taken for the choice
+SHRINKAGE = 0.3  # variance added in every direction before whitening, of the mean variance
 
 
 @torch.inference_mode()
@@ -44,15 +49,39 @@ def patch_features(model: Model, images_B3RR: Tensor) -> Tensor:
     return torch.cat(layers, dim=2) / len(layers) ** 0.5
 
 
-def remember(patches_PD: Tensor, seed: int = 0) -> Tensor:
-    """Choose the memory [M, D] of good patches: a greedy k-centre coreset, so every good patch has a near one in it.
+def remember(patches_PD: Tensor, seed: int = 0) -> PatchMemory:
+    """Choose the memory of good patches: a greedy k-centre coreset, so every good patch has a near one in it.
 
     At most `CANDIDATES` random patches are considered and `REMEMBERED` kept. Distances are taken after a random
-    projection, as in PatchCore.
+    projection, as in PatchCore. What is kept has the precision that it is stored in.
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(patches_PD), generator=generator)[:CANDIDATES]
     candidates = patches_PD[chosen.to(patches_PD.device)]
+    whitening = _whitening(candidates)
+    candidates = whiten(candidates, whitening)
+    return PatchMemory(_coreset(candidates, generator).half().float(), whitening)
+
+
+def whiten(features: Tensor, whitening_D1D: Tensor) -> Tensor:
+    """Features [..., D] less the mean of the good ones, with about the same variance in every direction."""
+    return features @ whitening_D1D[:-1] + whitening_D1D[-1]
+
+
+def _whitening(patches_PD: Tensor) -> Tensor:
+    """Matrix and, as its last row, offset, float32 [D + 1, D]."""
+    patches = patches_PD.cpu().double()  # MPS has no float64
+    mean = patches.mean(dim=0)
+    centred = patches - mean
+    variances, axes = torch.linalg.eigh(centred.T @ centred / len(patches))
+    variances = variances.clamp(min=0)
+    # Where unit-length features do not vary but for rounding, distances are those of the features themselves.
+    vary = bool(variances.mean() > 1e-10)
+    matrix = axes / (variances + SHRINKAGE * variances.mean()).sqrt() if vary else axes
+    return torch.cat([matrix, -mean[None] @ matrix]).float().to(patches_PD.device)
+
+
+def _coreset(candidates: Tensor, generator: torch.Generator) -> Tensor:
     if len(candidates) <= REMEMBERED:
         return candidates
     projection = torch.randn(candidates.shape[1], PROJECTED, generator=generator) / PROJECTED**0.5
@@ -68,9 +97,9 @@ def remember(patches_PD: Tensor, seed: int = 0) -> Tensor:
 class NearestEngine(Queue):
     """Judges images by a memory of good patches, ``slots`` at a time."""
 
-    def __init__(self, model: Model, memory_MD: Tensor, slots: int) -> None:
+    def __init__(self, model: Model, memory: PatchMemory, slots: int) -> None:
         super().__init__(model, slots)
-        self.memory = memory_MD
+        self.memory = memory
 
     def work(self) -> list[Verdict]:
         """Judge one batch."""
@@ -82,15 +111,15 @@ class NearestEngine(Queue):
 
 
 @torch.inference_mode()
-def detect_nearest(model: Model, memory_MD: Tensor, requests: Sequence[Request]) -> Iterator[Detection]:
+def detect_nearest(model: Model, memory: PatchMemory, requests: Sequence[Request]) -> Iterator[Detection]:
     """Judge images by their distance to the memory. Detections have no steps, and the image as its reconstruction."""
     if not requests:
         return
     started = time.perf_counter()
-    patches = patch_features(model, to_tensor([request.image for request in requests]))
-    memory = memory_MD.to(patches.device, patches.dtype)
+    patches, whitening = (part.to(model.device) for part in memory)
+    images = whiten(patch_features(model, to_tensor([request.image for request in requests])), whitening)
     # One image at a time, so that only its distances are in memory.
-    nearest = torch.stack([(1 - image @ memory.T).amin(dim=1) for image in patches])
+    nearest = torch.stack([torch.cdist(image, patches).amin(dim=1) for image in images])
     grid = round(nearest.shape[1] ** 0.5)
     token_maps = nearest.unflatten(1, (grid, grid))
     scores = scoring.image_score(

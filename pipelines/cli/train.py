@@ -187,6 +187,12 @@ def calibrate(
     target_fpr: Annotated[
         float, typer.Option(min=0.0001, max=0.5, help="Share of good images that may be called anomalous by mistake")
     ] = 0.05,
+    confidence: Annotated[
+        float | None,
+        typer.Option(
+            min=0.5, max=0.9999, help="With which --target-fpr holds for this very threshold; default: on average only"
+        ),
+    ] = None,
     threshold_only: Annotated[
         bool, typer.Option("--threshold-only", help="Keep the denoising steps, choose the decision threshold only")
     ] = False,
@@ -209,6 +215,9 @@ def calibrate(
             help="Leave out images of --run confirmed as anomalous in `glad view`, where all alarms have to be marked",
         ),
     ] = False,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Even if far more images of --run are alarms than good ones can be")
+    ] = False,
     seed: Seed = 0,
     address: Address = None,
 ) -> None:
@@ -223,6 +232,8 @@ def calibrate(
         model=model,
         out=out,
         target_fpr=target_fpr,
+        confidence=confidence,
+        anyway=anyway,
         threshold_only=threshold_only,
         foreground_mode=foreground,  # type: ignore[arg-type]  # 1, 2 or 3 by its min and max
         profile=profile,

@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from cluster.storage import Storage
-from glad_core.bundle.model import Model, load_bundle
+from glad_core.bundle.model import Model, PatchMemory, load_bundle, memory_of, memory_tensors
 from glad_core.bundle.settings import Settings
 from glad_core.bundle.weights import not_finite
 from glad_core.calibration import conformal_quantile, images_needed
@@ -48,13 +48,13 @@ class Good:
 
 @dataclass(frozen=True)
 class Memory:
-    """Remembered patches [M, D] of every view, the scores of good images there, and a threshold.
+    """Remembered patches of every view, the scores of good images there, and a threshold.
 
     ``good`` holds mean and spread of every view, by which several are standardised (`stitch`). 5 % of good images
     exceed the threshold; it is None if there were too few images.
     """
 
-    patches: list[Tensor]
+    patches: list[PatchMemory]
     good: list[tuple[float, float]]
     threshold: float | None
 
@@ -93,7 +93,7 @@ def build_memory(good: str, bundle: str, model_id: str, storage: Storage, out: s
     memory = Memory(patches, standards(np.array(scores)), None)
     settings = memory.settings(s)
     combined = [combined_score(settings, row) for row in scores]
-    tensors = {f"patches.{view}": kept.half().cpu().contiguous() for view, kept in enumerate(patches)}
+    tensors = memory_tensors(patches)
     tensors["good"] = torch.tensor(memory.good, dtype=torch.float64)
     if len(combined) >= images_needed(TARGET_FPR):
         tensors["threshold"] = torch.tensor([conformal_quantile(combined, TARGET_FPR)], dtype=torch.float64)
@@ -101,14 +101,14 @@ def build_memory(good: str, bundle: str, model_id: str, storage: Storage, out: s
     return len(fit)
 
 
-def remember(model: Model, images: Sequence[Good], seed: int) -> list[Tensor]:
-    """The good patches [M, D] to remember of every view, in the precision that they are stored in.
+def remember(model: Model, images: Sequence[Good], seed: int) -> list[PatchMemory]:
+    """The good patches to remember of every view.
 
     Raises:
         GladError: an image has no finite features.
     """
     views = range(len(model.settings.views))
-    return [nearest.remember(_features(model, images, view, seed), seed).half().float() for view in views]
+    return [nearest.remember(_features(model, images, view, seed), seed) for view in views]
 
 
 def read_memory(location: str, storage: Storage) -> Memory:
@@ -120,8 +120,8 @@ def read_memory(location: str, storage: Storage) -> Memory:
     try:
         tensors = load(storage.read(location))
         good = [(float(mean), float(spread)) for mean, spread in tensors["good"]]
-        patches = [tensors[f"patches.{view}"] for view in range(len(good))]
-        damaged = not good or any(kept.ndim != 2 for kept in patches) or not_finite(tensors.items()) is not None
+        patches = memory_of(tensors, len(good)) or []
+        damaged = not patches or not_finite(tensors.items()) is not None
         threshold = float(tensors["threshold"]) if "threshold" in tensors else None
     except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError):
         damaged = True
@@ -155,7 +155,7 @@ def _features(model: Model, images: Sequence[Good], view: int, seed: int) -> Ten
     return torch.cat(parts)
 
 
-def _scores(model: Model, patches: Sequence[Tensor], image: Good) -> list[float]:
+def _scores(model: Model, patches: Sequence[PatchMemory], image: Good) -> list[float]:
     """The score of a good image in every view.
 
     Raises:

@@ -85,7 +85,7 @@ def _calibration(provenance: Provenance) -> dict[str, Any] | None:
     images = provenance.get("calibration_images", provenance.get("held_out_images"))
     if images is None or "target_fpr" not in provenance:
         return None
-    return {"images": images, "target_fpr": provenance["target_fpr"]}
+    return {"images": images, "target_fpr": provenance["target_fpr"], "confidence": provenance.get("confidence")}
 
 
 def print_counts(run: Run, counts: Counts, seconds: float, console: Console) -> None:

@@ -17,13 +17,14 @@ import pyarrow.dataset as pads
 import torch
 from rich.console import Console
 from rich.markup import escape
+from scipy.stats import binom
 
 from cluster import session
 from cluster.storage import Storage, StorageError, absolute, join
 from glad_core.bundle.glad_json import Description, with_settings
 from glad_core.bundle.model import load_bundle
 from glad_core.bundle.settings import Profile, Settings
-from glad_core.calibration import Calibrator, conformal_quantile, images_needed
+from glad_core.calibration import Calibrator, confident_threshold, conformal_quantile, images_needed
 from glad_core.decoding.picture import ImageError, decode
 from glad_core.engine.process import set_up
 from glad_core.errors import GladError
@@ -41,6 +42,7 @@ from pipelines.score.job import score
 from pipelines.score.request import ScoreRequest
 
 STEP_IMAGES = 40  # images that the denoising steps are chosen on
+FAR_MORE, RARE = 3.0, 0.001  # times the alarms that a threshold allows, and no chance: a run is not of good images
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class CalibrateRequest:
     threshold_only: bool
     foreground_mode: ForegroundMode
     profile: Profile | None = None  # None keeps the bundle's
+    confidence: float | None = None  # None: the target holds on average over sets of good images
+    anyway: bool = False  # even if far more good images exceed the present threshold than it allows
     feedback: bool = False  # ``run`` is any run whose alarms people have marked
     seed: int = 0
     address: str | None = None
@@ -89,8 +93,12 @@ def calibrate(request: CalibrateRequest, console: Console) -> str:
         if scores.model_ids != {description.model_id}:
             judges = ", ".join(sorted(scores.model_ids))
             raise GladError(f"{request.run} was scored by {judges}, --model is {description.model_id}")
-    threshold = _threshold(scores.good, request.target_fpr)
-    provenance = {"target_fpr": request.target_fpr, "calibration_images": len(scores.good)}
+        if not request.anyway:
+            _check_good(scores.good, settings.threshold, description.provenance.get("target_fpr", request.target_fpr))
+    threshold = _threshold(scores.good, request.target_fpr, request.confidence)
+    provenance: dict[str, Any] = {"target_fpr": request.target_fpr, "calibration_images": len(scores.good)}
+    if request.confidence is not None:
+        provenance["confidence"] = request.confidence
     calibrated = with_settings(description, settings.model_copy(update={"threshold": threshold}), provenance)
     write_variant(base, calibrated, out, storage)
     _report(request, settings, scores, threshold, console)
@@ -289,15 +297,40 @@ def _check_finite(run: Run) -> None:
         )
 
 
-def _threshold(scores: list[float], target_fpr: float) -> float:
-    """The score that a new good image exceeds with probability at most ``target_fpr``."""
-    needed = images_needed(target_fpr)
-    if len(scores) < needed:
+def _threshold(scores: list[float], target_fpr: float, confidence: float | None) -> float:
+    """The score that a new good image exceeds with probability at most ``target_fpr``.
+
+    Raises:
+        GladError: too few scores.
+    """
+    needed, count = images_needed(target_fpr, confidence), len(scores)
+    if count < needed:
+        least = 1 / (count + 1) if confidence is None else 1 - (1 - confidence) ** (1 / max(count, 1))
+        sure = "" if confidence is None else f" with confidence {confidence:g}"
         raise GladError(
-            f"{len(scores)} good images: a false-positive rate of {target_fpr:g} needs at least {needed}; "
-            f"give more images or a --target-fpr of at least {1 / (len(scores) + 1):.3g}"
+            f"{count} good images: a false-positive rate of {target_fpr:g}{sure} needs at least {needed}; "
+            f"give more images or a --target-fpr of at least {least:.3g}"
         )
-    return conformal_quantile(scores, target_fpr)
+    if confidence is None:
+        return conformal_quantile(scores, target_fpr)
+    return confident_threshold(scores, target_fpr, confidence)
+
+
+def _check_good(scores: list[float], threshold: float | None, target_fpr: float) -> None:
+    """Refuse a run over images that cannot all be good ones like those behind the present ``threshold``.
+
+    Raises:
+        GladError: far more scores exceed it than its target false-positive rate allows.
+    """
+    if threshold is None:
+        return
+    exceeding = sum(score > threshold for score in scores)
+    if exceeding > FAR_MORE * target_fpr * len(scores) and binom.sf(exceeding - 1, len(scores), target_fpr) < RARE:
+        raise GladError(
+            f"{exceeding} of {len(scores)} images exceed the present threshold {threshold:.4g}, which allows "
+            f"{target_fpr:.1%} of good ones: are there defects among them, or has the camera changed? Look at them "
+            "with `glad view`; --anyway calibrates on them all"
+        )
 
 
 def _report(request: CalibrateRequest, settings: Settings, scores: Scores, threshold: float, console: Console) -> None:
@@ -311,9 +344,11 @@ def _report(request: CalibrateRequest, settings: Settings, scores: Scores, thres
         steps = "nearest good patches"
     elif settings.profile == "exact":
         steps += f", stop when the difference exceeds {settings.delta:.4g}, or below step {settings.min_step}"
+    promise = f"a new good image exceeds it with probability at most {request.target_fpr:g}"
+    if request.confidence is not None:
+        promise = f"at most {request.target_fpr:g} of new good images exceed it, confidence {request.confidence:g}"
     console.print(
-        f"{steps}; threshold {threshold:.4g} from {len(scores.good)} good images: "
-        f"a new good image exceeds it with probability at most {request.target_fpr:g}",
+        f"{steps}; threshold {threshold:.4g} from {len(scores.good)} good images: {promise}",
         highlight=False,
         soft_wrap=True,
     )

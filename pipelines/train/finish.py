@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from glad_core.bundle.glad_json import Description, read_description
-from glad_core.bundle.model import Model, is_half, load_backbone, load_bundle, save_derived
+from glad_core.bundle.model import Model, final_folder, is_half, load_backbone, load_bundle, save_derived
 from glad_core.calibration import Calibrator, judged_images
 from glad_core.errors import GladError
 from pipelines.models.find import local_bundle
@@ -121,7 +121,8 @@ def with_weights(model: Model, job: TrainJob, weights: dict[str, torch.Tensor]) 
         model.vae.load_state_dict(part("vae."))
         return model
     if job.part == "dino":
-        adapted = load_backbone(local_bundle(job.base, job.storage) / "features", model.device)
+        base = local_bundle(job.base, job.storage)
+        adapted = load_backbone(base / final_folder(base), model.device)
         adapted.load_state_dict(part("backbone."))
         return replace(model, final_features=adapted)
     model.unet.load_state_dict(part("unet."))

@@ -102,8 +102,8 @@ def make_loss(job: TrainJob, model: Model, rank: int = 0, world: int = 1) -> Any
     if job.part == "vae":
         return losses.CodecLoss(model.vae, model.final_features, dtype)
     if job.part == "dino":
-        frozen = model.features
-        adapted = copy.deepcopy(model.final_features).eval().requires_grad_(False)
+        frozen = model.final_features
+        adapted = copy.deepcopy(frozen).eval().requires_grad_(False)
         rebuilt = _for_each(job, model, _reconstructed, rank, world)[0]
         size = model.settings.feature_resolution
         return losses.FeatureLoss(adapted, frozen, rebuilt, size, recipe.keep, dtype)

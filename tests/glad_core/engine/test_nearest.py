@@ -30,15 +30,33 @@ def test_features_are_unit_length_and_smoothed_over_their_neighbours(model) -> N
 def test_scores_are_distances_to_the_nearest_remembered_patch(model) -> None:
     memory = nearest.remember(nearest.patch_features(model, to_tensor(IMAGES[:4])).flatten(0, 1))
     detections = list(nearest.detect_nearest(model, memory, [Request(str(i), image) for i, image in enumerate(IMAGES)]))
-    patches = nearest.patch_features(model, to_tensor(IMAGES))
+    patches = nearest.whiten(nearest.patch_features(model, to_tensor(IMAGES)), memory.whitening)
     for row, detection in enumerate(detections):
-        expected = [min(1 - float(patch @ other) for other in memory) for patch in patches[row]]
-        np.testing.assert_allclose(detection.anomaly_map.ravel(), expected, atol=1e-3)
+        expected = [min(float((patch - other).norm()) for other in memory.patches) for patch in patches[row]]
+        np.testing.assert_allclose(detection.anomaly_map.ravel(), expected, atol=0.02)
         assert detection.stop_step is None
         assert detection.steps == []
     scores = [detection.score for detection in detections]
-    assert max(scores[:4]) < 1e-3  # remembered
-    assert min(scores[4:]) > 10 * max(scores[:4])
+    assert min(scores[4:]) > 10 * max(scores[:4])  # which are remembered
+
+
+def test_directions_in_which_good_patches_differ_weigh_less() -> None:
+    generator = torch.Generator().manual_seed(0)
+    patches = torch.randn(500, 8, generator=generator) * torch.tensor([1.0] + [0.1] * 7) + 3
+    memory = nearest.remember(patches)
+    spread = nearest.whiten(patches, memory.whitening)
+    torch.testing.assert_close(spread.mean(dim=0), torch.zeros(8), atol=1e-3, rtol=0)
+    deviations = torch.linalg.svdvals(spread) / 500**0.5
+    assert deviations.max() / deviations.min() < 5  # ten before
+    assert torch.cdist(memory.patches, spread).amin(dim=1).max() < 0.05  # float16
+
+
+def test_features_that_never_vary_keep_their_distances() -> None:
+    patches = torch.nn.functional.normalize(torch.ones(50, 8), dim=1)
+    memory = nearest.remember(patches)
+    other = torch.nn.functional.normalize(torch.arange(8.0), dim=0)
+    moved = nearest.whiten(other[None], memory.whitening) - memory.patches
+    torch.testing.assert_close(moved.norm(dim=1).min(), (other - patches[0]).norm(), atol=1e-2, rtol=0)
 
 
 def test_the_memory_covers_good_patches_better_than_a_random_choice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,11 +66,12 @@ def test_the_memory_covers_good_patches_better_than_a_random_choice(monkeypatch:
     rare = torch.randn(10, 16, generator=generator) * 3
     patches = torch.cat([crowded, rare])
     memory = nearest.remember(patches)
-    assert memory.shape == (20, 16)
-    reach = torch.cdist(patches, memory).amin(dim=1).max()
-    blind = torch.cdist(patches, patches[torch.randperm(2010, generator=generator)[:20]]).amin(dim=1).max()
+    assert memory.patches.shape == (20, 16)
+    spread = nearest.whiten(patches, memory.whitening)
+    reach = torch.cdist(spread, memory.patches).amin(dim=1).max()
+    blind = torch.cdist(spread, spread[torch.randperm(2010, generator=generator)[:20]]).amin(dim=1).max()
     assert reach < 0.5 * blind
-    assert torch.equal(nearest.remember(patches), memory)
+    assert all(map(torch.equal, nearest.remember(patches), memory))
 
 
 def test_an_image_without_finite_features_costs_only_itself(model, monkeypatch) -> None:

@@ -30,7 +30,8 @@ def build(tiny_bundle, photos, tmp_path):
 
 def test_what_is_built_is_read(build) -> None:
     memory = read_memory(build(), STORAGE)
-    (patches,) = memory.patches
+    ((patches, whitening),) = memory.patches
+    assert whitening.shape == (4 * 32 + 1, 4 * 32)
     assert patches.shape == (10 * 16, 4 * 32)  # of twelve photos two are held out
     assert memory.good == [(0.0, 1.0)]  # nothing to standardise
     assert memory.threshold is None  # too few for one
@@ -91,7 +92,7 @@ def test_views_have_memories_and_standards_of_their_own(tiny_bundle, photos, tmp
     out = str(tmp_path / "memory")
     build_memory(str(photos), str(bundle), model_id, STORAGE, out, "cpu", seed=0)
     memory = read_memory(out, STORAGE)
-    assert [patches.shape[1] for patches in memory.patches] == [4 * 32] * 2
+    assert [kept.patches.shape[1] for kept in memory.patches] == [4 * 32] * 2
     assert len(memory.patches[1]) > len(memory.patches[0])  # photos of 40 x 36 and more are several tiles of 32 x 32
     standardised = memory.settings(settings)
     assert [(view.good_mean, view.good_spread) for view in standardised.views] == memory.good

@@ -57,7 +57,21 @@ def test_a_bundle_is_calibrated_on_good_images(tmp_path: Path, tiny_bundle, ray_
     refused(run("calibrate", "--run", tmp_path / "run", *other), "was scored by", description.model_id)
     few = ["--model", out, "--out", tmp_path / "x", "--target-fpr", 0.01, "--threshold-only"]
     refused(run("calibrate", "--run", tmp_path / "run", *few), "5 good images", "at least 99", "0.167")
+    refused(run("calibrate", "--run", tmp_path / "run", *few, "--confidence", 0.95), "at least 299", "0.451")
+    sure = ["--model", out, "--out", tmp_path / "sure", "--target-fpr", 0.5, "--confidence", 0.95, "--threshold-only"]
+    outcome = run("calibrate", "--run", tmp_path / "run", *sure)
+    assert "at most 0.5 of new good images exceed it, confidence 0.95" in " ".join(outcome.stdout.split())
+    assert verify(tmp_path / "sure").settings["threshold"] == pytest.approx(max(scores))
     assert not (tmp_path / "x").exists()
+
+
+def test_a_run_full_of_alarms_is_not_one_of_good_images() -> None:
+    scores = [0.1] * 19 + [0.4] * 41
+    with pytest.raises(GladError, match=r"41 of 60 images exceed the present threshold 0\.306, which allows 1\.0%"):
+        calibrate._check_good(scores, 0.306, 0.01)
+    calibrate._check_good(scores, None, 0.01)  # nothing to compare with
+    calibrate._check_good([0.1] * 58 + [0.4] * 2, 0.306, 0.01)  # two alarms may be chance
+    calibrate._check_good([0.1] * 900 + [0.4] * 100, 0.306, 0.05)  # twice as many: other light, not other images
 
 
 def test_mistakes_are_one_line(tmp_path: Path, tiny_bundle) -> None:
