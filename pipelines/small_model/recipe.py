@@ -1,7 +1,7 @@
 """`make small-model`: train the bundled CPU model from nothing on two cores.
 
     pictures ──▶ codec ──┐
-        └──────▶ ViT  ───┴──▶ UNet (ATP) ──▶ bundle
+        └──────▶ ViT  ───┴──▶ UNet (ATP) ──▶ bundle ◀── EfficientNet-Lite0
 
 Every stage writes one folder or file in the work folder and is skipped if that exists. The numbers of iterations are
 fixed, so a slower machine takes longer and gets the same model up to rounding.
@@ -35,6 +35,7 @@ from glad_core.training.loop import TrainState, fine_tune
 from glad_core.training.losses import AtpLoss
 from glad_core.training.recipe import Recipe
 from pipelines.small_model.codec import train_codec
+from pipelines.small_model.lite0 import CONFIG, lite0_features
 from pipelines.small_model.pictures import board_picture, make_pool
 from pipelines.small_model.vit import train_features
 
@@ -58,17 +59,17 @@ FINE_TUNING = {
     "lr_schedule": "cosine",
     "ema_decay": 0.99,
     "max_timestep": 800,
-    "autocast": "bf16",
+    "autocast": "off",  # a CPU without bfloat16 units takes three times as long in bf16
 }
 SETTINGS = Settings(
     resolution=128,
-    feature_resolution=128,
+    feature_resolution=256,  # doubled, small defects reach more of the network's places
     guidance_scale=1,
-    blur_sigma=2,
-    image_score_top_k=40,
+    blur_sigma=4,
+    image_score_top_k=160,
     compare_with="round_trip",
     match="sum",
-    window=1,
+    window=2,
 )
 HELD_OUT_BOARDS = range(10_000, 10_024)  # none of them in the pool
 
@@ -162,6 +163,8 @@ def bundle_stage(work: Path, out: Path) -> str:
         "vae": AutoencoderKL.from_pretrained(work / "vae").half(),
         "features": features.half(),
         "features_config": config,
+        "final_features": lite0_features().half(),
+        "final_features_config": CONFIG,
         "prompt_cond": torch.zeros(1, 1, 32),
         "prompt_uncond": torch.zeros(1, 1, 32),
         "category": "circuit_board",
