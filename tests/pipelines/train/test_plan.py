@@ -23,6 +23,7 @@ def test_each_worker_has_a_gpu_if_there_are_any(tiny_bundle, monkeypatch: pytest
     monkeypatch.setattr(session, "resources", lambda: {"CPU": 8.0, "GPU": 2.0})
     monkeypatch.setattr(session, "node_cpus", lambda: [8.0])
     monkeypatch.setattr(session, "gpu_nodes", lambda: [(8.0, 2.0)])
+    monkeypatch.setattr(session, "store_bytes", lambda: 2.0**30)
 
     def plan(**options):
         request = make_request(tiny_bundle, recipe={"batch_size": 12}, **options)
