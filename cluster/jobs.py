@@ -88,6 +88,21 @@ def resubmit(client: JobSubmissionClient, job: str) -> str:
     )
 
 
+def full_id(client: JobSubmissionClient, job: str) -> str:
+    """The id of the one job whose id begins so, with or without raysubmit_; ``job`` itself if there is none.
+
+    Raises:
+        SessionError: several do.
+    """
+    ids = [known.submission_id or "" for known in client.list_jobs()]
+    if job in ids or not job:
+        return job
+    found = sorted(known for known in ids if known.startswith((job, f"raysubmit_{job}")))
+    if len(found) > 1:
+        raise SessionError(f"{len(found)} jobs begin with {job}: {', '.join(found[:5])}; give more of the id")
+    return found[0] if found else job
+
+
 def follow(client: JobSubmissionClient, job: str) -> Iterator[str]:
     """The job's output as it is printed, until the job ends. (Ray's own iterator is asynchronous.)"""
     chunks = client.tail_job_logs(job)

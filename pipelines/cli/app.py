@@ -21,12 +21,23 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import glad_core
+
+        print(f"glad {glad_core.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def glad(
     ctx: typer.Context,
     config: Annotated[
         Path | None, typer.Option(help="YAML file with options of commands; default: ./glad.yaml, if it exists")
     ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit")
+    ] = False,
 ) -> None:
     default = Path("glad.yaml")
     if config is not None or default.is_file():

@@ -35,13 +35,13 @@ class Finding:
     state: Literal["ok", "warning", "wrong"]
     found: str
     advice: str = ""
+    package: bool = False
 
 
 def examine(address: str | None, location: str | None) -> list[Finding]:
-    """Checks packages, devices and this machine; also the cluster and the storage location, if given."""
+    """Checks packages, devices, this machine and Ray, here or the cluster given; the storage location, if given."""
     findings = [*packages(), *devices(), *machine()]
-    if address is not None:
-        findings.append(cluster(address))
+    findings.append(ray_here() if address is None else cluster(address))
     if location is not None:
         findings.append(storage(location, Storage.from_environment()))
     return findings
@@ -52,7 +52,7 @@ def packages() -> list[Finding]:
     try:
         distribution = metadata.metadata(DISTRIBUTION)
     except metadata.PackageNotFoundError:
-        return [Finding("glad-ray", "wrong", "not installed", "pip install it, or `make` its environment")]
+        return [Finding("glad-ray", "wrong", "not installed", "pip install the folder or wheel that it came in")]
     findings = [Finding("glad-ray", "ok", distribution["Version"])]
     python = platform.python_version()
     versions = distribution["Requires-Python"] or ""
@@ -71,10 +71,10 @@ def package(requirement: Requirement) -> Finding:
     try:
         version = metadata.version(requirement.name)
     except metadata.PackageNotFoundError:
-        return Finding(requirement.name, "wrong", "not installed", advice)
+        return Finding(requirement.name, "wrong", "not installed", advice, package=True)
     if requirement.specifier.contains(version, prereleases=True):
-        return Finding(requirement.name, "ok", version)
-    return Finding(requirement.name, "wrong", f"{version}, needs {requirement.specifier}", advice)
+        return Finding(requirement.name, "ok", version, package=True)
+    return Finding(requirement.name, "wrong", f"{version}, needs {requirement.specifier}", advice, package=True)
 
 
 def devices() -> list[Finding]:
@@ -126,6 +126,15 @@ def _enough(what: str, amount: float, least: float, unit: str, advice: str) -> F
     return Finding(what, "ok", shown) if amount >= least else Finding(what, "warning", shown, advice)
 
 
+def ray_here() -> Finding:
+    """Starts Ray on this machine, once, as every job does."""
+    try:
+        session.connect(None)
+    except session.SessionError as error:
+        return Finding("Ray", "wrong", str(error), "free memory and disk; `ray stop` ends what is left of an older one")
+    return Finding("Ray", "ok", f"starts here: {session.resources().get('CPU', 0):g} CPUs")
+
+
 def cluster(address: str) -> Finding:
     """Checks that a Ray cluster answers, and lists its CPUs and GPUs."""
     try:
@@ -149,14 +158,17 @@ def storage(location: str, access: Storage) -> Finding:
         finally:
             access.delete_file(probe)
     except (StorageError, OSError) as error:
-        return Finding("storage", "wrong", " ".join(str(error).split()), "see docs/troubleshooting.md")
+        return Finding("storage", "wrong", " ".join(str(error).split()), "give a folder that can be written")
     return Finding("storage", "ok", f"{location}: written, read, not overwritten, deleted")
 
 
 def print_table(findings: list[Finding], console: Console) -> None:
-    """Print the findings as a table."""
+    """Print the findings as a table; packages that are as required are one row of it."""
+    sound = [finding for finding in findings if finding.package and finding.state == "ok"]
     table = Table("what", "state", "found", "what to do")
-    for finding in findings:
+    if sound:
+        table.add_row("packages", "[green]ok[/]", f"{len(sound)} as required", "")
+    for finding in (finding for finding in findings if finding not in sound):
         state = f"[{COLOURS[finding.state]}]{finding.state}[/]"
         table.add_row(finding.what, state, escape(finding.found), escape(finding.advice))
     console.print(table, highlight=False)

@@ -66,5 +66,16 @@ def _fail_on_usage(error: Any) -> NoReturn:
     message = error.format_message().replace("Value error, ", "").rstrip(".")
     if type(error).__name__ == "MissingParameter" and error.param and error.param.help:
         message += f": {error.param.help}"
+    message += _hint(error)
     advice = f"; `{error.ctx.command_path} --help` lists what fits" if error.ctx else ""
     fail(message + advice, USER_ERROR)
+
+
+def _hint(error: Any) -> str:
+    """What probably happened, for mistakes whose message does not show it."""
+    command = error.ctx.command.name if error.ctx else None
+    if command == "submit" and type(error).__name__ == "NoSuchOption":
+        return ": the command to run comes after --, as in `glad submit -- score ...`"
+    if "unexpected extra argument" in error.format_message():
+        return "; if the shell has expanded a pattern such as *.png, put it in quotes"
+    return ""

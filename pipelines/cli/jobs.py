@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from cluster import jobs
 from glad_core.errors import GladError
@@ -30,13 +30,14 @@ Server = Annotated[
     str | None,
     typer.Option(help="URL of the cluster's dashboard; default: RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265"),
 ]
-Job = Annotated[str, typer.Argument(help="Id of the job, raysubmit_...")]
+Job = Annotated[str, typer.Argument(help="Id of the job, raysubmit_..., or how one begins")]
 Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Print the job's output until it ends")]
 # Parameters of commands that hold a location, which the nodes of a cluster have to find as well.
 LOCATIONS = (
     *("source", "dataset", "out", "model", "base", "good", "run", "textures", "exclude", "include", "storage"),
     *("results", "first", "second", "plain", "settings"),
 )
+MOST_NARROW = 80  # columns of `glad jobs list`, in which an id fits whole
 # Commands without Ray that read results where they are: a job on one machine of the cluster.
 READERS = ("drift", "show")
 
@@ -131,11 +132,13 @@ def list_jobs(address: Server = None, as_json: Json = False) -> None:
     if as_json:
         print_json(rows)
         return
-    table = Table("job", "status", "started", "command")
+    # No id is cut, however narrow the terminal; the command, which may be long, takes the lines it needs.
+    table = Table(Column("job", no_wrap=True), "status", "started", Column("command", overflow="fold"))
     for row in rows:
         started = datetime.fromtimestamp((row["started"] or 0) / 1000, UTC).isoformat(" ", "minutes")
         table.add_row(row["id"], row["status"], started, escape(row["command"]))
-    Console().print(table, highlight=False)
+    console = Console()
+    console.print(table, highlight=False, width=max(console.width, MOST_NARROW))
 
 
 @jobs_app.command(epilog="Example: glad jobs logs raysubmit_x1")
@@ -147,6 +150,7 @@ def logs(
     """Print the output of a job."""
     console, succeeded = Console(), True
     with jobs.job_client(address) as client:
+        job = jobs.full_id(client, job)
         if follow:
             succeeded = _follow(client, job, console)
         else:
@@ -159,6 +163,7 @@ def logs(
 def stop(job: Job, address: Server = None) -> None:
     """Stop a job. Finished work is kept, and `glad jobs retry` resumes from it."""
     with jobs.job_client(address) as client:
+        job = jobs.full_id(client, job)
         stopped = client.stop_job(job)
     Console().print(f"{job} {'stopped' if stopped else 'was not running'}", highlight=False)
 
@@ -168,6 +173,7 @@ def retry(job: Job, address: Server = None, wait: Wait = True) -> None:
     """Submit the command of a job again. An interrupted `score` or `train` resumes."""
     console = Console()
     with jobs.job_client(address) as client:
+        job = jobs.full_id(client, job)
         new_job = jobs.resubmit(client, job)
         console.print(f"{new_job}: {job} again", highlight=False)
         succeeded = not wait or _follow(client, new_job, console)

@@ -114,7 +114,8 @@ def score(
     )
     try:
         with says_if_stopped(f"the same command {'without --overwrite ' if overwrite else ''}continues"):
-            job.score(request, Console())
+            counts = job.score(request, Console())
+            job.print_end(out, counts, Console())
     except job.TooManyErrors as error:
         fail(str(error), STOPPED)
 

@@ -51,13 +51,15 @@ def demo_data(
 
 @commands.command(epilog="Example: glad doctor --storage s3://bucket/results")
 def doctor(
-    address: Annotated[str | None, typer.Option(help="Check this Ray cluster as well: host:port or auto")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to check, host:port or auto; default: Ray on this machine")
+    ] = None,
     storage: Annotated[
         str | None, typer.Option(help="Check that this folder can be written as well, local or s3://")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check packages, devices, disk and memory; also a cluster and a folder, if given. Exit code 1 if any is wrong."""
+    """Check packages, devices, disk, memory and Ray; also a folder, if given. Exit code 1 if any is wrong."""
     from pipelines.cli import doctor as checks
 
     findings = checks.examine(address, storage)

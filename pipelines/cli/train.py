@@ -79,6 +79,7 @@ def train(
     address: Address = None,
 ) -> None:
     """Train a bundle on good images and calibrate it. The same command resumes an interrupted training."""
+    from pipelines.train.job import describe_end
     from pipelines.train.job import train as run
     from pipelines.train.plan import TrainRequest
 
@@ -99,8 +100,8 @@ def train(
         include=include,
     )
     with says_if_stopped("the same command continues from the last checkpoint"):
-        model_id = run(request, Console())
-    Console().print(f"bundle {model_id} in {escape(out)}", highlight=False)
+        run(request, Console())
+    Console().print("\n".join(describe_end(out)), highlight=False, markup=False, soft_wrap=True)
 
 
 @commands.command(epilog="Example: glad retrain mvtec --out s3://bucket/models --promote gate")

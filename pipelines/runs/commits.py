@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
@@ -52,6 +53,7 @@ class Written:
     pages: int = 0  # of the scored and the errors: pages after the first of their file
     shard_pages: int = 0  # such pages in the whole shard
     unjudged: int = 0  # pages of these files that are neither
+    at: float = field(default=0.0, compare=False)  # seconds since 1970, of a commit by its driver's clock; 0: unknown
 
     @property
     def done(self) -> int:
@@ -208,7 +210,9 @@ def _commit(run: Run, plan: Plan, name: str, parts: Sequence[Written]) -> tuple[
     """Commit a shard and publish it; returns the commit in force and whether it is ours."""
     written = _sum(parts)
     file = run.path(COMMITS, name)
-    ours = run.storage.create(file, json.dumps(asdict(written) | {"run": plan.run}).encode())
+    ours = run.storage.create(
+        file, json.dumps(asdict(written) | {"run": plan.run, "at": round(time.time(), 3)}).encode()
+    )
     if not ours:
         theirs = _parsed(run.storage.read_all([file])[0], plan, written.shard)
         if theirs is None:

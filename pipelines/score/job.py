@@ -27,8 +27,10 @@ from pipelines.score.dataflow import run_dataflow
 from pipelines.score.faults import news, start_faults
 from pipelines.score.open_run import Job, Opened, actor_settings, check, open_run
 from pipelines.score.progress import Progress
-from pipelines.score.record import print_counts, run_record
+from pipelines.score.record import print_counts, print_end, run_record
 from pipelines.score.request import Counts, ScoreRequest, TooManyErrors
+
+__all__ = ["TooManyErrors", "print_end", "score"]  # what the command uses
 
 COMMITTERS = 8  # threads
 

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import os
+import shlex
+from collections import Counter
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cluster.storage import StorageError
 from glad_core.bundle.glad_json import Provenance, versions
 from glad_core.engine.search import Search
+from glad_core.errors import GladError
+from pipelines.archive.uris import printable
 from pipelines.models.find import Models
+from pipelines.runs.query import DECIDED, MARGIN
 from pipelines.runs.run import Run
 from pipelines.runs.schema import ERRORS, RESULTS
 from pipelines.score.actor_plan import ActorPlan
 from pipelines.score.request import Counts, ScoreRequest
 
+WORST = 5  # images that are named
+MOST_READ = 1_000_000  # rows of a run whose results are read again for its end
 PACKAGES = ("glad-ray", "ray", "torch", "diffusers", "timm", "pyarrow")
 
 
@@ -86,6 +96,35 @@ def _calibration(provenance: Provenance) -> dict[str, Any] | None:
     if images is None or "target_fpr" not in provenance:
         return None
     return {"images": images, "target_fpr": provenance["target_fpr"], "confidence": provenance.get("confidence")}
+
+
+def print_end(location: str, counts: Counts, console: Console) -> None:
+    """What ends the command after its table: the errors by kind, the most anomalous images, and what to do next."""
+    run = Run.at(location)
+    try:
+        lines = [*_errors_by_kind(run), *_worst(run)] if counts.scored + counts.errors <= MOST_READ else []
+    except (GladError, StorageError) as error:
+        lines = [f"the results cannot be read just now: {error}"]
+    lines.append(f"next: glad report {shlex.quote(location)}")
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _errors_by_kind(run: Run) -> list[str]:
+    kinds = Counter(run.errors().to_table(columns=["error_type"])["error_type"].to_pylist())
+    named = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    return [f"errors by kind: {named}; `uri` and `message` are in {run.path(ERRORS)}"] if named else []
+
+
+def _worst(run: Run) -> list[str]:
+    columns = {name: pads.field(name) for name in ("uri", "score", "is_anomalous")} | {"margin": MARGIN}
+    table = run.results().to_table(columns=columns, filter=DECIDED)
+    most = pc.select_k_unstable(table, WORST, sort_keys=[("margin", "descending")])
+    words = {True: "anomalous", False: "good", None: "no threshold"}
+    rows = [
+        f"  {row['score']:.4g}  {words[row['is_anomalous']]}  {printable(row['uri'])}"
+        for row in table.take(most).to_pylist()
+    ]
+    return ["most anomalous, by score:", *rows] if rows else []
 
 
 def print_counts(run: Run, counts: Counts, seconds: float, console: Console) -> None:

@@ -8,6 +8,7 @@ its last checkpoint, whatever was killed: a worker, a node, or the command, whic
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -32,6 +33,8 @@ from pipelines.train.side_by_side import run_side_by_side, send_event
 from pipelines.train.spec import FATAL, IDENTITY, Deliver, Outcome, TrainJob, clear_work
 from pipelines.train.survey import Survey, survey
 
+FEW = 20  # held-out pictures: with fewer, the threshold for a rate of 5 % is a guess
+
 
 def train(request: TrainRequest, console: Console) -> str:
     """Run the whole job and return the new bundle's model id.
@@ -53,11 +56,34 @@ def train(request: TrainRequest, console: Console) -> str:
     claim_work(storage, job.work)
     session.connect(request.address, reads=[absolute(request.dataset), job.base], writes=[job.work])
     job = with_resources(job, request)
+    count, recipe = sum(map(len, images.values())), job.recipe
+    steps = f"{recipe.steps} steps of {recipe.batch_size} on {job.device}"
+    say(f"{count} good pictures: {steps}, then calibration; the time left is shown from the second step on")
     deliver = partial(deliver_bundle, storage=storage, out=out)
     outcome = run_side_by_side({job.name: partial(run_training, job, images, deliver)}, 1, console)[job.name]
     if isinstance(outcome, BaseException):
         raise outcome
     return outcome.model_id
+
+
+def describe_end(location: str) -> list[str]:
+    """What ends the command: the bundle's threshold, how well it separates, what was held out, and what to do next."""
+    description = describe(location, Storage.from_environment())
+    settings, facts = Settings.parse(description.settings, location), description.provenance
+    held_out, fitted = facts.get("held_out_images", 0), facts.get("good_images", 0)
+    lines = [f"bundle {description.model_id} in {location}, for {description.category}"]
+    if settings.threshold is not None:
+        share = facts.get("target_fpr", 0)
+        lines.append(f"threshold {settings.threshold:.4g}, which about {share:.1%} of good pictures will exceed")
+    if settings.thresholds:
+        lines.append("thresholds: " + ", ".join(f"{name} {value:.4g}" for name, value in settings.thresholds.items()))
+    rough = ", few for a threshold" if held_out < FEW else ""
+    lines.append(f"held out for this: {held_out} of {held_out + fitted} good pictures, not trained on{rough}")
+    methods: Any = facts.get("methods")
+    if methods:
+        best = max(methods.values())
+        lines.append(f"quality on them: AUROC {best:.3f} against synthetic defects (1 is perfect, 0.5 is chance)")
+    return [*lines, f"next: glad score PICTURES --model {shlex.quote(location)} --out RESULTS"]
 
 
 def deliver_bundle(bundle: Path, job: TrainJob, surveyed: Survey, *, storage: Storage, out: str) -> Outcome:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -59,13 +60,9 @@ def run_side_by_side(jobs: Mapping[str, Job], parallel: int, console: Console) -
                 console.print(f"[yellow]{name}: {escape(event['warning'])}[/yellow]", highlight=False, soft_wrap=True)
             if event["state"] in ("done", "failed"):
                 outcomes[name] = event["outcome"]
-            progress.update(
-                bars[name],
-                completed=event["done"],
-                total=event["total"] or None,
-                state=event["state"],
-                note=event["note"],
-            )
+            progress.update(bars[name], state=event["state"], note=event["note"])
+            if event["total"]:  # else the bar stays where its last state left it
+                progress.update(bars[name], completed=event["done"], total=event["total"])
             if not console.is_terminal:
                 lines.show(event)
     return outcomes
@@ -93,15 +90,27 @@ class _Lines:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.shown: dict[str, tuple[str, float]] = {}  # state and time of each job's last line
+        self.first: dict[tuple[str, str], tuple[int, float]] = {}  # by job and state: what was done first, and when
 
     def show(self, event: dict[str, Any]) -> None:
         name, state, note = event["job"], event["state"], event["note"]
+        self.first.setdefault((name, state), (event["done"], time.monotonic()))
         last_state, last_time = self.shown.get(name, ("", 0.0))
         if last_state == state and time.monotonic() - last_time <= LINE_EVERY:
             return
         self.shown[name] = (state, time.monotonic())
         steps = f" {event['done']} of {event['total']}" if event["total"] else ""
+        steps += self._time_left(event)
         self.console.print(f"{name}: {state}{steps}{', ' + note if note else ''}", highlight=False)
+
+    def _time_left(self, event: dict[str, Any]) -> str:
+        """What is left of the state at the pace so far; empty until there is one."""
+        begun, since = self.first[event["job"], event["state"]]
+        done = event["done"] - begun
+        if done <= 0:
+            return ""
+        left = (time.monotonic() - since) / done * (event["total"] - event["done"])
+        return f", {timedelta(seconds=round(left))} left"
 
 
 def _run_all(jobs: Mapping[str, Job], parallel: int) -> Iterator[dict[str, Any]]:

@@ -9,6 +9,7 @@ def score(monkeypatch, *options):
     """The request that `glad score` makes of the options."""
     requests = []
     monkeypatch.setattr(job, "score", lambda request, console: requests.append(request))
+    monkeypatch.setattr(job, "print_end", lambda *_: None)
     outcome = CliRunner().invoke(app, ["score", "photos", "--out", "results", "--model", "bundle", *options])
     assert outcome.exit_code == 0, outcome.output
     return requests[0]

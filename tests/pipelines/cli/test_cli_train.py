@@ -10,6 +10,7 @@ def requests(monkeypatch):
     """Requests of train, retrain and calibrate, which are not carried out; retraining fails for a category."""
     made = []
     monkeypatch.setattr(job, "train", lambda request, console: made.append(request) or "the-model")
+    monkeypatch.setattr(job, "describe_end", lambda location: [f"bundle in {location}", "next: glad score"])
     monkeypatch.setattr(retrain, "retrain", lambda request, console: made.append(request))
     monkeypatch.setattr(calibrate, "calibrate", lambda request, console: made.append(request) or "the-model")
     return made
@@ -21,7 +22,7 @@ def run(*words):
 
 def test_train_leaves_to_the_recipe_what_is_not_given(requests):
     outcome = run("train", "mvtec", "--out", "bundle", "--steps", "5", "--optimizer", "muon", "--part", "vae")
-    assert (outcome.exit_code, outcome.stdout) == (0, "bundle the-model in bundle\n")
+    assert (outcome.exit_code, outcome.stdout) == (0, "bundle in bundle\nnext: glad score\n")
     (request,) = requests
     assert (request.part, request.base, request.device, request.workers) == ("vae", "small", None, 1)
     given = {name: value for name, value in request.recipe.items() if value is not None}

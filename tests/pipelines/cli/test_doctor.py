@@ -2,6 +2,7 @@ import json
 
 import pytest
 from packaging.requirements import Requirement
+from rich.console import Console
 from typer.testing import CliRunner
 
 from cluster.storage import Storage
@@ -28,6 +29,7 @@ def test_storage_is_written_read_and_left_as_it_was(tmp_path):
 
 def test_the_command_ends_with_1_if_something_is_wrong(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "packages", lambda: [])  # those of a developer's environment are not this test's
+    monkeypatch.setattr(doctor, "ray_here", lambda: doctor.Finding("Ray", "ok", "starts here"))
     (tmp_path / "file").touch()
     for storage, code in ((tmp_path, 0), (tmp_path / "file", 1)):
         outcome = CliRunner().invoke(app, ["doctor", "--storage", str(storage), "--json"])
@@ -35,6 +37,30 @@ def test_the_command_ends_with_1_if_something_is_wrong(tmp_path, monkeypatch):
         states = {finding["what"]: finding["state"] for finding in json.loads(outcome.stdout)["findings"]}
         assert states["storage"] == ("wrong" if code else "ok")
         assert {"device cpu", "disk", "memory", "open files"} <= set(states)
+
+
+def test_packages_as_required_are_one_row_and_others_are_named(capsys):
+    found = [doctor.package(Requirement(name)) for name in ("numpy>=1", "pillow>=1", "rich>=999")]
+    doctor.print_table([*found, doctor.Finding("disk", "ok", "9 GB")], Console(width=120))
+    shown = capsys.readouterr().out
+    assert "2 as required" in shown
+    assert "numpy" not in shown
+    assert "pip install 'rich>=999'" in shown
+
+
+@pytest.mark.parametrize(("died", "state"), [(None, "ok"), (doctor.session.SessionError("no memory"), "wrong")])
+def test_ray_is_started_once(monkeypatch, died, state):
+    calls = []
+
+    def connect(address):
+        calls.append(address)
+        if died:
+            raise died
+
+    monkeypatch.setattr(doctor.session, "connect", connect)
+    monkeypatch.setattr(doctor.session, "resources", lambda: {"CPU": 2.0})
+    assert doctor.ray_here().state == state
+    assert calls == [None]
 
 
 @pytest.mark.slow

@@ -29,6 +29,8 @@ def test_options_and_commands_that_do_not_fit_are_one_line(tmp_path):
     assert_refused(run("score", "x", "--out", "y", "--batchsize", 3), "--batch-size")
     assert_refused(run("score", "x", "--out", "y", "--batch-size", "many"), "--batch-size", "integer")
     assert_refused(run("score", "x", "--out", "y", "--maps", "huge"), "'huge' is not one of 'token', 'full'")
+    assert_refused(run("score", "a.png", "b.png", "--out", "y", "--model", "m"), "expanded a pattern such as *.png")
+    assert_refused(run("submit", "score", "x", "--out", "y"), "after --, as in `glad submit -- score ...`")
     assert_refused(run("jobs", "lst"), "Did you mean 'list'")
     assert_refused(run("demo", "--out", "/proc/glad"), "/proc/glad", "can be written")
     assert_refused(run("bundle", "create", "nowhere", "--out", tmp_path / "x"), "no such folder", "OWNER/MODEL")

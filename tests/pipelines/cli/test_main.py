@@ -1,6 +1,7 @@
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import pytest
 from typer.testing import CliRunner
@@ -31,3 +32,8 @@ def test_the_callback_reads_the_configuration_file(tmp_path, monkeypatch):
     (tmp_path / "other.yaml").write_text("score:\n  seed: many\n")
     assert "glad.yaml: score.batch-size" in CliRunner().invoke(app, ["status", "x"]).stderr
     assert "other.yaml: score.seed" in CliRunner().invoke(app, ["--config", "other.yaml", "status", "x"]).stderr
+
+
+def test_the_version_is_that_of_the_package():
+    outcome = CliRunner().invoke(app, ["--version"])
+    assert (outcome.exit_code, outcome.stdout) == (0, f"glad {version('glad-ray')}\n")

@@ -91,7 +91,7 @@ def test_a_signal_that_nohup_ignores_stays_ignored():
 
 
 def test_a_reader_that_goes_away_is_no_error():
-    glad = [sys.executable, "-m", "pipelines.cli", "doctor"]
+    glad = [sys.executable, "-m", "pipelines.cli", "config", "show"]
     process = subprocess.Popen(glad, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     assert process.stderr.read() == ""

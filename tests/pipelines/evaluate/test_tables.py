@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -35,6 +36,6 @@ def test_the_table_agrees_with_scikit_learn(scored, tmp_path, ray_session) -> No
     assert ours["average"]["PRO"] == pytest.approx((ours["bottle"]["PRO"] + ours["cable"]["PRO"]) / 2)
     assert "1 of 19 test images have no result" in outcome.stdout
     assert "Published, MVTec-AD" in outcome.stdout  # both are MVTec-AD's
-    assert "99.1/99.6/98.1" in outcome.stdout  # PatchCore
+    assert re.search(r"PatchCore\W+99.1\W+99.6\W+98.1\W", outcome.stdout)
     assert (tmp_path / "tables/metrics.csv").read_text().startswith("category,I-AUROC,I-AP,I-F1-max,P-AUROC")
     assert (tmp_path / "tables/metrics.md").read_text().count("\n") == 5

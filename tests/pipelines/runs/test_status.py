@@ -1,9 +1,13 @@
 import json
+import time
 from dataclasses import replace
+from datetime import UTC, datetime
 
+import pytest
 from typer.testing import CliRunner
 
 from pipelines.cli.main import app
+from pipelines.runs import status
 from pipelines.runs.claim import claim, draft
 from pipelines.runs.commits import Written, commit_shards, complete
 from pipelines.runs.run import Run
@@ -31,6 +35,9 @@ def test_a_run_from_its_claim_to_its_end(tmp_path):
         "errors": 0,
         "shards": [0, None],
         "asked": None,
+        "last_progress": None,
+        "images_per_second": None,
+        "seconds_left": None,
     }
     assert "listing" in glad(out).stdout
     identity = {"source": "/photos", "models": {"": "abc"}}
@@ -49,3 +56,28 @@ def test_a_run_from_its_claim_to_its_end(tmp_path):
     assert "complete" in glad(out).stdout
     (tmp_path / "out/plan.json").write_text("{")
     assert "damaged" in glad(out).stderr
+
+
+def commit(shard, at):
+    return Written(shard, 10, 0, 0, "staging/1-a", (), (), at=at)
+
+
+@pytest.mark.parametrize(
+    ("times", "left", "rate", "seconds"),
+    [([], 9, None, None), ([50.0], 9, None, None), ([50.0, 52.0, 54.0], 40, 5.0, 8.0), ([50.0, 60.0], 0, None, None)],
+)
+def test_the_pace_is_that_of_the_last_commits(times, left, rate, seconds):
+    pace = status._pace([commit(shard, at) for shard, at in enumerate(times)], left)
+    assert (pace["images_per_second"], pace["seconds_left"]) == (rate, seconds)
+    shown = bool(times) and left > 0
+    assert pace["last_progress"] == ("1970-01-01T00:00:54+00:00" if len(times) == 3 else pace["last_progress"])
+    assert (pace["last_progress"] is not None) == shown
+
+
+@pytest.mark.parametrize(
+    ("ago", "rate", "dead"), [(30, None, False), (899, None, False), (2000, None, True), (2000, 0.01, False)]
+)
+def test_a_run_without_progress_for_long_looks_dead(ago, rate, dead):
+    last = datetime.fromtimestamp(time.time() - ago, UTC).isoformat(timespec="seconds")
+    current = {"last_progress": last, "done": 100, "shards": [10, 20], "images_per_second": rate}
+    assert ("its job may have ended" in status._ago(current)) is dead

@@ -51,8 +51,22 @@ def test_a_log_has_a_line_per_change_of_state_and_one_every_ten_seconds(monkeypa
         "nut: survey",
         "nut: train 1 of 9",
         "bolt: train 1 of 9",
-        "nut: train 3 of 9",
+        "nut: train 3 of 9, 0:00:33 left",
     ]
+
+
+def test_a_bar_stays_full_after_states_that_count_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    events = [
+        {"state": "calibrate", "done": 348, "total": 348, "outcome": None},
+        {"state": "deliver", "done": 0, "total": 0, "outcome": None},
+        {"state": "done", "done": 0, "total": 0, "outcome": 7},
+    ]
+    sent = [{"job": "nut", "note": "", "warning": ""} | event for event in events]
+    monkeypatch.setattr(side_by_side, "_run_all", lambda jobs, parallel: sent)
+    run_side_by_side({"nut": lambda events: 7}, 1, Console(file=shown, force_terminal=True, width=120))
+    assert "348/348" in shown.getvalue().splitlines()[-1]
+    assert "0/348" not in shown.getvalue()
 
 
 @pytest.mark.parametrize(

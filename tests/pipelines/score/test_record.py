@@ -1,0 +1,34 @@
+import io
+
+import pytest
+from judged_run import make_judged_run
+from rich.console import Console
+
+from pipelines.score.record import print_end
+from pipelines.score.request import Counts
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory, tiny_bundle):
+    return make_judged_run(tmp_path_factory.mktemp("judged run"), tiny_bundle)
+
+
+def ending(judged, scored=60):
+    shown = io.StringIO()
+    print_end(judged.run.location, Counts(scored + 1, scored, 24, 1, 0), Console(file=shown, width=40))
+    return shown.getvalue().splitlines()
+
+
+def test_a_run_ends_with_its_errors_its_worst_images_and_what_comes_next(judged):
+    lines = ending(judged)
+    assert lines[0].startswith("errors by kind: 1 damaged; ")
+    assert lines[1] == "most anomalous, by score:"
+    margin = {row["uri"]: row["score"] / row["threshold"] for row in judged.rows}
+    worst = sorted(margin, key=lambda uri: -margin[uri])[:5]
+    assert [line.split("  ")[-1] for line in lines[2:7]] == worst
+    assert all("  anomalous  " in line for line in lines[2:7])
+    assert lines[7:] == [f"next: glad report '{judged.run.location}'"]  # a blank is in it
+
+
+def test_a_huge_run_is_not_read_again(judged):
+    assert ending(judged, scored=2_000_000) == [f"next: glad report '{judged.run.location}'"]
