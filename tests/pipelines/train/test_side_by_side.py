@@ -65,8 +65,7 @@ def test_a_bar_stays_full_after_states_that_count_nothing(monkeypatch: pytest.Mo
     sent = [{"job": "nut", "note": "", "warning": ""} | event for event in events]
     monkeypatch.setattr(side_by_side, "_run_all", lambda jobs, parallel: sent)
     run_side_by_side({"nut": lambda events: 7}, 1, Console(file=shown, force_terminal=True, width=120))
-    assert "348/348" in shown.getvalue().splitlines()[-1]
-    assert "0/348" not in shown.getvalue()
+    assert "348/348" in next(line for line in reversed(shown.getvalue().splitlines()) if "nut" in line)
 
 
 @pytest.mark.parametrize(
