@@ -41,8 +41,15 @@ lock: .venv/installed ## requirements.lock: the versions of a cluster's machines
 	$(BIN)/uv pip compile --quiet --no-config --extra aws --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 		--custom-compile-command "make lock" --no-annotate $(LOCK) --output-file requirements.lock pyproject.toml
 
-docs: .venv/installed ## docs/settings.md, from the code
+docs: .venv/installed .venv-docs/installed ## docs/settings.md from the code, then the site: site/; a dead link fails it
 	$(BIN)/python docs/settings.py
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict  # with --quiet it would count no warnings
+
+.venv-docs/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --upgrade pip
+	.venv-docs/bin/pip install --quiet --group docs
+	touch $@
 
 audit: .venv/installed ## known vulnerabilities of what is installed; asks pypi.org
 	$(BIN)/pip install --quiet pip-audit
