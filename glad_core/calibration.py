@@ -42,6 +42,7 @@ START_STEPS = (250, 350, 450, 550, 650, 750)  # the candidates for T
 FAST_STEPS = (50, 100, 150, 200, 250, 300)  # and for the only step of profile `fast`
 STEP_TILES = 40  # the steps are chosen on so many tiles, or one for each picture
 TEST_TILES = 200  # methods and views are compared on about as many, good ones
+NEAREST_TILES = 600  # and those of the nearest good patches, which cost a tenth
 SELECTION_IMAGES = 16  # T is chosen on this many good images; δ and the threshold then use all
 UNREACHABLE_DELTA = 1e4
 ADAPTIVE = "adaptive steps"
@@ -164,13 +165,7 @@ class Calibrator:
         remembering = replace(self, model=replace(self.model, memory=memory))
         found = {name: ([*range(len(settings.views))], Quality(0.0, 0.0)) for name, settings in methods.items()}
         if len(methods) > 1 or len(adaptive.views) > 1:
-            picked = _tested(pictures, adaptive)
-            chosen, chosen_labels = [pictures[index] for index in picked], [labels[index] for index in picked]
-            good_and_anomalous = anomalous_pictures(chosen, adaptive, self.foreground_mode, self.seed)
-            found = {
-                name: remembering._best_views(settings, *good_and_anomalous, chosen_labels)
-                for name, settings in methods.items()
-            }
+            found = {name: remembering._best_views(settings, pictures, labels) for name, settings in methods.items()}
         best = max(found, key=lambda name: found[name][1])
         views, _ = found[best]
         scores_NV = remembering._score(methods[best], pictures, labels)[:, views]
@@ -206,9 +201,13 @@ class Calibrator:
         return choice._replace(settings=choice.settings.model_copy(update=thresholds))
 
     def _best_views(
-        self, settings: Settings, good: Sequence[Frames], anomalous: Sequence[Frames], labels: Sequence[Label]
+        self, settings: Settings, pictures: Sequence[Frames], labels: Sequence[Label]
     ) -> tuple[list[int], Quality]:
-        """The one view, or all, that separate best; of equals the cheapest."""
+        """The one view, or all, that separate best, on some of the good pictures; of equals the cheapest."""
+        picked = _tested(pictures, settings)
+        labels = [labels[index] for index in picked]
+        some_pictures = [pictures[index] for index in picked]
+        good, anomalous = anomalous_pictures(some_pictures, settings, self.foreground_mode, self.seed)
         scores_NV = self._score(settings, [*good, *anomalous], [*labels, *labels])
         truth = np.array([0] * len(good) + [1] * len(anomalous))
         views = list(range(len(settings.views)))
@@ -293,16 +292,23 @@ def judged_images(
     steps = single if profile == "fast" else 3 * few * len(START_STEPS) + 2 * tiles
     if steps_only:
         return steps
-    tests = 2 * sum(counts[index] for index in _tested(pictures, settings))
+    tests, cheap = (
+        2 * sum(counts[index] for index in _tested(pictures, settings.model_copy(update={"method": method})))
+        for method in ("glad", "nearest")
+    )
     if methods:
-        return steps + single + 4 * tests + sum(counts)
+        return steps + single + 3 * tests + cheap + sum(counts)
     return steps + sum(counts) + (tests if len(settings.views) > 1 else 0)
 
 
 def _tested(pictures: Sequence[Frames], settings: Settings) -> list[int]:
-    """Indices of the pictures that methods and views are compared on: as many as have `TEST_TILES`, a few at least."""
+    """Indices of the pictures that a method and its views are tested on: as many as have so many tiles, a few at least.
+
+    Fewer would often prefer one view to another by chance.
+    """
     tiles = sum(len(framing.places(*picture.size)) for framing in settings.framings() for picture in pictures)
-    return _evenly(len(pictures), max(SELECTION_IMAGES, TEST_TILES * len(pictures) // tiles))
+    most = NEAREST_TILES if settings.method == "nearest" else TEST_TILES
+    return _evenly(len(pictures), max(SELECTION_IMAGES, most * len(pictures) // tiles))
 
 
 def _evenly(count: int, most: int) -> list[int]:
