@@ -71,13 +71,14 @@ def view(run_folder: str, port: int, console: Console, host: str = HOST) -> None
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "no name of a machine"
         raise GladError(
-            f"{host}, port {port}: {error.strerror}; choose another --port, or none for a free one, and a --host of "
+            f"{host}, port {port}: {reason}; choose another --port, or none for a free one, and a --host of "
             "this machine, such as 0.0.0.0 for all of them"
         ) from error
     with listener:
-        name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+        name = socket.gethostname() if host in ("", "0.0.0.0", "::") else f"[{host}]" if ":" in host else host
         address = f"http://{name}:{listener.getsockname()[1]}" + (f"/?token={token}" if token else "")
         console.print(f"{address} shows {run_folder}; Ctrl-C ends it", highlight=False, markup=False, soft_wrap=True)
         if token:
@@ -153,7 +154,8 @@ def _ask_for(token: str, app: FastAPI) -> None:
         name = f"glad-view-{request.scope['server'][1]}"  # cookies know no ports, and a machine may serve several runs
         if secrets.compare_digest(request.query_params.get("token", "").encode(), token.encode()):
             reply: Response = RedirectResponse(request.url.path)  # the token does not stay in the address
-            reply.set_cookie(name, token, httponly=True, samesite="strict")
+            # Not strict: a browser would leave it out after this redirect if the link was clicked in a mail or a chat.
+            reply.set_cookie(name, token, httponly=True, samesite="lax")
             return reply
         if secrets.compare_digest(request.cookies.get(name, "").encode(), token.encode()):
             return await answer(request)

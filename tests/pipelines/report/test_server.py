@@ -91,13 +91,14 @@ def test_colleagues_need_the_link_with_its_token(judged) -> None:
         page = client.get("/?token=secret")
         assert page.status_code == 200
         assert "token" not in str(page.url)
+        assert "SameSite=lax" in page.history[0].headers["set-cookie"], "strict would fail from a mail"
         assert client.get("/api/cards").status_code == 200
     with TestClient(app, base_url="http://factory:8080") as stranger:
         assert stranger.get("/").status_code == 403
 
 
 def test_an_address_of_another_machine_is_one_line(judged) -> None:
-    for host in ("192.0.2.1", "no.such.host.invalid"):
+    for host in ("192.0.2.1", "no.such.host.invalid", "x" * 70, "a b"):
         with pytest.raises(GladError, match="choose another --port"):
             view(judged.run.location, 0, Console(quiet=True), host)
 
