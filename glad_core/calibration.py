@@ -68,7 +68,8 @@ class Quality(NamedTuple):
 class Choice(NamedTuple):
     """What calibration chose: settings, the good pictures' scores [N], the indices of the views kept.
 
-    ``name`` is the method in words, ``qualities`` those of all methods that were compared.
+    ``name`` is the method in words, ``qualities`` those of all methods that were compared, ``compared`` the settings
+    that each was compared with, if there are several: no thresholds.
     """
 
     settings: Settings
@@ -76,6 +77,7 @@ class Choice(NamedTuple):
     views: list[int]
     name: str
     qualities: dict[str, Quality]
+    compared: dict[str, Settings]
 
 
 @dataclass(frozen=True)
@@ -163,15 +165,18 @@ class Calibrator:
             methods["a single step"] = single.choose_steps(tiles, *map(list, zip(*tile_labels, strict=True)))
             methods["nearest good patches"] = adaptive.model_copy(update={"method": "nearest"})
         remembering = replace(self, model=replace(self.model, memory=memory))
-        found = {name: ([*range(len(settings.views))], Quality(0.0, 0.0)) for name, settings in methods.items()}
+        found = {
+            name: ([*range(len(settings.views))], Quality(0.0, 0.0), settings) for name, settings in methods.items()
+        }
         if len(methods) > 1 or len(adaptive.views) > 1:
             found = {name: remembering._best_views(settings, pictures, labels) for name, settings in methods.items()}
         best = max(found, key=lambda name: found[name][1])
-        views, _ = found[best]
+        views, _, _ = found[best]
         scores_NV = remembering._score(methods[best], pictures, labels)[:, views]
         settings = _of_views(methods[best], views, scores_NV)
-        quality = {name: quality for name, (_, quality) in found.items()}
-        return Choice(settings, combined_scores(settings, scores_NV), views, best, quality)
+        qualities = {name: quality for name, (_, quality, _) in found.items()}
+        compared = {name: settings for name, (_, _, settings) in found.items()}
+        return Choice(settings, combined_scores(settings, scores_NV), views, best, qualities, compared)
 
     def calibrate(
         self,
@@ -202,8 +207,11 @@ class Calibrator:
 
     def _best_views(
         self, settings: Settings, pictures: Sequence[Frames], labels: Sequence[Label]
-    ) -> tuple[list[int], Quality]:
-        """The one view, or all, that separate best, on some of the good pictures; of equals the cheapest."""
+    ) -> tuple[list[int], Quality, Settings]:
+        """The one view, or all, that separate best, on some of the good pictures, of equals the cheapest.
+
+        And the settings with these views.
+        """
         picked = _tested(pictures, settings)
         labels = [labels[index] for index in picked]
         some_pictures = [pictures[index] for index in picked]
@@ -219,7 +227,8 @@ class Calibrator:
             for some in candidates
         ]
         best = qualities.index(max(qualities))
-        return candidates[best], qualities[best]
+        some = candidates[best]
+        return some, qualities[best], _of_views(settings, some, scores_NV[: len(good), some])
 
     def _score(self, settings: Settings, pictures: Sequence[Frames], labels: Sequence[Label]) -> np.ndarray:
         categories, names = zip(*labels, strict=True)

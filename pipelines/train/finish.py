@@ -74,6 +74,9 @@ def _finish(job: TrainJob, surveyed: Survey, checkpoint: Any, deliver: Deliver, 
     provenance = _provenance(job, surveyed, read_description(base))
     if choose:
         provenance["methods"] = {name: quality.auroc for name, quality in choice.qualities.items()}
+        provenance["method_settings"] = {
+            name: compared.model_dump(mode="json") for name, compared in choice.compared.items()
+        }
         found = ", ".join(f"{name} {quality.auroc:.3f}" for name, quality in choice.qualities.items())
         send_event(
             events, job.name, "calibrate", warning=f"judged by {choice.name} (AUROC of synthetic anomalies: {found})"
