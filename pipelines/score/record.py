@@ -116,7 +116,7 @@ def _errors_by_kind(run: Run) -> list[str]:
 
 
 def _worst(run: Run) -> list[str]:
-    columns = {name: pads.field(name) for name in ("uri", "score", "is_anomalous")} | {"margin": MARGIN}
+    columns = {name: pads.field(name) for name in ("uri", "score", "threshold", "is_anomalous")} | {"margin": MARGIN}
     table = run.results().to_table(columns=columns, filter=DECIDED)
     most = pc.select_k_unstable(table, WORST, sort_keys=[("margin", "descending")])
     words = {True: "anomalous", False: "good", None: "no threshold"}
@@ -124,6 +124,9 @@ def _worst(run: Run) -> list[str]:
         f"  {row['score']:.4g}  {words[row['is_anomalous']]}  {printable(row['uri'])}"
         for row in table.take(most).to_pylist()
     ]
+    if len(table) == 1:
+        limit = table["threshold"][0].as_py()
+        return [f"verdict:{rows[0]}" + ("" if limit is None else f"  (threshold {limit:.4g})")]
     return ["most anomalous, by score:", *rows] if rows else []
 
 

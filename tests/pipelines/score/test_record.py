@@ -1,9 +1,13 @@
 import io
 
+import pyarrow as pa
 import pytest
-from judged_run import make_judged_run
+from judged_run import finish_run, make_judged_run
 from rich.console import Console
 
+from cluster.storage import Storage
+from pipelines.runs.run import Run
+from pipelines.runs.schema import SCORED_SCHEMA
 from pipelines.score.record import print_end
 from pipelines.score.request import Counts
 
@@ -32,3 +36,14 @@ def test_a_run_ends_with_its_errors_its_worst_images_and_what_comes_next(judged)
 
 def test_a_huge_run_is_not_read_again(judged):
     assert ending(judged, scored=2_000_000) == [f"next: glad report '{judged.run.location}'"]
+
+
+def test_a_single_picture_ends_with_its_verdict(tmp_path):
+    row = {"image_id": "a", "uri": "/one.png", "category": "c", "score": 2.5, "threshold": 1.25, "is_anomalous": True}
+    run = Run(str(tmp_path / "run"), Storage())
+    record = {"counts": {"scored": 1, "errors": 0}}
+    manifest = pa.Table.from_pylist([{"image_id": "a", "uri": "/one.png"}])
+    finish_run(run, pa.Table.from_pylist([row | {"position": 0}], schema=SCORED_SCHEMA), manifest, record)
+    shown = io.StringIO()
+    print_end(run.location, Counts(1, 1, 1, 0, 0), Console(file=shown))
+    assert shown.getvalue().splitlines()[0] == "verdict:  2.5  anomalous  /one.png  (threshold 1.25)"
