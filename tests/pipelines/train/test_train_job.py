@@ -3,6 +3,7 @@
 import hashlib
 import io
 import queue
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +16,9 @@ from tiny_training import make_atp_loss, make_batches
 from typer.testing import CliRunner
 
 from cluster.storage import Storage
-from glad_core.bundle.glad_json import verify
+from glad_core.bundle.glad_json import read_description, update_settings, verify
 from glad_core.bundle.model import load_bundle
+from glad_core.bundle.settings import Settings
 from glad_core.training.loop import TrainState, fine_tune
 from glad_core.training.recipe import Recipe
 from glad_core.views import Framing
@@ -112,8 +114,11 @@ def test_tiles_are_trained_on_and_judged(tmp_path, tiny_bundle, ray_session):
     good.mkdir(parents=True)
     for number in range(6):
         Image.fromarray(rng.integers(90, 160, (64, 96, 3), dtype=np.uint8)).save(good / f"{number}.png")
-    out = tmp_path / "tiles"
-    invoke(*command(tmp_path / "set", tiny_bundle, out, 1, "--views", "tiles", "--scale", 0.5, "--overlap", 0))
+    base, out = tmp_path / "base", tmp_path / "tiles"
+    shutil.copytree(tiny_bundle, base)
+    # A bundle from a preset keeps its adaptive steps; the nearest good patches have no reconstruction.
+    update_settings(base, Settings.parse(read_description(base).settings, ""), {"preset": "mvtec-ad"})
+    invoke(*command(tmp_path / "set", base, out, 1, "--views", "tiles", "--scale", 0.5, "--overlap", 0))
     assert verify(out).settings["picture_size"] == [64, 96]
     (view,) = verify(out).settings["views"]
     assert (view["kind"], view["scale"], view["overlap"]) == ("tiles", 0.5, 0)
