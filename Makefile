@@ -8,10 +8,12 @@ BENCHMARKS = calibration chaos demo_figures export inference_memory metrics pipe
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
+# setuptools warns of every editable installation.
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -e '.[dev,export,small-model]'
+	@echo "a few GB are fetched and installed: minutes"
+	PYTHONWARNINGS=ignore::UserWarning $(BIN)/pip install -e '.[dev,export,small-model]'
 	touch $@
 
 demo: .venv/installed ## find the defects of drawn circuit boards: demo-output/report.html
