@@ -19,6 +19,7 @@ from pipelines.train.kept_frames import DATA_CPUS, TASK_MEMORY, Kept, places
 
 BATCH = 32  # images decoded in one call
 HELD_OUT_SHARE, HELD_OUT_MAX = 0.1, 40  # of a category's images
+RUNS = 4  # of held-out images, unless there are fewer
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,9 @@ class Survey:
 def survey(candidates: dict[str, list[GoodImage]], resolution: int, storage: Storage, most_bytes: int = 0) -> Survey:
     """Decode every image once, in Ray tasks, as one square each; ``most_bytes`` of the squares are kept.
 
-    Held out is a tenth of each category, at least one image and at most 40. The choice depends on the images' names, so
-    that an image mostly stays on its side when others are added.
+    Held out is a tenth of each category, at least one image and at most 40, in runs of consecutive names: photos taken
+    one after the other often show the same piece, and one of a remembered piece says little about new ones. The choice
+    of the runs depends on names, so that most stay on their side when images are added at the end.
 
     Raises:
         GladError: fewer than two readable images in a category.
@@ -83,8 +85,8 @@ def survey(candidates: dict[str, list[GoodImage]], resolution: int, storage: Sto
         if len(usable) < 2:
             reason = next((f"; {uri}: {why}" for uri, why in skipped), "")
             raise GladError(f"{category}: {len(usable)} readable good images; at least two are needed{reason}")
-        order = sorted(usable, key=lambda image: hashlib.sha256(image.uri.rpartition("/")[2].encode()).digest())
-        count = min(HELD_OUT_MAX, max(1, round(len(order) * HELD_OUT_SHARE)))
+        count = min(HELD_OUT_MAX, max(1, round(len(usable) * HELD_OUT_SHARE)))
+        order = _by_runs(usable, max(1, count // RUNS))
         held_out += order[:count]
         fit += sorted(order[count:], key=lambda image: image.uri)
     sizes = sorted({row["size"] for row in rows.values() if row["size"]})
@@ -92,6 +94,14 @@ def survey(candidates: dict[str, list[GoodImage]], resolution: int, storage: Sto
     peaks = [float(rows[image.uri]["peak"]) for image in [*fit, *held_out] if rows[image.uri]["peak"]]
     paged = [image.uri for image in [*fit, *held_out] if rows[image.uri]["pages"] != "1"]
     return Survey(fit, held_out, skipped, sizes, _fingerprint([*fit, *held_out]), shapes, peaks, paged, kept)
+
+
+def _by_runs(images: Sequence[GoodImage], length: int) -> list[GoodImage]:
+    """The images in runs of ``length`` consecutive names, ordered by hashes of the runs' first names."""
+    named = sorted(images, key=lambda image: image.uri)
+    runs = [named[start : start + length] for start in range(0, len(named), length)]
+    runs.sort(key=lambda run: hashlib.sha256(run[0].uri.rpartition("/")[2].encode()).digest())
+    return [image for run in runs for image in run]
 
 
 def _parts(row: dict[str, str]) -> list[str]:

@@ -58,6 +58,18 @@ def test_a_tenth_is_held_out(count: int, held_out: int) -> None:
 
 
 @pytest.mark.usefixtures("unreadable")
+def test_runs_of_consecutive_names_are_held_out() -> None:
+    surveyed = survey({"nut": images(400)}, 32, STORAGE)
+    numbers = sorted(int(name[:3]) for name in names(surveyed.held_out))
+    starts = [number for number in numbers if number - 1 not in numbers]
+    assert len(numbers) == 40
+    assert len(starts) <= 4  # two of the four runs may touch
+    assert all(start % 10 == 0 for start in starts)
+    grown = survey({"nut": images(440)}, 32, STORAGE)
+    assert len(names(grown.held_out) & names(surveyed.held_out)) >= 30
+
+
+@pytest.mark.usefixtures("unreadable")
 def test_names_decide_what_is_held_out() -> None:
     few, moved, more = (
         survey({"nut": images(*arguments)}, 32, STORAGE) for arguments in ((30,), (30, "s3://b/c"), (36,))
