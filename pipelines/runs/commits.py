@@ -210,9 +210,7 @@ def _commit(run: Run, plan: Plan, name: str, parts: Sequence[Written]) -> tuple[
     """Commit a shard and publish it; returns the commit in force and whether it is ours."""
     written = _sum(parts)
     file = run.path(COMMITS, name)
-    ours = run.storage.create(
-        file, json.dumps(asdict(written) | {"run": plan.run, "at": round(time.time(), 3)}).encode()
-    )
+    ours = run.storage.create(file, json.dumps(asdict(written) | {"run": plan.run, "at": int(time.time())}).encode())
     if not ours:
         theirs = _parsed(run.storage.read_all([file])[0], plan, written.shard)
         if theirs is None:

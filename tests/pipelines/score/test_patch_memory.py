@@ -93,7 +93,9 @@ def test_views_have_memories_and_standards_of_their_own(tiny_bundle, photos, tmp
     build_memory(str(photos), str(bundle), model_id, STORAGE, out, "cpu", seed=0)
     memory = read_memory(out, STORAGE)
     assert [kept.patches.shape[1] for kept in memory.patches] == [4 * 32] * 2
-    assert len(memory.patches[1]) > len(memory.patches[0])  # photos of 40 x 36 and more are several tiles of 32 x 32
+    assert len(memory.patches[1].patches) > len(
+        memory.patches[0].patches
+    )  # photos of 40 x 36 and more are several tiles of 32 x 32
     standardised = memory.settings(settings)
     assert [(view.good_mean, view.good_spread) for view in standardised.views] == memory.good
     assert all(spread > 0 for _, spread in memory.good)
