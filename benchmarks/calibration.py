@@ -24,11 +24,12 @@ from throughput import boards
 
 from cluster.storage import Storage
 from glad_core.bundle.model import Model, load_bundle
-from glad_core.calibration import SELECTION_IMAGES, START_STEPS, Calibrator, confident_threshold, conformal_quantile
+from glad_core.calibration import SELECTION_IMAGES, START_STEPS, Calibrator
 from glad_core.decoding.picture import decode
 from glad_core.engine.base import run
 from glad_core.engine.engine import Engine
 from glad_core.image_metrics import image_metrics
+from glad_core.threshold import confident_threshold, conformal_quantile
 from glad_core.verdict import Request
 from pipelines.archive.layouts import read_dataset
 from pipelines.models.find import SMALL_BUNDLE

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -26,19 +26,13 @@ from torch import Tensor
 
 from glad_core.bundle.configs import BackboneConfig, DiffusersConfig, SchedulerConfig, UNetConfig, VAEConfig
 from glad_core.bundle.glad_json import GLAD_JSON, MEMORY, read_description, verify, write_description
+from glad_core.bundle.memory import PatchMemory, memory_tensors, read_memory
 from glad_core.bundle.settings import Settings
 from glad_core.bundle.weights import load_network, not_finite, read_shapes, read_tensors, storable
 from glad_core.errors import GladError
 from glad_core.features import Backbone, timm_network
 
 AUTOCAST = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # by the names users give
-
-
-class PatchMemory(NamedTuple):
-    """Whitened good patches [M, D] of a view, and what whitens others: a matrix and an offset, [D + 1, D]."""
-
-    patches: Tensor
-    whitening: Tensor
 
 
 @dataclass(frozen=True)
@@ -247,7 +241,7 @@ def load_bundle(
         device=torch.device(device),
         dtype=dtype,
         autocast=autocast,
-        memory=_read_memory(path / MEMORY, settings, device),
+        memory=read_memory(path / MEMORY, len(settings.views), device) if settings.method == "nearest" else [],
     )
     _check_fit(model, str(path))
     if read_description(path) != description:
@@ -371,41 +365,6 @@ def _read_alphas(file: Path) -> Tensor:
     if not bool(((alphas > 0) & (alphas <= 1)).all()):
         raise GladError(f"{file}: its schedule leaves nothing of an image or is not finite; copy the bundle again")
     return alphas
-
-
-def memory_tensors(memory: Sequence[PatchMemory]) -> dict[str, Tensor]:
-    """The memory of every view as it is stored; the patches in float16."""
-    stored = {f"patches.{view}": kept.patches.half().cpu() for view, kept in enumerate(memory)}
-    return stored | {f"whitening.{view}": kept.whitening.cpu() for view, kept in enumerate(memory)}
-
-
-def memory_of(tensors: dict[str, Tensor], views: int) -> list[PatchMemory] | None:
-    """What `memory_tensors` stored for as many views; None if these tensors are something else."""
-    memory = []
-    for view in range(views):
-        patches, whitening = tensors.get(f"patches.{view}"), tensors.get(f"whitening.{view}")
-        if patches is None or whitening is None or patches.ndim != 2:
-            return None
-        width = patches.shape[1]
-        if whitening.shape != (width + 1, width):
-            return None
-        memory.append(PatchMemory(patches.float(), whitening.float()))
-    return memory
-
-
-def _read_memory(file: Path, settings: Settings, device: str | torch.device) -> list[PatchMemory]:
-    """The good patches of every view; none if the method needs none.
-
-    Raises:
-        GladError: there are none of a view, or they are no patches.
-    """
-    if settings.method != "nearest":
-        return []
-    views = len(settings.views)
-    memory = memory_of(read_tensors(file, read_shapes(file), device), views)
-    if memory is None:
-        raise GladError(f"{file}: not the good patches of {views} views; train the bundle again")
-    return memory
 
 
 def _read_prompts(file: Path, category: str, device: str | torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

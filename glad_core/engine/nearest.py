@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glad_core import scoring
-from glad_core.bundle.model import Model, PatchMemory
+from glad_core.bundle.memory import PatchMemory
+from glad_core.bundle.model import Model
 from glad_core.engine.base import Queue, Verdict
 from glad_core.images import to_tensor
 from glad_core.verdict import Detection, Request, finite

@@ -14,15 +14,16 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from cluster.storage import Storage
-from glad_core.bundle.model import Model, PatchMemory, load_bundle, memory_of, memory_tensors
+from glad_core.bundle.memory import PatchMemory, memory_of, memory_tensors
+from glad_core.bundle.model import Model, load_bundle
 from glad_core.bundle.settings import Settings
 from glad_core.bundle.weights import not_finite
-from glad_core.calibration import conformal_quantile, images_needed
 from glad_core.decoding.picture import ImageError, decode
 from glad_core.engine import nearest
 from glad_core.errors import GladError
 from glad_core.images import to_tensor
 from glad_core.stitch import combined_score, standards, tile_requests, view_scores
+from glad_core.threshold import conformal_quantile, images_needed
 from glad_core.verdict import NotFinite, finite
 from glad_core.views import Framing
 from pipelines.archive.fetch import AT_HAND, fetch, neighbours
@@ -120,10 +121,10 @@ def read_memory(location: str, storage: Storage) -> Memory:
     try:
         tensors = load(storage.read(location))
         good = [(float(mean), float(spread)) for mean, spread in tensors["good"]]
-        patches = memory_of(tensors, len(good)) or []
+        patches = memory_of({name: kept for name, kept in tensors.items() if "." in name}, len(good))
         damaged = not patches or not_finite(tensors.items()) is not None
         threshold = float(tensors["threshold"]) if "threshold" in tensors else None
-    except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError):
+    except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError, GladError):
         damaged = True
     if damaged:
         raise GladError(f"{location}: damaged; give --overwrite to begin anew")

@@ -24,11 +24,12 @@ from cluster.storage import Storage, StorageError, absolute, join
 from glad_core.bundle.glad_json import Description, with_settings
 from glad_core.bundle.model import load_bundle
 from glad_core.bundle.settings import Profile, Settings
-from glad_core.calibration import Calibrator, confident_threshold, conformal_quantile, images_needed
+from glad_core.calibration import Calibrator
 from glad_core.decoding.picture import ImageError, decode
 from glad_core.engine.process import set_up
 from glad_core.errors import GladError
 from glad_core.foreground import ForegroundMode
+from glad_core.threshold import confident_threshold, conformal_quantile, images_needed
 from glad_core.views import Frames
 from pipelines.archive.fetch import fetch, neighbours
 from pipelines.archive.sources import list_source

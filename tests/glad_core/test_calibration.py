@@ -16,32 +16,6 @@ from glad_core.verdict import NotFinite, Request
 from glad_core.views import Frames
 
 
-def test_conformal_quantile_keeps_its_promise() -> None:
-    """Over many draws, a new score exceeds the quantile of n others with probability at most α."""
-    rng = np.random.default_rng(0)
-    exceeded = [rng.normal() > calibration.conformal_quantile(rng.normal(size=39).tolist(), 0.1) for _ in range(4000)]
-    assert 0.08 < np.mean(exceeded) < 0.115
-    assert calibration.conformal_quantile([3.0, 1.0, 2.0], 0.05) == 3.0  # too few for 5 %: the largest
-
-
-def test_how_many_images_a_target_needs() -> None:
-    assert [calibration.images_needed(target) for target in (0.5, 0.1, 0.05, 0.01)] == [1, 9, 19, 99]
-    assert [calibration.images_needed(target, 0.95) for target in (0.5, 0.05, 0.01)] == [5, 59, 299]
-
-
-@pytest.mark.parametrize("count", [59, 92, 93, 400])
-def test_a_confident_threshold_is_seldom_too_low(count: int) -> None:
-    rng = np.random.default_rng(0)
-    drawn = rng.uniform(size=(4000, count))
-    thresholds = np.array([calibration.confident_threshold(scores, 0.05, 0.95) for scores in drawn])
-    assert (1 - thresholds > 0.05).mean() < 0.06  # of uniform scores a share of 1 - x exceeds x
-    # The next smaller score would not do.
-    lower = np.array([scores[scores < threshold].max() for scores, threshold in zip(drawn, thresholds, strict=True)])
-    assert (1 - lower > 0.05).mean() > 0.045
-    with pytest.raises(ValueError, match="too few"):
-        calibration.confident_threshold(drawn[0][:58], 0.05, 0.95)
-
-
 def test_calibration_sets_the_steps_and_the_threshold_from_good_images(tiny_bundle, monkeypatch) -> None:
     monkeypatch.setattr(calibration, "START_STEPS", (120, 240))
     model = load_bundle(tiny_bundle)

@@ -6,8 +6,8 @@ from typer.testing import CliRunner
 
 from cluster.storage import Storage, StorageError
 from glad_core.bundle.glad_json import read_description, verify
-from glad_core.calibration import conformal_quantile
 from glad_core.errors import GladError
+from glad_core.threshold import conformal_quantile
 from pipelines.cli.main import app
 from pipelines.train import calibrate
 
