@@ -77,9 +77,10 @@ def main(
     bundle = folder / "bundle"
     if not bundle.exists():
         glad("train", data.parent, "--category", category, "--seed", seed, "--out", bundle)
-    compared: Any = read_description(bundle).provenance["methods"]  # type: ignore[typeddict-item]
-    chosen = max(compared, key=compared.get)
-    figures: dict[str, Any] = {"category": category, "seed": seed, "chosen": WAYS[chosen], "calibration": compared}
+    facts: Any = read_description(bundle).provenance
+    chosen = facts["method"]
+    figures: dict[str, Any] = {"category": category, "seed": seed, "chosen": WAYS[chosen]}
+    figures["calibration"] = facts["methods"]
     measured = {way: measure(way, bundle, data, folder) for way in WAYS if not only or WAYS[way] in only}
     figures |= {WAYS[way]: metrics for way, metrics in measured.items()}
     if chosen in measured:

@@ -73,6 +73,7 @@ def _finish(job: TrainJob, surveyed: Survey, checkpoint: Any, deliver: Deliver, 
     model = replace(model, memory=kept)
     provenance = _provenance(job, surveyed, read_description(base))
     if choose:
+        provenance["method"] = choice.name
         provenance["methods"] = {name: quality.auroc for name, quality in choice.qualities.items()}
         provenance["method_settings"] = {
             name: compared.model_dump(mode="json") for name, compared in choice.compared.items()
