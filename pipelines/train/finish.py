@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from glad_core.bundle.glad_json import Description, read_description
 from glad_core.bundle.model import Model, final_folder, is_half, load_backbone, load_bundle, save_derived
-from glad_core.calibration import Calibrator, judged_images
+from glad_core.calibration import Calibrator, Choice, judged_images
 from glad_core.errors import GladError
 from pipelines.models.find import local_bundle
 from pipelines.score.patch_memory import MAX_BYTES, MAX_IMAGES, Good, remember
@@ -73,11 +73,7 @@ def _finish(job: TrainJob, surveyed: Survey, checkpoint: Any, deliver: Deliver, 
     model = replace(model, memory=kept)
     provenance = _provenance(job, surveyed, read_description(base))
     if choose:
-        provenance["method"] = choice.name
-        provenance["methods"] = {name: quality.auroc for name, quality in choice.qualities.items()}
-        provenance["method_settings"] = {
-            name: compared.model_dump(mode="json") for name, compared in choice.compared.items()
-        }
+        provenance |= _methods(choice)
         found = ", ".join(f"{name} {quality.auroc:.3f}" for name, quality in choice.qualities.items())
         send_event(
             events, job.name, "calibrate", warning=f"judged by {choice.name} (AUROC of synthetic anomalies: {found})"
@@ -115,6 +111,15 @@ def _provenance(job: TrainJob, surveyed: Survey, base: Description) -> dict[str,
         # The next training starts from the UNet's recipe, whichever part was trained last.
         "recipe": base.provenance.get("recipe", {}),
         ("recipe" if job.part == "unet" else f"{job.part}_recipe"): job.recipe.model_dump(),
+    }
+
+
+def _methods(choice: Choice) -> dict[str, Any]:
+    """The method chosen, and how well each one separated with which settings."""
+    return {
+        "method": choice.name,
+        "methods": {name: quality.auroc for name, quality in choice.qualities.items()},
+        "method_settings": {name: settings.model_dump(mode="json") for name, settings in choice.compared.items()},
     }
 
 
