@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from glad_core.bundle.good_scores import kept
 from glad_core.bundle.memory import PatchMemory
 from glad_core.bundle.model import Model
 from glad_core.bundle.settings import Method, Profile, Settings
@@ -69,6 +70,7 @@ class Quality(NamedTuple):
 class Choice(NamedTuple):
     """What calibration chose: settings, the good pictures' scores [N], the indices of the views kept.
 
+    ``good_scores`` are those scores as a bundle keeps them beside its thresholds; empty without a threshold.
     ``name`` is the method in words, ``qualities`` those of all methods that were compared, ``compared`` the settings
     that each was compared with, if there are several: no thresholds.
     """
@@ -79,6 +81,7 @@ class Choice(NamedTuple):
     name: str
     qualities: dict[str, Quality]
     compared: dict[str, Settings]
+    good_scores: dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,7 @@ class Calibrator:
         settings = _of_views(methods[best], views, scores_NV)
         qualities = {name: quality for name, (_, quality, _) in found.items()}
         compared = {name: settings for name, (_, _, settings) in found.items()}
-        return Choice(settings, combined_scores(settings, scores_NV), views, best, qualities, compared)
+        return Choice(settings, combined_scores(settings, scores_NV), views, best, qualities, compared, {})
 
     def calibrate(
         self,
@@ -199,12 +202,14 @@ class Calibrator:
         choice = self.choose(good, categories, names, memory)
         kinds = np.array([label.category for label in self._labels(good, categories, names)])
         thresholds: dict[str, Any] = {"threshold": conformal_quantile(choice.scores, target_fpr)}
+        scores = {"": choice.scores}
         if self.model.prompts:
-            thresholds["thresholds"] = {
-                kind: conformal_quantile(choice.scores[kinds == kind], target_fpr)
-                for kind in sorted(set(kinds.tolist()))
-            }
-        return choice._replace(settings=choice.settings.model_copy(update=thresholds))
+            scores = {kind: choice.scores[kinds == kind] for kind in sorted(set(kinds.tolist()))}
+            thresholds["thresholds"] = {kind: conformal_quantile(own, target_fpr) for kind, own in scores.items()}
+        return choice._replace(
+            settings=choice.settings.model_copy(update=thresholds),
+            good_scores={kind: kept(own.tolist()) for kind, own in scores.items()},
+        )
 
     def _best_views(
         self, settings: Settings, pictures: Sequence[Frames], labels: Sequence[Label]

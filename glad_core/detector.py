@@ -40,6 +40,8 @@ class Verdict:
         score: the larger, the more anomalous; in the unit of the bundle's threshold.
         threshold: of the bundle, for the category; None if it was never calibrated.
         is_anomalous: whether the score exceeds it; None without one.
+        p_value: conformal: a good picture has one of at most α with probability at most α
+            (`glad_core.bundle.good_scores`); None if the bundle does not have the good scores behind its threshold.
         map: how anomalous each pixel is, float32 [H, W].
         image: the picture as it was judged, upright, uint8 [H, W, 3].
         reconstruction: the picture without its defects, uint8 [h, w, 3] as the model made it; None of a bundle that
@@ -53,6 +55,7 @@ class Verdict:
     score: float
     threshold: float | None
     is_anomalous: bool | None
+    p_value: float | None
     map: np.ndarray
     image: np.ndarray
     reconstruction: np.ndarray | None
@@ -193,6 +196,7 @@ class Detector:
             threshold=threshold,
             # As results are stored and compared, in single precision.
             is_anomalous=None if threshold is None else bool(np.float32(detection.score) > np.float32(threshold)),
+            p_value=self.model.p_value(detection.score, category),
             map=resize_map(anomaly_map[None].cpu(), size)[0].numpy(),
             image=picture.image,
             reconstruction=detection.reconstruction if settings.method == "glad" else None,

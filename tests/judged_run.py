@@ -79,7 +79,7 @@ def judged_image(rng: np.random.Generator, category: Path, kind: str, index: int
     name = HOSTILE if (category.name, kind, index) == ("cable", "cut", 3) else f"{index:03d}.png"
     image = draw_image(rng, category / "test" / kind / name)
     anomaly_map = rng.random((SIDE, SIDE)) * 0.3 * threshold
-    score = threshold * rng.uniform(0.2, 0.95)
+    score, p_value = threshold * rng.uniform(0.2, 0.95), 0.5 if category.name == "bottle" else None
     if kind == "cut":
         mask = np.zeros((SIDE, SIDE), np.uint8)
         mask[8:20, 10:24] = 255
@@ -96,6 +96,7 @@ def judged_image(rng: np.random.Generator, category: Path, kind: str, index: int
         "score": score,
         "threshold": threshold,
         "is_anomalous": score > threshold,
+        "p_value": p_value,
         "stop_step": step,
         "stop_reason": "min_step" if step == STEPS[-1] else "difference",
         "steps": [{"timestep": t, "score": 0.001 * (500 - t)} for t in STEPS if t >= step],

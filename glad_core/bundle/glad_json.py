@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
+from glad_core.bundle.good_scores import KeptScores
 from glad_core.bundle.settings import Settings
 from glad_core.errors import GladError, one_line
 
@@ -50,7 +51,10 @@ class FileEntry(BaseModel):
 
 
 class Provenance(TypedDict, total=False):
-    """Where a bundle comes from: free-form, apart from what later commands read."""
+    """Where a bundle comes from: free-form, apart from what later commands read.
+
+    ``good_scores`` are those of the good pictures behind the threshold, by category if each has its own, else under "".
+    """
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
@@ -60,12 +64,14 @@ class Provenance(TypedDict, total=False):
     calibration_images: Count
     good_images: Count
     held_out_images: Count
+    good_scores: dict[str, KeptScores]
 
 
 class Description(BaseModel):
     """The content of ``glad.json``.
 
-    ``model_id`` is a hash of the settings, the category and all file hashes: bundles with the same verdicts share it.
+    ``model_id`` is a hash of the settings, the category, the good pictures' scores and all file hashes: bundles with
+    the same verdicts share it.
     ``settings`` are the values of `Settings`, ``provenance`` is free-form, ``versions`` those of the packages that
     wrote the bundle, ``files`` every other file by its path in the bundle.
     """
@@ -204,7 +210,9 @@ def verify(path: str | Path) -> Description:
             ) from error
         if digest != entry.sha256:
             raise GladError(f"{path}: damaged bundle, {name} does not match its sha256; copy the bundle again")
-    if _model_id(description.settings, description.category, description.files) != description.model_id:
+    if _model_id(description.settings, description.category, description.provenance, description.files) != (
+        description.model_id
+    ):
         raise GladError(
             f"{path}: {GLAD_JSON} was changed by hand, its model id no longer fits; use `glad` to change it"
         )
@@ -219,8 +227,13 @@ def update_settings(path: str | Path, settings: Settings, provenance: dict[str, 
 
 
 def with_settings(description: Description, settings: Settings, provenance: dict[str, Any]) -> Description:
-    """The description of the same weights with new settings, and more provenance."""
+    """The description of the same weights with new settings, and more provenance.
+
+    Good pictures' scores are only kept if ``provenance`` gives them: with other settings they would be others.
+    """
     merged = {**description.provenance, **provenance}
+    if "good_scores" not in provenance:
+        merged.pop("good_scores", None)
     return _describe(settings.model_dump(mode="json"), description.category, merged, description.files)
 
 
@@ -238,7 +251,7 @@ def _describe(
 ) -> Description:
     return Description(
         schema_version=SCHEMA_VERSION,
-        model_id=_model_id(settings, category, files),
+        model_id=_model_id(settings, category, provenance, files),
         category=category,
         settings=settings,
         provenance=Provenance(**provenance),  # type: ignore[typeddict-item]
@@ -258,12 +271,16 @@ def _write(path: Path, description: Description) -> None:
     partial.rename(path / GLAD_JSON)  # atomic: a reader sees the old or the new one
 
 
-def _model_id(settings: dict[str, Any], category: str, files: dict[str, FileEntry]) -> str:
-    content = {
+def _model_id(
+    settings: dict[str, Any], category: str, provenance: Mapping[str, Any], files: dict[str, FileEntry]
+) -> str:
+    content: dict[str, Any] = {
         "settings": settings,
         "category": category,
         "files": {name: entry.sha256 for name, entry in sorted(files.items())},
     }
+    if "good_scores" in provenance:  # older bundles have none
+        content["good_scores"] = provenance["good_scores"]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from glad_core.bundle.configs import BackboneConfig, DiffusersConfig, SchedulerConfig, UNetConfig, VAEConfig
 from glad_core.bundle.glad_json import GLAD_JSON, MEMORY, read_description, verify, write_description
+from glad_core.bundle.good_scores import p_value
 from glad_core.bundle.memory import PatchMemory, memory_tensors, read_memory
 from glad_core.bundle.settings import Settings
 from glad_core.bundle.weights import load_network, not_finite, read_shapes, read_tensors, storable
@@ -43,7 +44,8 @@ class Model:
     schedule, the comparisons and the scores stay in ``dtype``.
 
     A bundle for several categories has one prompt for each in ``prompts``; for a single category ``prompts`` is empty.
-    ``memory`` are the good patches of every view, if the method is ``nearest``.
+    ``memory`` are the good patches of every view, if the method is ``nearest``. ``good_scores`` are those of the good
+    pictures behind the thresholds, by category as the bundle has thresholds.
     """
 
     unet: UNet2DConditionModel
@@ -61,6 +63,12 @@ class Model:
     prompts: dict[str, Tensor] = field(default_factory=dict)
     autocast: torch.dtype | None = None
     memory: Sequence[PatchMemory] = ()
+    good_scores: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    def p_value(self, score: float, category: str | None) -> float | None:
+        """The conformal `p_value` of a score; None if the bundle does not have the good scores of the threshold."""
+        own = category if category in self.settings.thresholds else ""
+        return p_value(score, self.good_scores.get(own or "", ()))
 
     def precision(self) -> torch.autocast:
         """The context that network calls run in."""
@@ -218,6 +226,7 @@ def load_bundle(
             f"{path}: now holds model {description.model_id}, but this job began with {model_id}: "
             "put that one back and give the same command again, or begin anew with another output"
         )
+    good_scores = {} if settings else description.provenance.get("good_scores", {})  # of the bundle's own settings
     settings = settings or Settings.parse(description.settings, str(path / GLAD_JSON))
     alphas = _read_alphas(path / "scheduler/scheduler_config.json")
     unet = _load_part(UNetConfig, path / "unet", device, dtype)
@@ -242,6 +251,7 @@ def load_bundle(
         dtype=dtype,
         autocast=autocast,
         memory=read_memory(path / MEMORY, len(settings.views), device) if settings.method == "nearest" else [],
+        good_scores=good_scores,
     )
     _check_fit(model, str(path))
     if read_description(path) != description:

@@ -22,6 +22,7 @@ COLUMNS = (
     "score",
     "threshold",
     "score / threshold",
+    "p-value",
     "feedback",
     "note",
     "doubt",
@@ -41,6 +42,7 @@ READ = {
     "decided": DECIDED,
     "score / threshold": pc.if_else(pc.is_valid(pads.field("threshold")), MARGIN, pa.scalar(None, pa.float32())),
     "margin": MARGIN,
+    "p-value": pads.field("p_value"),
     "stopped at step": pads.field("stop_step"),
     "model": pads.field("model_id"),
 }

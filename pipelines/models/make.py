@@ -171,7 +171,10 @@ def inspect(path: Path, console: Console) -> Description:
         config = BackboneConfig.read(path / folder / "config.json")
         table.add_row(folder, escape(config.architecture))
         table.add_row(f"{folder}: licence of the weights", escape(config.licence))
-    for name, value in {**description.provenance, **description.versions}.items():
+    provenance: dict[str, Any] = {**description.provenance}
+    if scores := provenance.pop("good_scores", {}):
+        provenance["good_scores"] = f"{sum(map(len, scores.values()))}, for p-values"
+    for name, value in {**provenance, **description.versions}.items():
         table.add_row(escape(name), escape(str(value)))
     console.print(table)
     return description

@@ -81,6 +81,7 @@ def make_card(
         "decided": decided,
         "anomalous": row["is_anomalous"] if decided else None,
         "margin": _rounded(row["score"] / threshold if threshold else row["score"]),
+        "p": _rounded(row.get("p_value")),
         "step": row["stop_step"],
         "reason": row["stop_reason"] or "none",
         "steps": [[step["timestep"], _rounded(step["score"])] for step in row["steps"] or ()],

@@ -44,6 +44,7 @@ RESULTS_SCHEMA = pa.schema(
         ("seconds", pa.float32()),
         ("tiles", pa.list_(TILE)),
         ("doubt", pa.string()),
+        ("p_value", pa.float32()),  # null in results of before schema version 3
     ]
 )
 ERRORS_SCHEMA = pa.schema(

@@ -242,6 +242,7 @@ class GladActor:
             "seconds": detection.seconds,
             "tiles": [asdict(tile) for tile in detection.tiles],
             "doubt": doubt_about(model.settings, row),
+            "p_value": (self.memory or model).p_value(detection.score, row["category"]),
             "position": row["position"],
             "further": row["further"],
             "shard_pages": row["shard_pages"],

@@ -14,6 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from cluster.storage import Storage
+from glad_core.bundle.good_scores import kept, p_value
 from glad_core.bundle.memory import PatchMemory, memory_of, memory_tensors
 from glad_core.bundle.model import Model, load_bundle
 from glad_core.bundle.settings import Settings
@@ -51,13 +52,18 @@ class Good:
 class Memory:
     """Remembered patches of every view, the scores of good images there, and a threshold.
 
-    ``good`` holds mean and spread of every view, by which several are standardised (`stitch`). 5 % of good images
-    exceed the threshold; it is None if there were too few images.
+    ``good`` holds mean and spread of every view, by which several are standardised (`stitch`), ``scores`` what came of
+    the held-out images, ascending. 5 % of good images exceed the threshold; it is None if there were too few images.
     """
 
     patches: list[PatchMemory]
     good: list[tuple[float, float]]
     threshold: float | None
+    scores: list[float]
+
+    def p_value(self, score: float, category: str | None) -> float | None:
+        """The conformal p-value of a score, whatever the category: the memory is that of all."""
+        return p_value(score, self.scores)
 
     def settings(self, settings: Settings) -> Settings:
         """Settings whose views are standardised by this memory's good images."""
@@ -91,10 +97,11 @@ def build_memory(good: str, bundle: str, model_id: str, storage: Storage, out: s
     fit = [images[index] for index in order[held_out:]]
     patches = remember(model, fit, seed)
     scores = [_scores(model, patches, images[index]) for index in order[:held_out]]
-    memory = Memory(patches, standards(np.array(scores)), None)
+    memory = Memory(patches, standards(np.array(scores)), None, [])
     settings = memory.settings(s)
     combined = [combined_score(settings, row) for row in scores]
     tensors = memory_tensors(patches)
+    tensors["scores"] = torch.tensor(kept(combined))
     tensors["good"] = torch.tensor(memory.good, dtype=torch.float64)
     if len(combined) >= images_needed(TARGET_FPR):
         tensors["threshold"] = torch.tensor([conformal_quantile(combined, TARGET_FPR)], dtype=torch.float64)
@@ -124,11 +131,12 @@ def read_memory(location: str, storage: Storage) -> Memory:
         patches = memory_of({name: kept for name, kept in tensors.items() if "." in name}, len(good))
         damaged = not patches or not_finite(tensors.items()) is not None
         threshold = float(tensors["threshold"]) if "threshold" in tensors else None
+        scores = sorted(map(float, tensors.get("scores", ())))  # none in runs of before schema version 3
     except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError, GladError):
         damaged = True
     if damaged:
         raise GladError(f"{location}: damaged; give --overwrite to begin anew")
-    return Memory(patches, good, threshold)
+    return Memory(patches, good, threshold, scores)
 
 
 def _features(model: Model, images: Sequence[Good], view: int, seed: int) -> Tensor:

@@ -60,7 +60,7 @@ def run_record(
     """run.json: what was scored, with which settings, and what came of it."""
     steps = request.method == "glad"  # the nearest-neighbour method has none
     return {
-        "schema_version": 2,
+        "schema_version": 3,
         "source": identity["source"],
         "out": run.location,
         "model": request.model,

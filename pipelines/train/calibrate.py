@@ -22,6 +22,7 @@ from scipy.stats import binom
 from cluster import session
 from cluster.storage import Storage, StorageError, absolute, join
 from glad_core.bundle.glad_json import Description, with_settings
+from glad_core.bundle.good_scores import kept
 from glad_core.bundle.model import load_bundle
 from glad_core.bundle.settings import Profile, Settings
 from glad_core.calibration import Calibrator
@@ -98,6 +99,7 @@ def calibrate(request: CalibrateRequest, console: Console) -> str:
             _check_good(scores.good, settings.threshold, description.provenance.get("target_fpr", request.target_fpr))
     threshold = _threshold(scores.good, request.target_fpr, request.confidence)
     provenance: dict[str, Any] = {"target_fpr": request.target_fpr, "calibration_images": len(scores.good)}
+    provenance["good_scores"] = {"": kept(scores.good)}
     if request.confidence is not None:
         provenance["confidence"] = request.confidence
     calibrated = with_settings(description, settings.model_copy(update={"threshold": threshold}), provenance)

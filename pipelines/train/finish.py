@@ -71,7 +71,7 @@ def _finish(job: TrainJob, surveyed: Survey, checkpoint: Any, deliver: Deliver, 
     settings = choice.settings.model_copy(update={"picture_size": usual_size(surveyed.shapes)})
     kept = [memory[view] for view in choice.views] if settings.method == "nearest" else []
     model = replace(model, memory=kept)
-    provenance = _provenance(job, surveyed, read_description(base))
+    provenance = _provenance(job, surveyed, read_description(base)) | {"good_scores": choice.good_scores}
     if choose:
         provenance |= _methods(choice)
         found = ", ".join(f"{name} {quality.auroc:.3f}" for name, quality in choice.qualities.items())

@@ -22,7 +22,9 @@ def test_calibration_sets_the_steps_and_the_threshold_from_good_images(tiny_bund
     rng = np.random.default_rng(0)
     good = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(5)]
     judged: list[int] = []
-    settings = calibration.Calibrator(model, on_image=judged.append).calibrate(good).settings
+    choice = calibration.Calibrator(model, on_image=judged.append).calibrate(good)
+    settings = choice.settings
+    assert choice.good_scores == {"": sorted(choice.scores.astype(np.float32).tolist())}
     assert sum(judged) == calibration.judged_images(good, settings)
     assert settings.start_step in (120, 240)
     assert settings.inference_steps == settings.start_step // 30

@@ -26,6 +26,7 @@ from pipelines.models.find import find_models
 from pipelines.score.actor import ActorSettings, GladActor
 
 WHITE = 4095
+GOOD_SCORES = np.linspace(0, 8, 41).astype(np.float32).tolist()
 VIEWS = {
     "squash": [{"kind": "squash"}],
     "fit": [{"kind": "fit"}],
@@ -38,7 +39,7 @@ def bundle(request, tiny_bundle, tmp_path_factory):
     folder = tmp_path_factory.mktemp("detector") / request.param
     shutil.copytree(tiny_bundle, folder)
     changed = load_bundle(folder).settings.model_dump() | {"views": VIEWS[request.param], "white_level": float(WHITE)}
-    update_settings(folder, Settings.parse(changed, ""), {})
+    update_settings(folder, Settings.parse(changed, ""), {"good_scores": {"": GOOD_SCORES}})
     return folder
 
 
@@ -85,6 +86,8 @@ def test_it_gives_the_numbers_of_a_run(bundle, detector, files):
         assert np.float32(verdict.threshold) == row["threshold"]
         assert (verdict.stop_step, verdict.stop_reason) == (row["stop_step"], row["stop_reason"])
         assert verdict.is_anomalous == row["is_anomalous"]
+        assert verdict.p_value == pytest.approx(row["p_value"])
+        assert 1 / 42 <= verdict.p_value == (1 + sum(good >= row["score"] for good in GOOD_SCORES)) / 42
         assert verdict.image.shape == (row["height"], row["width"], 3) == (*verdict.map.shape, 3)
         further = "the first of 2 pages; the others were not judged"
         expected = [further] * verdict.name.endswith("pages.tif") + [row["doubt"]] * bool(row["doubt"])

@@ -177,7 +177,7 @@ function showReviewed() {
 // The same columns as `glad view` and `glad export --csv` write, as far as the page has them. A text never begins like a formula.
 function table(cards) {
   const columns = { image: (card) => lastParts(card.uri), category: (card) => card.category, verdict: (card) => !card.decided ? "undecided" : card.anomalous === null ? "no threshold" : card.anomalous ? "anomalous" : "good",
-    score: (card) => card.score, threshold: (card) => card.threshold, "score / threshold": (card) => card.threshold ? card.margin : null, "ground truth": (card) => card.truth, doubt: (card) => card.doubt,
+    score: (card) => card.score, threshold: (card) => card.threshold, "score / threshold": (card) => card.threshold ? card.margin : null, "p-value": (card) => card.p, "ground truth": (card) => card.truth, doubt: (card) => card.doubt,
     "stopped at step": (card) => card.step, width: (card) => card.width, height: (card) => card.height, seconds: (card) => card.seconds, uri: (card) => card.uri, model: (card) => card.model, image_id: (card) => card.id };
   const cell = (value) => `"${(typeof value === "string" && /^[=+\-@\t\r]/.test(value) ? "'" : "") + String(value ?? "").replaceAll('"', '""')}"`;
   const rows = [Object.keys(columns), ...cards.map((card) => Object.values(columns).map((column) => column(card)))];
@@ -281,7 +281,7 @@ function open(index, message = "") {
     return panel;
   }));
   const facts = { verdict: card.truth || (!card.decided ? "undecided" : card.anomalous === null ? null : card.anomalous ? "anomalous" : "good"), score: short(card.score), threshold: short(card.threshold), "score / threshold": card.threshold ? short(card.margin) : null, doubt: card.doubt, category: card.category, size: `${card.width} × ${card.height}` };
-  const method = { "stopped at step": card.step ?? "none", "stop reason": stopReason(card.reason), "model time": `${short(card.seconds)} s`, model: card.model, id: card.id };
+  const method = { "p-value": card.p === null ? null : short(card.p), "stopped at step": card.step ?? "none", "stop reason": stopReason(card.reason), "model time": `${short(card.seconds)} s`, model: card.model, id: card.id };
   for (const [list, entries] of [[".facts-of-one", facts], ["details dl", method]]) {
     detail.querySelector(list).replaceChildren(...Object.entries(entries).filter(([, value]) => value).flatMap(([name, value]) => {
       const [term, definition] = [document.createElement("dt"), document.createElement("dd")];

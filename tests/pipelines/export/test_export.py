@@ -47,6 +47,8 @@ def test_the_table_for_spreadsheets(judged, tmp_path) -> None:
     scores = {row["image_id"]: np.float32(row["score"]) for row in judged.rows}
     read = pd.read_csv(tmp_path / "verdicts.csv", dtype={"image_id": str})
     assert read.set_index("image_id").score.to_dict() == pytest.approx(scores)
+    assert table.groupby("category")["p-value"].apply(set).to_dict()["bottle"] == {0.5}
+    assert table["p-value"].isna().sum() == (table.category == "cable").sum() > 0
     assert set(table.uri) == {row["uri"] for row in judged.rows}
 
 

@@ -55,6 +55,7 @@ def test_a_card_shows_its_page(tmp_path, tiny_bundle) -> None:
     source = {"uri": str(tmp_path / "stack.tif"), "size": None}
     for page, colour in ((None, (255, 0, 0)), (2, (0, 0, 255))):
         card = make_card(run, rows[0], source | {"page": page}, HeatScale(0.5, 3.0), 100_000)
+        assert card["p"] == rows[0]["p_value"] == 0.5
         assert np.abs(np.subtract(picture(card["input"]).convert("RGB").getpixel((9, 9)), colour)).max() < 5
 
 

@@ -45,6 +45,14 @@ def test_a_finished_run_is_read_back(tmp_path):
     assert pickle.loads(pickle.dumps(run)).record == run.record
 
 
+def test_columns_that_an_older_version_did_not_write_are_null(tmp_path):
+    run = finished(tmp_path / "run", {})
+    older = pa.Table.from_pylist([{"image_id": "a"}], schema=RESULTS_SCHEMA).drop_columns(["p_value", "doubt", "tiles"])
+    pq.write_table(older, tmp_path / "run/results/part-0.parquet")
+    (row,) = run.results().to_table().to_pylist()
+    assert (row["image_id"], row["p_value"], row["doubt"], row["tiles"]) == ("a", None, None, None)
+
+
 @pytest.mark.parametrize("trouble", ["gone", "emptied", "no Parquet", "cut off"])
 def test_a_manifest_that_is_gone_or_damaged_is_one_line(tmp_path, trouble):
     run = finished(tmp_path / "run", {})

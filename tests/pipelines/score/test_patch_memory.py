@@ -14,6 +14,7 @@ from pipelines.score.patch_memory import build_memory, read_memory
 
 STORAGE = Storage()
 GOOD = torch.tensor([[0.0, 1.0]])
+MEMORY = {"patches.0": torch.zeros(2, 3), "whitening.0": torch.zeros(4, 3), "good": GOOD}
 
 
 @pytest.fixture
@@ -35,6 +36,12 @@ def test_what_is_built_is_read(build) -> None:
     assert patches.shape == (10 * 16, 4 * 32)  # of twelve photos two are held out
     assert memory.good == [(0.0, 1.0)]  # nothing to standardise
     assert memory.threshold is None  # too few for one
+    assert [memory.p_value(score, None) for score in (0.0, 1e9)] == [1.0, 1 / 3]
+
+
+def test_a_memory_of_an_older_version_has_no_p_values(tmp_path) -> None:
+    (tmp_path / "memory.safetensors").write_bytes(save(MEMORY))
+    assert read_memory(str(tmp_path / "memory.safetensors"), STORAGE).p_value(1.0, None) is None
 
 
 def test_another_bundle_than_the_jobs_is_refused(build) -> None:
@@ -74,6 +81,9 @@ def test_good_images_without_finite_features_are_named(call, build, photos, monk
         save({"patches.0": torch.zeros(2, 3), "good": torch.full((1, 2), np.nan)}),
         save({"patches.0": torch.zeros(2, 3), "good": GOOD, "threshold": torch.full((1,), np.inf)}),
         save({"patches.0": torch.zeros(2, 3), "good": GOOD, "threshold": torch.zeros(2)}),
+        save(MEMORY | {"scores": torch.zeros(2, 2)}),
+        save(MEMORY | {"scores": torch.tensor(1.0)}),
+        save(MEMORY | {"scores": torch.tensor([np.nan])}),
     ],
 )
 def test_a_damaged_memory_is_one_line(content, tmp_path) -> None:

@@ -37,7 +37,7 @@ def test_a_bundle_is_calibrated_on_good_images(tmp_path: Path, tiny_bundle, ray_
     assert "from 5 good images" in outcome.stdout
     description, before = verify(out), read_description(tiny_bundle)
     assert description.settings["delta"] != before.settings["delta"]
-    assert description.provenance["calibration_images"] == 5
+    assert description.provenance["calibration_images"] == len(description.provenance["good_scores"][""]) == 5
     assert verify(tiny_bundle).model_id == before.model_id  # the base stays as it is
 
     # The same from a finished run over the same images.
@@ -51,6 +51,7 @@ def test_a_bundle_is_calibrated_on_good_images(tmp_path: Path, tiny_bundle, ray_
     options = ["--model", out, "--out", again, "--target-fpr", 0.4, "--threshold-only"]
     assert run("calibrate", "--run", tmp_path / "run", *options).exit_code == 0
     assert verify(again).settings["threshold"] == pytest.approx(conformal_quantile(scores, 0.4))
+    assert verify(again).provenance["good_scores"] == {"": sorted(scores)}
 
     refused(run("calibrate", "--run", tmp_path / "run", *options[:3], tmp_path / "x"), "--threshold-only")
     other = ["--model", tiny_bundle, "--out", tmp_path / "x", "--threshold-only"]
