@@ -102,6 +102,7 @@ def test_one_model_for_several_categories(tmp_path, dataset, tiny_bundle, ray_se
     assert set(rows) == {"other", "part"}
     for category, row in rows.items():
         assert row["threshold"] == pytest.approx(description.settings["thresholds"][category])
+        assert row["p_value"] == pytest.approx(model.p_value(row["score"], category))
     (error,) = pq.read_table(tmp_path / "run" / "errors").to_pylist()
     assert error["error_type"] == "no_model"
     assert "unknown" in error["message"]
