@@ -86,6 +86,8 @@ def check(command: list[str], root: Any) -> list[str]:
     context = submittable[name].make_context(name, list(rest), parent=root)  # raises if an option is wrong
     if "address" in context.params and origin(context, "address") == "flag":
         raise GladError("a job runs on the cluster it is submitted to: give --address before --, not after it")
+    if name == "score" and context.params["out"] is None:
+        raise GladError("give --out: a submitted job writes its results there")
     for parameter in LOCATIONS:
         location = str(context.params.get(parameter) or "")
         is_local = location and location != "small" and "://" not in location

@@ -8,23 +8,24 @@ import typer
 from rich.console import Console
 
 from glad_core.bundle.settings import Precision, Search
-from pipelines.cli.errors import STOPPED, fail
+from pipelines.cli.errors import STOPPED, UsageError, fail
 from pipelines.cli.options import Address, Json, Results
 from pipelines.cli.stopping import says_if_stopped
-from pipelines.score.request import Maps, Method, Pages
+from pipelines.score.request import Maps, Method, Pages, ScoreRequest
 
 commands = typer.Typer()
+OUT = "Folder for the results, local or s3://"
 
 
 @commands.command(epilog="Example: glad score photos/ --out results --model bundle")
 def score(
+    ctx: typer.Context,
     source: Annotated[
         str,
         typer.Argument(
             help="Images: folder, glob, dataset (MVTec-AD, VisA), list (.txt, .csv, .parquet), tar files; local or s3://"
         ),
     ],
-    out: Annotated[str, typer.Option(help="Folder for the results, local or s3://")],
     model: Annotated[
         str,
         typer.Option(
@@ -32,6 +33,9 @@ def score(
             "trained on drawn circuit boards"
         ),
     ],
+    out: Annotated[
+        str | None, typer.Option(help=f"{OUT}. Without it the verdict on a single picture is printed")
+    ] = None,
     category: Annotated[
         str | None, typer.Option(help="Category to score of a dataset, or whose model to take from a registry")
     ] = None,
@@ -87,11 +91,9 @@ def score(
     ] = False,
 ) -> None:
     """Score every image of an archive. Unreadable images are listed in OUT/errors and do not stop the job."""
-    from pipelines.score import job
-
-    request = job.ScoreRequest(
+    request = ScoreRequest(
         source=source,
-        out=out,
+        out=out or "",
         model=model,
         category=category,
         batch_size=batch_size,
@@ -112,12 +114,27 @@ def score(
         precision=precision,
         compiled=compiled,
     )
+    if out is None:
+        _judge_one(request, ctx)
+        return
+    from pipelines.score import job
+
     try:
         with says_if_stopped(f"the same command {'without --overwrite ' if overwrite else ''}continues"):
             counts = job.score(request, Console())
             job.print_end(out, counts, Console())
     except job.TooManyErrors as error:
         fail(str(error), STOPPED)
+
+
+def _judge_one(request: ScoreRequest, ctx: typer.Context) -> None:
+    """Print the verdict on a single picture. Raises UsageError for any other archive: it needs --out."""
+    from cluster.storage import Storage
+    from pipelines.score.one_picture import is_picture, print_verdict
+
+    if not is_picture(request.source, Storage.from_environment()):
+        raise UsageError(f"Missing option '--out': {OUT}", ctx=ctx)
+    print_verdict(request, Console())
 
 
 @commands.command(epilog="Example: glad status s3://bucket/results --json")

@@ -41,6 +41,7 @@ def test_options_of_this_machine_s_file_and_environment_are_sent_along(monkeypat
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["score", "s3://a/one.png", "--model", "small"], "give --out: a submitted job writes its results there"),
         (["view", "/results"], "'view' cannot be submitted: give one of ablate, calibrate, doctor, drift, evaluate, "),
         (["report", "s3://b/run"], "report.html: the cluster does not know this folder"),
         (["show", "run", "--out", "s3://b/x"], "run: the cluster does not know this folder"),
