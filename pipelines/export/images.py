@@ -74,6 +74,11 @@ class Judged:
         return self.row["threshold"] if is_decided(self.row["threshold"]) else None
 
     @property
+    def is_standardised(self) -> bool:
+        """Whether its score is in spreads of good pictures, 0 a usual good one."""
+        return bool({"", self.row["category"]} & self.run.standardised)
+
+    @property
     def size(self) -> tuple[int, int]:
         """Width and height of the picture, pixels."""
         return self.row["width"], self.row["height"]

@@ -41,9 +41,7 @@ def task(image: Judged, left_out: Counter[str]) -> dict[str, Any]:
     result = [_polygon(image, region, number) for number, region in enumerate(image.regions)]
     return {
         "data": data,
-        "predictions": [
-            {"model_version": row["model_id"], "score": _share(image.score, image.threshold), "result": result}
-        ],
+        "predictions": [{"model_version": row["model_id"], "score": _share(image, image.score), "result": result}],
     }
 
 
@@ -58,14 +56,18 @@ def _polygon(image: Judged, region: Region, number: int) -> dict[str, Any]:
         "original_width": width,
         "original_height": height,
         "image_rotation": 0,
-        "score": _share(region.score, image.threshold),
+        "score": _share(image, region.score),
         "value": {"points": points, "closed": True, "polygonlabels": [image.category]},
     }
 
 
-def _share(score: float | None, threshold: float | None) -> float | None:
-    """A score from 0 to 1, as Label Studio wants predictions': 0.5 at the threshold, 0.67 at twice the threshold."""
-    if score is None or threshold is None or threshold <= 0:
+def _share(image: Judged, score: float | None) -> float | None:
+    """A score from 0 to 1, as Label Studio wants predictions': 0.5 at the threshold, 0.67 at twice the threshold.
+
+    None if twice the threshold means nothing.
+    """
+    threshold = image.threshold
+    if score is None or threshold is None or threshold <= 0 or image.is_standardised:
         return None
     return round(max(score, 0.0) / (max(score, 0.0) + threshold), 5)
 

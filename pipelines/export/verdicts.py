@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
 from pipelines.export.images import name_in
-from pipelines.runs.query import DECIDED, MARGIN
+from pipelines.runs.query import DECIDED, margin, ratio
 from pipelines.runs.run import Run
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with which spreadsheets begin a formula
@@ -40,8 +40,6 @@ READ = {
 } | {
     "verdict": pc.if_else(DECIDED, pads.field("is_anomalous"), pa.scalar(None, pa.bool_())),
     "decided": DECIDED,
-    "score / threshold": pc.if_else(pc.is_valid(pads.field("threshold")), MARGIN, pa.scalar(None, pa.float32())),
-    "margin": MARGIN,
     "p-value": pads.field("p_value"),
     "stopped at step": pads.field("stop_step"),
     "model": pads.field("model_id"),
@@ -61,7 +59,8 @@ def verdicts(
     Returns:
         The bytes of the file, the number of images, and the number of texts with an apostrophe.
     """
-    table = results.to_table(columns=READ, filter=matching).sort_by(
+    columns = READ | {"score / threshold": ratio(run), "margin": margin(run)}
+    table = results.to_table(columns=columns, filter=matching).sort_by(
         [("margin", "descending"), ("image_id", "ascending")]
     )
     source, guarded = run.record.get("source", ""), 0

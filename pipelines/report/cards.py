@@ -71,6 +71,7 @@ def make_card(
     anomaly_map = _shrink(np.nan_to_num(run.full_map(row), nan=0, posinf=0, neginf=0))
     decided = is_decided(row["score"], row["threshold"])
     threshold = row["threshold"] if decided else None
+    standardised = len(run.settings_of(row["category"]).views) > 1
     most = most_bytes * 3 // 4  # base64 writes 3 bytes as 4
     return {
         "id": row["image_id"],
@@ -80,7 +81,7 @@ def make_card(
         "threshold": _rounded(threshold),
         "decided": decided,
         "anomalous": row["is_anomalous"] if decided else None,
-        "margin": _rounded(row["score"] / threshold if threshold else row["score"]),
+        **_beyond(row["score"], threshold, standardised),
         "p": _rounded(row.get("p_value")),
         "step": row["stop_step"],
         "reason": row["stop_reason"] or "none",
@@ -102,6 +103,22 @@ def make_card(
         "heat": webp(Image.fromarray(scale.colours(anomaly_map)), int(most * HEAT_SHARE)),
         "contour": contour(anomaly_map, threshold, int(most * CONTOUR_SHARE)),
     }
+
+
+def _beyond(score: float, threshold: float | None, standardised: bool) -> dict[str, Any]:
+    """How a score compares with its threshold: ``margin``, by which cards are sorted, ``ratio`` if it means something.
+
+    As `pipelines.runs.query` has both; and ``versus`` in words.
+    """
+    if threshold is None:
+        return {"margin": _rounded(score), "ratio": None, "versus": ""}
+    if threshold > 0 and not standardised:
+        ratio = _rounded(score / threshold)
+        return {"margin": ratio, "ratio": ratio, "versus": f"{score / threshold:.3g} × threshold"}
+    distance = score - threshold
+    unit = " spreads of good pictures" if standardised else ""
+    side = "above" if distance > 0 else "below"
+    return {"margin": _rounded(1 + distance), "ratio": None, "versus": f"{abs(distance):.2g}{unit} {side} threshold"}
 
 
 def deciding_tile(row: dict[str, Any]) -> dict[str, Any] | None:

@@ -60,9 +60,9 @@ def report(
     results = run.results()
     truth = Truth(read_dataset(dataset, run.storage)) if dataset is not None else None
     with clear_errors(run.location, run.storage):
-        totals = count(results, truth)
+        totals = count(run, results, truth)
         page = summary(run, totals)
-        chosen = _most_anomalous(results, totals, top)
+        chosen = _most_anomalous(run, results, totals, top)
         cards = _make_all_cards(run, results, chosen, page["scale"], console)
     if truth is not None and dataset is not None:
         session.connect(address, reads=[run.location, absolute(dataset)])
@@ -93,7 +93,7 @@ def summary(run: Run, totals: Totals) -> dict[str, Any]:
         "reasons": sorted({reason for _, reason in totals.steps}),
         "stop_reasons": STOP_REASONS,
         "threshold": totals.threshold,
-        "unit": "score / threshold" if totals.several_thresholds else "score",
+        "unit": _unit(run) if totals.several_thresholds else "score",
         "line": 1.0 if totals.several_thresholds else totals.threshold,
         "histogram": totals.histogram(),
         "steps": [
@@ -104,6 +104,11 @@ def summary(run: Run, totals: Totals) -> dict[str, Any]:
         "errors": _errors(run),
         "curves": [],
     }
+
+
+def _unit(run: Run) -> str:
+    """Of the margins in the histogram, if scores alone do not compare."""
+    return "score / threshold" if not run.standardised else "margin (1: the threshold)"
 
 
 def make_cards(
@@ -130,14 +135,14 @@ def render(page: dict[str, Any], live: bool = False) -> str:
     return templates.get_template("report.html.j2").render(page=page, live=live, title=title, **parts)
 
 
-def _most_anomalous(results: pads.Dataset, totals: Totals, top: int) -> list[ResultKey]:
+def _most_anomalous(run: Run, results: pads.Dataset, totals: Totals, top: int) -> list[ResultKey]:
     """The ``top`` most anomalous results; the last ones make room for the worst misses, if ground truth shows any."""
-    _, chosen = search(results, Query(count=top))
+    _, chosen = search(run, results, Query(count=top))
     shown = {result.image_id for result in chosen}
     misses = [image_id for _, image_id in sorted(totals.misses) if image_id not in shown][: top // MISS_SHARE]
     if not misses:
         return chosen
-    _, missed = search(results, Query(count=500, ids=tuple(misses)))
+    _, missed = search(run, results, Query(count=500, ids=tuple(misses)))
     return [*chosen[: top - len(missed)], *missed]
 
 
@@ -156,10 +161,12 @@ def _make_all_cards(
 def _about(run: Run) -> dict[str, Any]:
     """What was scored, when, and with which models."""
     record = run.record
+    of_bundles = [model["settings"].get("method") for model in record["models"].values()]
     return {
         "folder": run.location,
         "source": record.get("source", ""),
-        "method": record.get("method", "glad"),
+        # Of older versions the bundles know better.
+        "method": "nearest" if set(of_bundles) == {"nearest"} else record.get("method", "glad"),
         "started": record.get("started", ""),
         "ended": record.get("ended", ""),
         "seconds": record.get("seconds"),

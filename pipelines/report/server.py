@@ -169,7 +169,7 @@ class Viewer:
         self.run = run
         self.results = run.results()
         with clear_errors(run.location, run.storage):
-            page = summary(run, count(self.results))
+            page = summary(run, count(run, self.results))
         self.scale = page["scale"]
         self.html = render(page | {"cards": []}, live=True)
         self.marks = {mark["image_id"]: mark for mark in feedback.read_marks(run)}
@@ -182,7 +182,7 @@ class Viewer:
     def cards(self, query: Query) -> Cards:
         """The cards of one page of a search. Raises GladError, StorageError: they cannot be read."""
         with clear_errors(self.run.location, self.run.storage):
-            total, chosen = search(self.results, query, self.verdicts)
+            total, chosen = search(self.run, self.results, query, self.verdicts)
             cards = make_cards(self.run, self.results, chosen, self.scale, CARD_BYTES)
             to_review, reviewed = (
                 self.results.count_rows(filter=condition(query.model_copy(update={"mark": mark}), self.verdicts))

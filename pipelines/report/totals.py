@@ -12,13 +12,14 @@ import pyarrow.dataset as pads
 
 from pipelines.report.cards import HeatScale
 from pipelines.report.truth import Truth
-from pipelines.runs.query import is_decided
+from pipelines.runs.query import is_decided, margin
+from pipelines.runs.run import Run
 
 # What a result can be: the first two without ground truth, the next four with it, the last in runs of older versions
 # whose model gave no finite score.
 KINDS = ("good", "anomalous", "correct", "false alarm", "miss", "hit", "undecided")
 CALLED_ANOMALOUS = ("anomalous", "hit", "false alarm")
-COLUMNS = ("score", "threshold", "is_anomalous", "stop_step", "stop_reason", "category")
+COLUMNS = ("margin", "score", "threshold", "is_anomalous", "stop_step", "stop_reason", "category")
 BINS = 60
 
 
@@ -26,7 +27,7 @@ BINS = 60
 class Totals:
     """Counts over all results."""
 
-    scores: list[np.ndarray] = field(default_factory=list)  # [2, N] each: scores; scores divided by their thresholds
+    scores: list[np.ndarray] = field(default_factory=list)  # [2, N] each: scores; their margins
     kinds: list[np.ndarray] = field(default_factory=list)  # [N] each, indices into `KINDS`
     kind_counts: Counter[str] = field(default_factory=Counter)
     steps: Counter[tuple[int | None, str]] = field(default_factory=Counter)  # by stop step and stop reason
@@ -35,13 +36,12 @@ class Totals:
     misses: list[tuple[float, str]] = field(default_factory=list)  # score and image id
 
     def add(self, batch: pa.RecordBatch, kinds: list[str]) -> None:
-        """Count a batch of `COLUMNS`, given the kind of each result."""
+        """Count a batch of `COLUMNS`, the margin as `query.margin`, given the kind of each result."""
         thresholds = [value if is_decided(value) else None for value in batch["threshold"].to_pylist()]
         reasons = batch["stop_reason"].to_pylist()
-        scores = batch["score"].to_numpy(zero_copy_only=False)
-        limits = np.array([threshold or np.nan for threshold in thresholds], np.float32)
+        scores, margins = (batch[name].to_numpy(zero_copy_only=False) for name in ("score", "margin"))
         decided = np.array([kind != "undecided" for kind in kinds])
-        self.scores.append(np.stack([scores, scores / limits])[:, decided])
+        self.scores.append(np.stack([scores, margins])[:, decided])
         self.kinds.append(np.array([KINDS.index(kind) for kind in kinds], np.int8)[decided])
         self.kind_counts.update(kinds)
         self.steps.update(
@@ -57,7 +57,7 @@ class Totals:
 
     @property
     def several_thresholds(self) -> bool:
-        """Whether scores only compare after division by their thresholds."""
+        """Whether scores only compare by their margins."""
         return len(self.thresholds) > 1 and None not in self.thresholds
 
     @property
@@ -73,7 +73,7 @@ class Totals:
         return HeatScale.of(self._all_scores()[0], known[len(known) // 2] if known else None)
 
     def histogram(self) -> list[dict[str, Any]]:
-        """Number of results by kind in each of `BINS` ranges of score, or of score / threshold; empty ones left out."""
+        """Number of results by kind in each of `BINS` ranges of score, or of margin; empty ones left out."""
         scores = self._all_scores()[1 if self.several_thresholds else 0]
         if not len(scores):
             return []
@@ -90,14 +90,16 @@ class Totals:
         return np.concatenate(self.scores, axis=1) if self.scores else np.empty((2, 0))
 
 
-def count(results: pads.Dataset, truth: Truth | None = None) -> Totals:
+def count(run: Run, results: pads.Dataset, truth: Truth | None = None) -> Totals:
     """Totals of all results; with ground truth their kinds are hit, miss, false alarm and correct.
 
     Raises:
         GladError: an image is not in the dataset of the ground truth.
     """
     totals = Totals()
-    for batch in results.to_batches(columns=[*COLUMNS, "uri", "image_id"] if truth else list(COLUMNS)):
+    names = [*COLUMNS, "uri", "image_id"] if truth else COLUMNS
+    columns = {name: margin(run) if name == "margin" else pads.field(name) for name in names}
+    for batch in results.to_batches(columns=columns):
         if not len(batch):
             continue
         called_anomalous = batch["is_anomalous"].to_pylist()

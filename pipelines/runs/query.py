@@ -17,21 +17,44 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipelines.runs.run import Run
+
+Sort = Literal["margin", "margin_up", "step", "name", "seconds"]
 HELD = 65_536  # candidates kept before the worst are dropped
 READERS = 8  # files read at a time
 
 # Runs of older versions may hold scores that are no finite numbers: such results are undecided, last in every order.
 DECIDED = pc.is_finite(pads.field("score")) & pc.is_finite(pc.coalesce(pads.field("threshold"), pa.scalar(0.0)))
-# Score over threshold, so that categories with thresholds of their own compare; the score in a run without threshold.
-_ratio = pc.divide(pads.field("score"), pads.field("threshold"))
-MARGIN = pc.if_else(DECIDED, pc.coalesce(_ratio, pads.field("score")), pa.scalar(None, pa.float32()))
-SORTS = {
-    "margin": (MARGIN, "descending"),
-    "margin_up": (MARGIN, "ascending"),
-    "step": (pc.coalesce(pads.field("stop_step"), pa.scalar(-1, pa.int16())), "descending"),
-    "name": (pads.field("uri"), "ascending"),
-    "seconds": (pads.field("seconds"), "descending"),
-}
+NO_NUMBER = pa.scalar(None, pa.float32())
+_SCORE, _THRESHOLD = pads.field("score"), pads.field("threshold")
+
+
+def ratio(run: Run) -> pc.Expression:
+    """Score / threshold; null where that means nothing: standardised scores, a threshold of 0 or less, or none."""
+    names = pa.array(run.standardised, pa.string())
+    standardised = pc.scalar(True) if "" in run.standardised else pads.field("category").isin(names)
+    means = pc.coalesce(DECIDED & (_THRESHOLD > 0) & ~standardised, pa.scalar(False))
+    return pc.if_else(means, pc.divide(_SCORE, _THRESHOLD), NO_NUMBER)
+
+
+def margin(run: Run) -> pc.Expression:
+    """By which all results compare, above 1 for an alarm: the ratio, else 1 and the score's distance to its threshold.
+
+    The score itself in a run without threshold; null if undecided.
+    """
+    distance = pc.add(pc.subtract(_SCORE, _THRESHOLD), pa.scalar(1, pa.float32()))
+    return pc.if_else(DECIDED, pc.coalesce(ratio(run), distance, _SCORE), NO_NUMBER)
+
+
+def order(run: Run, sort: Sort) -> tuple[pc.Expression, str]:
+    """The key by which results are sorted, and in which direction."""
+    return {
+        "margin": (margin(run), "descending"),
+        "margin_up": (margin(run), "ascending"),
+        "step": (pc.coalesce(pads.field("stop_step"), pa.scalar(-1, pa.int16())), "descending"),
+        "name": (pads.field("uri"), "ascending"),
+        "seconds": (pads.field("seconds"), "descending"),
+    }[sort]
 
 
 def is_decided(score: float | None, threshold: float | None = None) -> bool:
@@ -52,7 +75,7 @@ class Query(BaseModel):
     low: float | None = None
     high: float | None = None
     ids: tuple[str, ...] = ()
-    sort: Literal["margin", "margin_up", "step", "name", "seconds"] = "margin"
+    sort: Sort = "margin"
     first: int = Field(0, ge=0)
     count: int = Field(60, ge=1, le=500)
 
@@ -64,17 +87,19 @@ class ResultKey(BaseModel):
     image_id: str
 
 
-def search(results: pads.Dataset, query: Query, marks: dict[str, str] | None = None) -> tuple[int, list[ResultKey]]:
+def search(
+    run: Run, results: pads.Dataset, query: Query, marks: dict[str, str] | None = None
+) -> tuple[int, list[ResultKey]]:
     """Number of results that match, and where those of the page are stored, in order; ties by image id.
 
     Args:
         results: `Run.results`.
         marks: people's verdicts by image id (`pipelines.runs.feedback`).
     """
-    key, order = SORTS[query.sort]
+    key, direction = order(run, query.sort)
     columns = {"key": key, "image_id": pads.field("image_id")}
     end = query.first + query.count
-    sort_keys = [("key", order), ("image_id", "descending")]
+    sort_keys = [("key", direction), ("image_id", "descending")]
 
     def best(batches: list[pa.RecordBatch]) -> pa.Table:
         table = pa.Table.from_batches(batches).combine_chunks()

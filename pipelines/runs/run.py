@@ -140,6 +140,12 @@ class Run:
             raise GladError(f"{self.path(COMPLETE)}: names no model for category '{category}'; score again")
         return Settings.parse(model["settings"], self.path(COMPLETE))
 
+    @cached_property
+    def standardised(self) -> frozenset[str]:
+        """The keys of the models whose scores are in spreads of good pictures (several views), 0 a usual good one."""
+        models = self.record["models"].items()
+        return frozenset(key for key, model in models if len(model["settings"].get("views") or ()) > 1)
+
     def full_map(self, row: dict[str, Any], quick: bool = False) -> np.ndarray:
         """A result's anomaly map at full size, float32 [h, w]; one of token resolution is enlarged as for the score.
 

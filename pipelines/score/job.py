@@ -27,7 +27,7 @@ from pipelines.score.dataflow import run_dataflow
 from pipelines.score.faults import news, start_faults
 from pipelines.score.open_run import Job, Opened, actor_settings, check, open_run
 from pipelines.score.progress import Progress
-from pipelines.score.record import print_counts, print_end, run_record
+from pipelines.score.record import methods, print_counts, print_end, run_record, without_reconstructions
 from pipelines.score.request import Counts, ScoreRequest, TooManyErrors
 
 __all__ = ["TooManyErrors", "print_end", "score"]  # what the command uses
@@ -46,7 +46,10 @@ def score(request: ScoreRequest, console: Console) -> Counts:
     """
     started = datetime.now(UTC)
     job = check(request)
-    console.print(job.models.line(request.model), highlight=False, markup=False, soft_wrap=True)
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    say(job.models.line(request.model))
+    if request.reconstructions and (without := without_reconstructions(methods(request, job.models))):
+        say(without)
     found = find_own(job.run, job.identity, request.overwrite)
     if found.plan is not None and is_whole(job.run, found.plan):
         console.print("this run is complete; to score images added since, choose another --out", highlight=False)
@@ -54,7 +57,7 @@ def score(request: ScoreRequest, console: Console) -> Counts:
     if found.plan is None:
         job.run.storage.check_creates(job.run.location)
     job = replace(job, run=job.run.patient())
-    opened = open_run(job, found)
+    opened = open_run(job, found, say)
 
     _announce(job, opened, console)
     clock = time.monotonic()

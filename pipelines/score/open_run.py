@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -72,11 +73,12 @@ def check(request: ScoreRequest) -> Job:
     return Job(request, run, source, models, identity(request, source, models, searches))
 
 
-def open_run(job: Job, found: Found) -> Opened:
+def open_run(job: Job, found: Found, say: Callable[[str], None]) -> Opened:
     """Connect to Ray, plan the actors, list the archive and claim the run folder, unless there is a run to resume.
 
     Args:
         found: what `claim.find_own` found in the run folder.
+        say: gets a line on the good images of the nearest method.
 
     Raises:
         GladError, StorageError, SessionError: one line.
@@ -87,7 +89,7 @@ def open_run(job: Job, found: Found) -> Opened:
     session.connect(job.request.address, reads=reads, writes=[job.run.location])
     session.warm_up_ray_data()
     actors = plan_actors(session.resources(), job.request.wishes, _weights(job.models))
-    plan = found.plan or claim(job.run, found.generation + 1, partial(_list, job, actors))
+    plan = found.plan or claim(job.run, found.generation + 1, partial(_list, job, actors, say))
     plan, commits = recover(job.run, plan)
     return Opened(plan, actors, commits)
 
@@ -120,22 +122,22 @@ def _weights(models: Models) -> int:
     return sum(sorted(sizes)[-KEPT_MODELS:])
 
 
-def _list(job: Job, actors: ActorPlan, listing: str) -> Plan:
+def _list(job: Job, actors: ActorPlan, say: Callable[[str], None], listing: str) -> Plan:
     """List the archive into the manifest of that name, and have the good patches of the nearest method remembered."""
     request, run = job.request, job.run
     known, manifest = job.models.categories, run.path(MANIFEST, listing)
     listed = list_remotely(job.source, request.category, run.storage, manifest, bool(known), known)
     memory = memory_file(listing) if request.good is not None else None
     if memory is not None:
-        _remember(job, actors, run.path(memory))
+        say(f"{request.good}: {_remember(job, actors, run.path(memory))}")
     most_rows, shards = rows_and_shards(usual_pixels(job.models.settings().values()), actors)
     return draft(
         listed.rows, listing, memory, job.identity, most_rows, listed.duplicates, listed.blank, shards, listed.left_out
     )
 
 
-def _remember(job: Job, actors: ActorPlan, file: str) -> None:
-    """Have a task with an actor's resources build the memory of good patches."""
+def _remember(job: Job, actors: ActorPlan, file: str) -> str:
+    """Have a task with an actor's resources build the memory of good patches; returns a line on its images."""
     import ray
 
     from pipelines.score.patch_memory import build_memory
@@ -147,6 +149,6 @@ def _remember(job: Job, actors: ActorPlan, file: str) -> None:
     try:
         bundle, model_id = job.models.bundles[""], job.models.descriptions[""].model_id
         good = absolute(request.good)
-        ray.get(task.remote(good, bundle, model_id, run.storage, file, device, request.seed))
+        return str(ray.get(task.remote(good, bundle, model_id, run.storage, file, device, request.seed)))
     except ray.exceptions.RayError as error:
         raise session.root_cause(error, GladError, StorageError) from None

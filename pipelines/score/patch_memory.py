@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from glad_core.bundle.memory import PatchMemory, memory_of, memory_tensors
 from glad_core.bundle.model import Model, load_bundle
 from glad_core.bundle.settings import Settings
 from glad_core.bundle.weights import not_finite
+from glad_core.decoding.opened import pages
 from glad_core.decoding.picture import ImageError, decode
 from glad_core.engine import nearest
 from glad_core.errors import GladError
@@ -28,6 +30,7 @@ from glad_core.threshold import conformal_quantile, images_needed
 from glad_core.verdict import NotFinite, finite
 from glad_core.views import Framing
 from pipelines.archive.fetch import AT_HAND, fetch, neighbours
+from pipelines.archive.rows import LeftOut
 from pipelines.archive.sources import list_source
 from pipelines.models.find import local_bundle
 
@@ -74,10 +77,10 @@ class Memory:
         return settings.model_copy(update={"views": tuple(views)})
 
 
-def build_memory(good: str, bundle: str, model_id: str, storage: Storage, out: str, device: str, seed: int) -> int:
-    """Build the memory of good images and write it to ``out``; returns how many images it holds.
+def build_memory(good: str, bundle: str, model_id: str, storage: Storage, out: str, device: str, seed: int) -> str:
+    """Build the memory of good images and write it to ``out``; returns a line on what was taken and left out.
 
-    They are at most `MAX_IMAGES`, and fewer if their frames exceed `MAX_BYTES`.
+    The images are at most `MAX_IMAGES`, and fewer if their frames exceed `MAX_BYTES`.
 
     Args:
         good: source of the good images.
@@ -89,9 +92,11 @@ def build_memory(good: str, bundle: str, model_id: str, storage: Storage, out: s
     """
     model = load_bundle(local_bundle(bundle, storage), device, model_id=model_id)
     s = model.settings
-    images = _read(good, s.framings(), storage)
+    images, left_out = _read(good, s.framings(), storage)
     if len(images) < 2:
-        raise GladError(f"{good}: {len(images)} readable good images; at least two are needed, better 50")
+        raise GladError(
+            f"{good}: {len(images)} readable good images; at least two are needed, better 50" + _listed(left_out)
+        )
     order = np.random.default_rng(seed).permutation(len(images))
     held_out = max(1, round(len(images) * HELD_OUT_SHARE))
     fit = [images[index] for index in order[held_out:]]
@@ -106,7 +111,7 @@ def build_memory(good: str, bundle: str, model_id: str, storage: Storage, out: s
     if len(combined) >= images_needed(TARGET_FPR):
         tensors["threshold"] = torch.tensor([conformal_quantile(combined, TARGET_FPR)], dtype=torch.float64)
     storage.write(out, save(tensors))
-    return len(fit)
+    return f"{len(images)} good images, {held_out} of them for the threshold" + _listed(left_out)
 
 
 def remember(model: Model, images: Sequence[Good], seed: int) -> list[PatchMemory]:
@@ -193,22 +198,32 @@ def _refuse(model_id: str, uris: list[str]) -> None:
         )
 
 
-def _read(good: str, framings: Sequence[Framing], storage: Storage) -> list[Good]:
-    """The good images."""
+def _listed(left_out: Counter[str]) -> str:
+    return "; left out: " + ", ".join(f"{count} {kind}" for kind, count in left_out.most_common()) if left_out else ""
+
+
+def _read(good: str, framings: Sequence[Framing], storage: Storage) -> tuple[list[Good], Counter[str]]:
+    """The good images, and what was left out, by the kind of its error or the reason."""
     images: list[Good] = []
-    held = 0
-    rows = list_source(good, None, storage)
+    held, unlisted = 0, LeftOut()
+    left_out: Counter[str] = Counter()
+    rows = list_source(good, None, storage, left_out=unlisted)
     others = list(islice(rows, AT_HAND))
     for row in chain(list(others), rows):
         if len(images) == MAX_IMAGES or held > MAX_BYTES:
+            left_out[f"or more after the first {len(images)} images, which are enough"] += 1
             break
         if row.get("error_type"):
+            left_out[row["error_type"]] += 1
             continue
         try:
-            picture = decode(fetch(storage, row, partial(neighbours, row, others)), framings)
+            data = fetch(storage, row, partial(neighbours, row, others))
+            picture, further = decode(data, framings), len(pages(data)[0]) - 1
             held += sum(frame.nbytes for frame in picture.frames)
             images.append(Good(row["uri"], picture.frames, (picture.height, picture.width)))
             others[0] = row
-        except ImageError:
-            continue  # a bad file among the good images; scoring would not judge it either
-    return images
+            left_out["further pages"] += further
+        except ImageError as error:
+            left_out[error.kind] += 1  # a bad file among the good images; scoring would not judge it either
+    left_out += unlisted.others + Counter({"listed twice": unlisted.duplicates, "empty entries": unlisted.blank})
+    return images, +left_out

@@ -15,13 +15,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.storage import StorageError
+from cluster.storage import StorageError, absolute
 from glad_core.bundle.glad_json import Provenance, versions
+from glad_core.bundle.settings import Method
 from glad_core.engine.search import Search
 from glad_core.errors import GladError
 from pipelines.archive.uris import printable
 from pipelines.models.find import Models
-from pipelines.runs.query import DECIDED, MARGIN
+from pipelines.runs.query import DECIDED, margin
 from pipelines.runs.run import Run
 from pipelines.runs.schema import ERRORS, RESULTS
 from pipelines.score.actor_plan import ActorPlan
@@ -58,7 +59,8 @@ def run_record(
     seconds: float,
 ) -> dict[str, Any]:
     """run.json: what was scored, with which settings, and what came of it."""
-    steps = request.method == "glad"  # the nearest-neighbour method has none
+    judged_by = methods(request, models)
+    own = request.good is None  # else the threshold is that of these good images, not the bundle's
     return {
         "schema_version": 3,
         "source": identity["source"],
@@ -67,13 +69,14 @@ def run_record(
         # By category; the key "" is the one bundle for all images.
         "models": {
             key: {"model_id": description.model_id, "category": description.category, "settings": description.settings}
-            | {"search": identity["search"][key] if steps else None}
-            | {"calibration": _calibration(description.provenance) if steps else None}
+            | {"method": judged_by[key], "search": identity["search"][key] if judged_by[key] == "glad" else None}
+            | {"calibration": _calibration(description.provenance) if own else None}
             for key, description in models.descriptions.items()
         },
-        "method": request.method,
+        "method": ", ".join(sorted(set(judged_by.values()))),
         "request": {"seed": request.seed, "batch_size": actors.slots, "maps": request.maps}
         | {
+            "good": request.good and absolute(request.good),
             "reconstructions": request.reconstructions,
             "category": request.category,
             "max_errors": request.max_errors,
@@ -88,6 +91,23 @@ def run_record(
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 3),
     }
+
+
+def methods(request: ScoreRequest, models: Models) -> dict[str, Method]:
+    """What judges, by the key of a bundle: the nearest good patches if the request or the bundle says so."""
+    return {
+        key: "nearest" if request.method == "nearest" else settings.method
+        for key, settings in models.settings().items()
+    }
+
+
+def without_reconstructions(judged_by: dict[str, Method]) -> str | None:
+    """A line that --reconstructions keeps none, or none of some categories; None if it keeps all."""
+    nearest = [key for key, method in judged_by.items() if method == "nearest"]
+    if not nearest:
+        return None
+    which = "" if len(nearest) == len(judged_by) else f" of {', '.join(nearest)}"
+    return f"--reconstructions keeps none{which}: good patches judge here, and no picture is rebuilt"
 
 
 def _calibration(provenance: Provenance) -> dict[str, Any] | None:
@@ -116,7 +136,8 @@ def _errors_by_kind(run: Run) -> list[str]:
 
 
 def _worst(run: Run) -> list[str]:
-    columns = {name: pads.field(name) for name in ("uri", "score", "threshold", "is_anomalous")} | {"margin": MARGIN}
+    columns = {name: pads.field(name) for name in ("uri", "score", "threshold", "is_anomalous")}
+    columns["margin"] = margin(run)
     table = run.results().to_table(columns=columns, filter=DECIDED)
     most = pc.select_k_unstable(table, WORST, sort_keys=[("margin", "descending")])
     words = {True: "anomalous", False: "good", None: "no threshold"}

@@ -91,7 +91,11 @@ def calibrate(request: CalibrateRequest, console: Console) -> str:
         with _workplace(out, storage) as work:
             settings, scores = _judge(request, base, description, settings, work, storage, console)
     else:
-        scores = _read_scores(Run.at(request.run, storage), request.feedback)
+        run = Run.at(request.run, storage)
+        # Older versions recorded no --good, but the method that needs it.
+        if run.record.get("request", {}).get("good", run.record.get("method") == "nearest"):
+            raise GladError(f"{request.run} was judged by images of --good, not by a bundle: score without --good")
+        scores = _read_scores(run, request.feedback)
         if scores.model_ids != {description.model_id}:
             judges = ", ".join(sorted(scores.model_ids))
             raise GladError(f"{request.run} was scored by {judges}, --model is {description.model_id}")

@@ -129,7 +129,7 @@ function element(card) {
   node.title = card.uri;
   badge(node.querySelector(".badge"), card);
   node.querySelector(".score").textContent = short(card.score);
-  node.querySelector(".versus").textContent = card.threshold ? `${short(card.margin)} × threshold` : "";
+  node.querySelector(".versus").textContent = card.versus;
   node.querySelector(".step").textContent = card.step === null ? stopReason(card.reason) : `step ${card.step} · ${stopReason(card.reason)}`;
   node.setAttribute("aria-label", `${lastParts(card.uri)}, score ${short(card.score)}, ${node.querySelector(".badge").textContent}`);
   const curve = node.querySelector(".curve");
@@ -177,7 +177,7 @@ function showReviewed() {
 // The same columns as `glad view` and `glad export --csv` write, as far as the page has them. A text never begins like a formula.
 function table(cards) {
   const columns = { image: (card) => lastParts(card.uri), category: (card) => card.category, verdict: (card) => !card.decided ? "undecided" : card.anomalous === null ? "no threshold" : card.anomalous ? "anomalous" : "good",
-    score: (card) => card.score, threshold: (card) => card.threshold, "score / threshold": (card) => card.threshold ? card.margin : null, "p-value": (card) => card.p, "ground truth": (card) => card.truth, doubt: (card) => card.doubt,
+    score: (card) => card.score, threshold: (card) => card.threshold, "score / threshold": (card) => card.ratio, "p-value": (card) => card.p, "ground truth": (card) => card.truth, doubt: (card) => card.doubt,
     "stopped at step": (card) => card.step, width: (card) => card.width, height: (card) => card.height, seconds: (card) => card.seconds, uri: (card) => card.uri, model: (card) => card.model, image_id: (card) => card.id };
   const cell = (value) => `"${(typeof value === "string" && /^[=+\-@\t\r]/.test(value) ? "'" : "") + String(value ?? "").replaceAll('"', '""')}"`;
   const rows = [Object.keys(columns), ...cards.map((card) => Object.values(columns).map((column) => column(card)))];
@@ -280,7 +280,7 @@ function open(index, message = "") {
     panel.append(text, picture(card, source, hot));
     return panel;
   }));
-  const facts = { verdict: card.truth || (!card.decided ? "undecided" : card.anomalous === null ? null : card.anomalous ? "anomalous" : "good"), score: short(card.score), threshold: short(card.threshold), "score / threshold": card.threshold ? short(card.margin) : null, doubt: card.doubt, category: card.category, size: `${card.width} × ${card.height}` };
+  const facts = { verdict: card.truth || (!card.decided ? "undecided" : card.anomalous === null ? null : card.anomalous ? "anomalous" : "good"), score: short(card.score), threshold: short(card.threshold), "compared with it": card.versus, doubt: card.doubt, category: card.category, size: `${card.width} × ${card.height}` };
   const method = { "p-value": card.p === null ? null : short(card.p), "stopped at step": card.step ?? "none", "stop reason": stopReason(card.reason), "model time": `${short(card.seconds)} s`, model: card.model, id: card.id };
   for (const [list, entries] of [[".facts-of-one", facts], ["details dl", method]]) {
     detail.querySelector(list).replaceChildren(...Object.entries(entries).filter(([, value]) => value).flatMap(([name, value]) => {

@@ -10,7 +10,7 @@ from judged_run import make_judged_run
 from PIL import Image
 
 from cluster.storage import StorageError
-from pipelines.report.cards import MAP_SIDE, HeatScale, contour, make_card, webp
+from pipelines.report.cards import MAP_SIDE, HeatScale, _beyond, contour, make_card, webp
 
 
 def picture(uri: str) -> Image.Image:
@@ -40,6 +40,22 @@ def test_a_contour_without_room_keeps_its_longest_piece() -> None:
     whole = contour(anomaly_map, 1.0, 100_000)
     assert whole.count("M") == 2
     assert contour(anomaly_map, 1.0, len(whole) - 1) == whole[: whole.rindex("M")]
+
+
+@pytest.mark.parametrize(
+    ("threshold", "standardised", "expected"),
+    [
+        (1.0, False, (1.5, 1.5, "1.5 × threshold")),
+        (1.0, True, (1.5, None, "0.5 spreads of good pictures above threshold")),
+        (0.01, True, (2.49, None, "1.5 spreads of good pictures above threshold")),
+        (-1.0, True, (3.5, None, "2.5 spreads of good pictures above threshold")),
+        (2.0, True, (0.5, None, "0.5 spreads of good pictures below threshold")),
+        (0.0, False, (2.5, None, "1.5 above threshold")),
+        (None, True, (1.5, None, "")),
+    ],
+)
+def test_what_a_score_is_compared_with(threshold, standardised, expected) -> None:
+    assert tuple(_beyond(1.5, threshold, standardised).values()) == expected
 
 
 def test_a_picture_is_made_to_fit() -> None:

@@ -26,7 +26,7 @@ def judged(tmp_path_factory, tiny_bundle):
 
 def test_summary_of_a_run(judged) -> None:
     run, data, rows = judged
-    page = summary(run, count(run.results(), Truth(read_dataset(str(data), run.storage))))
+    page = summary(run, count(run, run.results(), Truth(read_dataset(str(data), run.storage))))
     assert page["total"] == len(rows) == 60
     assert page["anomalies"] == sum(row["is_anomalous"] for row in rows)
     assert page["kinds"] == {"correct": 34, "false alarm": 2, "hit": 22, "miss": 2}
@@ -42,13 +42,13 @@ def test_summary_of_a_run(judged) -> None:
 
 def test_cards_come_in_the_order_of_the_results_chosen(judged) -> None:
     results = judged.run.results()
-    _, chosen = search(results, Query(sort="name", count=5))
+    _, chosen = search(judged.run, results, Query(sort="name", count=5))
     cards = make_cards(judged.run, results, chosen, {"low": 0.5, "high": 3.0}, 50_000)
     assert [card["id"] for card in cards] == [result.image_id for result in chosen]
 
 
 def test_users_read_words_instead_of_symbols(judged) -> None:
-    page = summary(judged.run, count(judged.run.results()))
+    page = summary(judged.run, count(judged.run, judged.run.results()))
     text = re.sub(r"<(script|style).*?</\1>", "", render(page | {"cards": []}), flags=re.DOTALL)
     assert "not judged" in text
     for insider in ("δ", "min step", "min_step<", "timestep"):

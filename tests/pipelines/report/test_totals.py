@@ -17,10 +17,10 @@ def judged(tmp_path_factory, tiny_bundle):
 def test_kinds_are_verdicts_without_ground_truth_and_hits_and_misses_with_it(judged) -> None:
     run, data, rows = judged
     anomalous = sum(row["is_anomalous"] for row in rows)
-    totals = count(run.results())
+    totals = count(run, run.results())
     assert totals.kind_counts == {"anomalous": anomalous, "good": len(rows) - anomalous}
     assert totals.misses == []
-    totals = count(run.results(), Truth(read_dataset(str(data), run.storage)))
+    totals = count(run, run.results(), Truth(read_dataset(str(data), run.storage)))
     assert totals.kind_counts == {"correct": 34, "false alarm": 2, "hit": 22, "miss": 2}
     assert totals.called_anomalous == anomalous == 24
     missed = [row for row in rows if "/cut/" in row["uri"] and not row["is_anomalous"]]
@@ -29,7 +29,7 @@ def test_kinds_are_verdicts_without_ground_truth_and_hits_and_misses_with_it(jud
 
 def test_several_thresholds_make_the_unit_of_the_histogram(judged) -> None:
     run, data, rows = judged
-    totals = count(run.results(), Truth(read_dataset(str(data), run.storage)))
+    totals = count(run, run.results(), Truth(read_dataset(str(data), run.storage)))
     assert totals.several_thresholds
     assert totals.threshold is None
     histogram = totals.histogram()
@@ -40,7 +40,7 @@ def test_several_thresholds_make_the_unit_of_the_histogram(judged) -> None:
 
 
 def test_steps_are_counted_with_their_reasons(judged) -> None:
-    steps = count(judged.run.results()).steps
+    steps = count(judged.run, judged.run.results()).steps
     for step, reason in ((350, "difference"), (250, "difference"), (150, "min_step")):
         assert steps[step, reason] == sum(row["stop_step"] == step for row in judged.rows)
 

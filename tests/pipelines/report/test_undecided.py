@@ -59,7 +59,7 @@ def glad(*words):
 
 
 def test_totals_count_them_apart(undecided) -> None:
-    totals = count(undecided.run.results())
+    totals = count(undecided.run, undecided.run.results())
     assert totals.kind_counts["undecided"] == 4
     assert sum(totals.kind_counts.values()) == 60
     assert sum(part["count"] for part in totals.histogram()) == 56
@@ -70,10 +70,10 @@ def test_a_search_has_them_last_and_under_no_verdict(undecided) -> None:
     results = undecided.run.results()
     bad = {f"{number:032d}" for number in BAD}
     for sort in ("margin", "margin_up"):
-        total, keys = search(results, Query(sort=sort, count=60))
+        total, keys = search(undecided.run, results, Query(sort=sort, count=60))
         assert total == 60
         assert {key.image_id for key in keys[-4:]} == bad
-    found = [search(results, Query(verdict=verdict, count=60))[1] for verdict in ("good", "anomalous")]
+    found = [search(undecided.run, results, Query(verdict=verdict, count=60))[1] for verdict in ("good", "anomalous")]
     assert sum(map(len, found)) == 56
     assert not bad & {key.image_id for keys in found for key in keys}
 

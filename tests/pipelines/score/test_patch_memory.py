@@ -3,6 +3,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save
 
 from cluster.storage import Storage
@@ -10,6 +11,7 @@ from glad_core.bundle.glad_json import read_description, update_settings
 from glad_core.bundle.settings import Settings, View
 from glad_core.engine import nearest
 from glad_core.errors import GladError
+from pipelines.score import patch_memory
 from pipelines.score.patch_memory import build_memory, read_memory
 
 STORAGE = Storage()
@@ -37,6 +39,35 @@ def test_what_is_built_is_read(build) -> None:
     assert memory.good == [(0.0, 1.0)]  # nothing to standardise
     assert memory.threshold is None  # too few for one
     assert [memory.p_value(score, None) for score in (0.0, 1e9)] == [1.0, 1 / 3]
+
+
+def test_what_is_left_out_of_the_good_images_is_counted_by_kind(tiny_bundle, photos, tmp_path, monkeypatch) -> None:
+    good = tmp_path / "good"
+    shutil.copytree(photos, good)
+    (good / "empty.png").write_bytes(b"")
+    for number in range(2):
+        (good / f"page{number}.png").write_bytes(b"<html>")
+    (good / ".hidden.png").write_bytes(b"")
+    frames = [Image.new("L", (40, 40), shade) for shade in (50, 60, 70)]
+    frames[0].save(good / "stack.tif", save_all=True, append_images=frames[1:])
+
+    def build():
+        model_id = read_description(tiny_bundle).model_id
+        return build_memory(str(good), str(tiny_bundle), model_id, STORAGE, str(tmp_path / "m"), "cpu", seed=0)
+
+    line = build()
+    assert line.startswith("13 good images, 3 of them for the threshold; left out: 2 ")
+    assert sorted(line.partition("left out: ")[2].split(", ")) == [
+        "1 empty",
+        "1 hidden files or folders",
+        "2 further pages",
+        "2 not_an_image",
+    ]
+    monkeypatch.setattr(patch_memory, "MAX_IMAGES", 5)
+    assert "1 or more after the first 5 images, which are enough" in build()
+    monkeypatch.setattr(patch_memory, "MAX_IMAGES", 1)
+    with pytest.raises(GladError, match="1 readable good images; at least two are needed, better 50; left out: 1 "):
+        build()
 
 
 def test_a_memory_of_an_older_version_has_no_p_values(tmp_path) -> None:

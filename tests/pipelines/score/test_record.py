@@ -1,4 +1,6 @@
 import io
+from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -6,10 +8,12 @@ from judged_run import finish_run, make_judged_run
 from rich.console import Console
 
 from cluster.storage import Storage
+from glad_core.bundle.settings import Settings
 from pipelines.runs.run import Run
 from pipelines.runs.schema import SCORED_SCHEMA
-from pipelines.score.record import print_end
-from pipelines.score.request import Counts
+from pipelines.score.actor_plan import ActorPlan
+from pipelines.score.record import methods, print_end, run_record, without_reconstructions
+from pipelines.score.request import Counts, ScoreRequest
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +36,34 @@ def test_a_run_ends_with_its_errors_its_worst_images_and_what_comes_next(judged)
     assert [line.split("  ")[-1] for line in lines[2:7]] == worst
     assert all("  anomalous  " in line for line in lines[2:7])
     assert lines[7:] == [f"next: glad report '{judged.run.location}'"]  # a blank is in it
+
+
+@pytest.mark.parametrize(
+    ("bundles", "good", "judged_by", "line"),
+    [
+        (["glad"], None, "glad", None),
+        (["glad"], "good", "nearest", "keeps none: good patches"),
+        (["nearest"], None, "nearest", "keeps none: good patches"),
+        (["glad", "nearest"], None, "glad, nearest", "keeps none of 1: good patches"),
+    ],
+)
+def test_what_judged_is_recorded(tmp_path, bundles, good, judged_by, line):
+    settings = {str(key): Settings(method=method) for key, method in enumerate(bundles)}
+    facts = {"target_fpr": 0.1, "calibration_images": 9}
+    described = {key: SimpleNamespace(model_id=key, category="c", settings={}, provenance=facts) for key in settings}
+    models = SimpleNamespace(settings=lambda: settings, descriptions=described)
+    request = ScoreRequest("photos", "run", "model", method="nearest" if good else "glad", good=good)
+    known = {"source": "photos", "search": dict.fromkeys(settings, "scan")}
+    actors, counts, run = ActorPlan(1, 1, 0, 1, 1, 1), Counts(1, 1, 0, 0, 0), Run(str(tmp_path), Storage())
+    record = run_record(request, known, run, models, actors, counts, datetime.now(UTC), 1.0)
+    assert record["method"] == judged_by
+    assert [model["method"] for model in record["models"].values()] == judged_by.split(", ")
+    assert [model["search"] is None for model in record["models"].values()] == [
+        model["method"] == "nearest" for model in record["models"].values()
+    ]
+    assert [model["calibration"] is None for model in record["models"].values()] == [good is not None] * len(bundles)
+    said = without_reconstructions(methods(request, models))
+    assert said is None if line is None else line in said
 
 
 def test_a_huge_run_is_not_read_again(judged):
