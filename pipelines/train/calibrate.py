@@ -25,7 +25,7 @@ from glad_core.bundle.glad_json import Description, with_settings
 from glad_core.bundle.good_scores import kept
 from glad_core.bundle.model import load_bundle
 from glad_core.bundle.settings import Profile, Settings
-from glad_core.calibration import Calibrator
+from glad_core.calibration import Calibrator, judged_images
 from glad_core.decoding.picture import ImageError, decode
 from glad_core.engine.process import set_up
 from glad_core.errors import GladError
@@ -42,7 +42,9 @@ from pipelines.runs.run import Run
 from pipelines.score.actor_plan import ActorWishes, plan_actors
 from pipelines.score.job import score
 from pipelines.score.request import ScoreRequest
+from pipelines.train.side_by_side import count_judged, run_side_by_side
 
+NAME = "calibrate"  # of the one job whose progress is shown
 STEP_IMAGES = 40  # images that the denoising steps are chosen on
 FAR_MORE, RARE = 3.0, 0.001  # times the alarms that a threshold allows, and no chance: a run is not of good images
 
@@ -215,15 +217,12 @@ def _choose_steps(
         highlight=False,
     )
     task: Any = ray.remote(num_cpus=cpus, num_gpus=actors.num_gpus)(steps_from)
-    try:
-        with console.status(""):
-            chosen, skipped = ray.get(
-                task.remote(
-                    few, base, description.model_id, storage, gpu, profile, request.foreground_mode, request.seed
-                )
-            )
-    except ray.exceptions.RayError as error:
-        raise session.root_cause(error, GladError, StorageError) from None
+    arguments = (few, base, description.model_id, storage, gpu, profile, request.foreground_mode, request.seed)
+    job = {NAME: lambda events: ray.get(task.remote(*arguments, events))}
+    outcome = run_side_by_side(job, 1, console)[NAME]
+    if isinstance(outcome, BaseException):
+        raise outcome
+    chosen, skipped = outcome
     for message in skipped:
         console.print(f"[yellow]{escape(message)}; skipped[/yellow]", soft_wrap=True)
     return chosen
@@ -238,8 +237,11 @@ def steps_from(
     profile: Profile,
     foreground_mode: ForegroundMode,
     seed: int,
+    events: Any,
 ) -> tuple[Settings, list[str]]:
     """The settings with T, δ and min_step chosen on listed good images, and one line for each unreadable one.
+
+    ``events`` is the queue of what the user sees (`side_by_side`).
 
     Raises:
         GladError: none can be read, or another bundle than ``model_id`` is there.
@@ -258,7 +260,9 @@ def steps_from(
             skipped.append(f"{row['uri']}: {error}")
     if not good:
         raise GladError(f"none of the good images can be read; the first: {skipped[0]}")
-    return Calibrator(model, profile, foreground_mode, seed=seed).choose(good, names=names).settings, skipped
+    progress = count_judged(events, NAME, "choose steps", judged_images(good, model.settings, profile))
+    calibrator = Calibrator(model, profile, foreground_mode, seed=seed, on_image=progress)
+    return calibrator.choose(good, names=names).settings, skipped
 
 
 def _read_scores(run: Run, with_feedback: bool) -> Scores:

@@ -21,7 +21,7 @@ from pipelines.score.patch_memory import MAX_BYTES, MAX_IMAGES, Good, remember
 from pipelines.train.choose_views import usual_size
 from pipelines.train.failure import out_of_memory
 from pipelines.train.kept_frames import read_frames
-from pipelines.train.side_by_side import send_event
+from pipelines.train.side_by_side import count_judged, send_event
 from pipelines.train.spec import FINAL, Deliver, Outcome, TrainJob
 from pipelines.train.survey import Survey
 
@@ -57,13 +57,7 @@ def _finish(job: TrainJob, surveyed: Survey, checkpoint: Any, deliver: Deliver, 
     model = replace(model, settings=model.settings.model_copy(update={"views": views, **levels}))
     held_out = list(read_frames(surveyed.held_out, model.settings.framings(), job.storage))
     choose = "preset" not in read_description(base).provenance  # whose method is the published one
-    total, done = judged_images(held_out, model.settings, methods=choose), 0
-
-    def judged(count: int) -> None:
-        nonlocal done
-        done += count
-        send_event(events, job.name, "calibrate", done=done, total=total)
-
+    judged = count_judged(events, job.name, "calibrate", judged_images(held_out, model.settings, methods=choose))
     calibrator = Calibrator(model, foreground_mode=job.recipe.foreground_mode, seed=job.recipe.seed, on_image=judged)
     categories, names = zip(*((image.category, image.uri) for image in surveyed.held_out), strict=True)
     memory = remember(model, _good(job, model), job.recipe.seed) if choose else []

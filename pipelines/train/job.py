@@ -58,7 +58,7 @@ def train(request: TrainRequest, console: Console) -> str:
     job = with_resources(job, request)
     count, recipe = sum(map(len, images.values())), job.recipe
     steps = f"{recipe.steps} steps of {recipe.batch_size} on {job.device}"
-    say(f"{count} good pictures: {steps}, then calibration; the time left is shown from the second step on")
+    say(f"{count} good pictures: {steps}, then calibration; how long they take is said after the first seconds")
     deliver = partial(deliver_bundle, storage=storage, out=out)
     outcome = run_side_by_side({job.name: partial(run_training, job, images, deliver)}, 1, console)[job.name]
     if isinstance(outcome, BaseException):

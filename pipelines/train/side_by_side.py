@@ -23,6 +23,10 @@ from glad_core.errors import GladError
 
 LINE_EVERY = 10.0  # seconds between two lines of a job, if there is no terminal
 LOOK_EVERY = 0.2  # seconds between two looks at what the jobs have sent
+MEASURED = 3, 5.0  # steps, and seconds, after which the time that a state takes is told
+# What a state counts. Calibration begins with what takes longest, so its time is a bound.
+JUDGE = "tiles of pictures to judge, at most about"
+UNITS = {"train": "steps, about", "calibrate": JUDGE, "choose steps": JUDGE}
 
 Job = Callable[[Any], Any]  # takes the queue of its events; called again, it resumes
 
@@ -32,6 +36,19 @@ def send_event(
 ) -> None:
     """Report what a job is doing, from any process that runs a part of it."""
     events.put({"job": name, "state": state, "done": done, "total": total, "note": note, "warning": warning})
+
+
+def count_judged(events: Any, name: str, state: str, total: int) -> Callable[[int], None]:
+    """What reports that so many more of ``total`` images have been judged."""
+    done = 0
+
+    def judged(count: int) -> None:
+        nonlocal done
+        done += count
+        send_event(events, name, state, done=done, total=total)
+
+    judged(0)
+    return judged
 
 
 def run_side_by_side(jobs: Mapping[str, Job], parallel: int, console: Console) -> dict[str, Any]:
@@ -52,7 +69,8 @@ def run_side_by_side(jobs: Mapping[str, Job], parallel: int, console: Console) -
     bar = Progress(*columns, console=console, disable=not console.is_terminal)
     with _says_how_far(latest, len(jobs)), bar as progress:
         bars = {name: progress.add_task(name, total=None, state="waiting", note="") for name in jobs}
-        lines = _Lines(console)
+        pace = Pace()
+        lines = _Lines(console, pace)
         for event in _run_all(jobs, parallel):
             name = event["job"]
             latest[name] = event
@@ -60,6 +78,8 @@ def run_side_by_side(jobs: Mapping[str, Job], parallel: int, console: Console) -
                 console.print(f"[yellow]{name}: {escape(event['warning'])}[/yellow]", highlight=False, soft_wrap=True)
             if event["state"] in ("done", "failed"):
                 outcomes[name] = event["outcome"]
+            if expected := pace.expected(event):
+                console.print(f"{name}: {expected}", highlight=False, soft_wrap=True)
             progress.update(bars[name], state=event["state"], note=event["note"])
             if event["total"]:  # else the bar stays where its last state left it
                 progress.update(bars[name], completed=event["done"], total=event["total"])
@@ -84,33 +104,59 @@ def _says_how_far(latest: Mapping[str, dict[str, Any]], jobs: int) -> Iterator[N
         raise
 
 
+class Pace:
+    """How fast each job gets on in each of its states, by the events of `send_event`."""
+
+    def __init__(self) -> None:
+        self.first: dict[tuple[str, str], tuple[int, float]] = {}  # by job and state: what was done first, and when
+        self.told: set[tuple[str, str]] = set()
+
+    def expected(self, event: dict[str, Any]) -> str:
+        """How much a state has to do and about how long it takes: once, as soon as that is measured; else empty."""
+        key = event["job"], event["state"]
+        if not event["total"]:
+            return ""
+        begun, since = self.first.setdefault(key, (event["done"], time.monotonic()))
+        done, seconds = event["done"] - begun, time.monotonic() - since
+        if key in self.told or event["state"] not in UNITS or done < MEASURED[0] or seconds < MEASURED[1]:
+            return ""
+        self.told.add(key)
+        left = f"{event['total'] - begun} of " if begun > 1 else ""  # of a resumed training
+        return f"{left}{event['total']} {UNITS[event['state']]} {_about(seconds / done * (event['total'] - begun))}"
+
+    def left(self, event: dict[str, Any]) -> str:
+        """The time that is left of the state at the pace so far; empty until there is one."""
+        begun, since = self.first.get((event["job"], event["state"]), (0, 0.0))
+        done = event["done"] - begun
+        if not event["total"] or done <= 0:
+            return ""
+        left = (time.monotonic() - since) / done * (event["total"] - event["done"])
+        return f", {timedelta(seconds=round(left))} left"
+
+
+def _about(seconds: float) -> str:
+    """A time in words, no more exact than it is known."""
+    if seconds < 90:
+        return f"{max(1, round(seconds / 10)) * 10} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 90 * 60 else f"{seconds / 3600:.1f} hours"
+
+
 class _Lines:
     """Plain lines for a log: one whenever a job's state changes, and one every `LINE_EVERY` seconds."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console, pace: Pace) -> None:
+        self.console, self.pace = console, pace
         self.shown: dict[str, tuple[str, float]] = {}  # state and time of each job's last line
-        self.first: dict[tuple[str, str], tuple[int, float]] = {}  # by job and state: what was done first, and when
 
     def show(self, event: dict[str, Any]) -> None:
         name, state, note = event["job"], event["state"], event["note"]
-        self.first.setdefault((name, state), (event["done"], time.monotonic()))
         last_state, last_time = self.shown.get(name, ("", 0.0))
         if last_state == state and time.monotonic() - last_time <= LINE_EVERY:
             return
         self.shown[name] = (state, time.monotonic())
         steps = f" {event['done']} of {event['total']}" if event["total"] else ""
-        steps += self._time_left(event)
+        steps += self.pace.left(event)
         self.console.print(f"{name}: {state}{steps}{', ' + note if note else ''}", highlight=False)
-
-    def _time_left(self, event: dict[str, Any]) -> str:
-        """What is left of the state at the pace so far; empty until there is one."""
-        begun, since = self.first[event["job"], event["state"]]
-        done = event["done"] - begun
-        if done <= 0:
-            return ""
-        left = (time.monotonic() - since) / done * (event["total"] - event["done"])
-        return f", {timedelta(seconds=round(left))} left"
 
 
 def _run_all(jobs: Mapping[str, Job], parallel: int) -> Iterator[dict[str, Any]]:

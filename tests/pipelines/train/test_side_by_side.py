@@ -37,7 +37,8 @@ def test_a_log_has_a_line_per_change_of_state_and_one_every_ten_seconds(monkeypa
     clock = [100.0]
     monkeypatch.setattr(side_by_side.time, "monotonic", lambda: clock[0])
     log = io.StringIO()
-    lines = side_by_side._Lines(Console(file=log, width=200))
+    pace = side_by_side.Pace()
+    lines = side_by_side._Lines(Console(file=log, width=200), pace)
     for seconds, name, state, done in (
         (0, "nut", "survey", 0),
         (1, "nut", "train", 1),
@@ -46,13 +47,37 @@ def test_a_log_has_a_line_per_change_of_state_and_one_every_ten_seconds(monkeypa
         (12, "nut", "train", 3),
     ):
         clock[0] = 100.0 + seconds
-        lines.show({"job": name, "state": state, "done": done, "total": 9 if done else 0, "note": ""})
+        event = {"job": name, "state": state, "done": done, "total": 9 if done else 0, "note": ""}
+        assert pace.expected(event) == ""  # three steps have not been measured
+        lines.show(event)
     assert log.getvalue().splitlines() == [
         "nut: survey",
         "nut: train 1 of 9",
         "bolt: train 1 of 9",
         "nut: train 3 of 9, 0:00:33 left",
     ]
+
+
+@pytest.mark.parametrize(
+    ("state", "total", "steps", "expected"),
+    [
+        # (done, seconds) of each event, and what is said at which of them
+        ("train", 600, [(1, 0), (3, 2), (5, 6), (9, 7), (600, 900)], {2: "600 steps, about 15 minutes"}),
+        ("train", 600, [(1, 0), (2, 50), (4, 150)], {2: "600 steps, about 8.3 hours"}),
+        ("train", 600, [(201, 0), (301, 10), (600, 40)], {1: "399 of 600 steps, about 40 seconds"}),
+        ("calibrate", 348, [(0, 0), (1, 1), (40, 8)], {2: f"348 {side_by_side.JUDGE} 70 seconds"}),
+        ("train", 5, [(1, 0), (5, 4)], {}),  # over before it is measured
+        ("survey", 0, [(0, 0), (0, 60)], {}),
+    ],
+)
+def test_how_long_it_takes_is_said_once_it_is_measured(state, total, steps, expected, monkeypatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(side_by_side.time, "monotonic", lambda: clock[0])
+    pace, said = side_by_side.Pace(), {}
+    for number, (done, clock[0]) in enumerate(steps):
+        if line := pace.expected({"job": "nut", "state": state, "done": done, "total": total}):
+            said[number] = line
+    assert said == expected
 
 
 def test_a_bar_stays_full_after_states_that_count_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
