@@ -60,7 +60,7 @@ def check(location: str, console: Console) -> dict[str, Any]:
     dataset = published_name(set(names))
     table = Table("category", *COLUMNS, title=dataset)
     for name, row in counts.items():
-        table.add_row(name, *map(str, row.values()))
+        table.add_row(escape(name), *map(str, row.values()))
     console.print(table)
     notes = [f"left out, since it is no split and holds no masks: {folder}" for folder in others]
     for line in _taken_for(examples) + _shapes(list(sizes.values())) + notes:

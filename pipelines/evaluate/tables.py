@@ -7,7 +7,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Column, Table
 
 from cluster import session
@@ -29,6 +30,7 @@ from pipelines.runs.schema import ERRORS
 IMAGE_COLUMNS = ("I-AUROC", "I-AP", "I-F1-max")
 PIXEL_COLUMNS = ("P-AUROC", "P-AP", "P-F1-max", "PRO")
 COLUMNS = (*IMAGE_COLUMNS, *PIXEL_COLUMNS, "AUPIMO")
+WIDEST = 10_000  # characters of a table
 Metrics = dict[str, dict[str, float]]  # by category and column, 0 to 1; NaN if undefined
 
 
@@ -64,9 +66,8 @@ def evaluate(
         metrics["average"] = average(list(metrics.values()))
     _warn(run, tallies, examples, console)
     name = published_name(set(tallies))
-    console.print(_table(metrics))
-    for table in _published_tables(name, set(tallies)):
-        console.print(table)
+    for table in (_table(metrics), *_published_tables(name, set(tallies))):
+        print_whole(table, console)
     if out is not None:
         _write(metrics, name, out, run.storage)
         console.print(f"metrics.csv, metrics.md and metrics.json in {out}", highlight=False)
@@ -117,18 +118,32 @@ HEADERS = ("category", "I-AUROC", "95 %", *COLUMNS[1:])
 
 
 def _narrow(name: str) -> str:
-    """A heading in two lines: set this close, all columns fit into 80 even if everything is 100.0."""
-    return name.replace("F1-max", "F1\nmax")
+    """A heading in two lines."""
+    split = {"-AUROC": "-\nAUROC", "F1-max": "F1\nmax", "PIMO": "\nPIMO", " et": "\net"}
+    return reduce(lambda words, cut: words.replace(*cut), split.items(), name)
+
+
+def _empty(headers: Iterable[str], title: str) -> Table:
+    """A table set so close that names of 18 characters fit into 80 columns even if every number is 100.0."""
+    columns = (Column(_narrow(name), no_wrap=True) for name in headers)
+    return Table(*columns, title=title, box=SIMPLE, padding=(0, 0), pad_edge=False)
 
 
 def _table(metrics: Metrics) -> Table:
-    columns = (Column(_narrow(name), overflow="fold") for name in HEADERS)
-    table = Table(*columns, title="GLAD on Ray", box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    table = _empty(HEADERS, "GLAD on Ray")
     for name, row in metrics.items():
         if name == "average":
             table.add_section()
-        table.add_row(name, *_cells(row))
+        table.add_row(escape(name), *_cells(row))
     return table
+
+
+def print_whole(table: Table, console: Console) -> None:
+    """Print a table whose names and numbers are whole, even if that makes it wider than the terminal."""
+    needed = Measurement.get(console, console.options.update(max_width=WIDEST), table).maximum
+    if needed > console.width:
+        table.width = needed
+    console.print(table, crop=False)
 
 
 @cache
@@ -143,16 +158,16 @@ def _published_tables(dataset: str | None, categories: set[str]) -> Iterable[Tab
         return
     facts = published()
     columns = (*IMAGE_COLUMNS, *PIXEL_COLUMNS)
-    averages = Table("method", *map(_narrow, columns), title=f"Published, {dataset}, all categories (Table 2)")
+    averages = _empty(("method", *columns), f"Published, {dataset}, all categories (Table 2)")
     for method, row in facts["averages"][dataset].items():
         averages.add_row(method, *(str(row.get(column, "-")) for column in columns))
     yield averages
     single = facts["categories"].get(dataset)
     for column in ("I-AUROC", "P-AUROC") if single else ():
         methods = list(next(iter(single.values())))
-        table = Table("category", *methods, title=f"Published, {column} (Table 1)")
+        table = _empty(("category", *methods), f"Published, {column} (Table 1)")
         for name in sorted(categories):
-            table.add_row(name, *(str(single[name][method].get(column, "-")) for method in methods))
+            table.add_row(escape(name), *(str(single[name][method].get(column, "-")) for method in methods))
         yield table
 
 

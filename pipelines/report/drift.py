@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.compute as pc
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from scipy import stats
 
@@ -92,7 +93,7 @@ def _table(comparison: dict[str, dict[str, Any]], alpha: float) -> Table:
     table = Table(*columns, caption=meaning)
     for name, row in comparison.items():
         table.add_row(
-            name,
+            escape(name),
             " / ".join(map(str, row["images"])),
             " / ".join(f"{median:.3f}" for median in row["median_score"]),
             f"{row['p_scores']:.2g}",

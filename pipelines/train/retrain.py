@@ -110,9 +110,9 @@ def _print_outcomes(outcomes: dict[str, Any], console: Console) -> None:
     table = Table("category", "outcome", "version")
     for name, outcome in outcomes.items():
         if isinstance(outcome, BaseException):
-            table.add_row(name, f"[red]failed: {escape(' '.join(str(outcome).split())[:400])}[/red]", "-")
+            table.add_row(escape(name), f"[red]failed: {escape(' '.join(str(outcome).split())[:400])}[/red]", "-")
         else:
-            table.add_row(name, escape(outcome.words), outcome.model_id)
+            table.add_row(escape(name), escape(outcome.words), outcome.model_id)
     console.print(table)
 
 

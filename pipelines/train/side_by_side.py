@@ -68,18 +68,19 @@ def run_side_by_side(jobs: Mapping[str, Job], parallel: int, console: Console) -
     latest: dict[str, dict[str, Any]] = {}
     bar = Progress(*columns, console=console, disable=not console.is_terminal)
     with _says_how_far(latest, len(jobs)), bar as progress:
-        bars = {name: progress.add_task(name, total=None, state="waiting", note="") for name in jobs}
+        bars = {name: progress.add_task(escape(name), total=None, state="waiting", note="") for name in jobs}
         pace = Pace()
         lines = _Lines(console, pace)
         for event in _run_all(jobs, parallel):
             name = event["job"]
             latest[name] = event
             if event["warning"]:
-                console.print(f"[yellow]{name}: {escape(event['warning'])}[/yellow]", highlight=False, soft_wrap=True)
+                line = f"[yellow]{escape(name)}: {escape(event['warning'])}[/yellow]"
+                console.print(line, highlight=False, soft_wrap=True)
             if event["state"] in ("done", "failed"):
                 outcomes[name] = event["outcome"]
             if expected := pace.expected(event):
-                console.print(f"{name}: {expected}", highlight=False, soft_wrap=True)
+                console.print(f"{name}: {expected}", markup=False, highlight=False, soft_wrap=True)
             progress.update(bars[name], state=event["state"], note=event["note"])
             if event["total"]:  # else the bar stays where its last state left it
                 progress.update(bars[name], completed=event["done"], total=event["total"])
@@ -156,7 +157,8 @@ class _Lines:
         self.shown[name] = (state, time.monotonic())
         steps = f" {event['done']} of {event['total']}" if event["total"] else ""
         steps += self.pace.left(event)
-        self.console.print(f"{name}: {state}{steps}{', ' + note if note else ''}", highlight=False)
+        line = f"{name}: {state}{steps}{', ' + note if note else ''}"
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _run_all(jobs: Mapping[str, Job], parallel: int) -> Iterator[dict[str, Any]]:

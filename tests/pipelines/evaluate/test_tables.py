@@ -1,12 +1,29 @@
+import io
 import json
 import re
 
 import numpy as np
 import pytest
+from rich.cells import cell_len
+from rich.console import Console
 from sklearn import metrics as sk
 from typer.testing import CliRunner
 
 from pipelines.cli.main import app
+from pipelines.evaluate import tables
+
+FULL = dict.fromkeys((*tables.COLUMNS, "I-AUROC low", "I-AUROC high"), 1.0)
+
+
+@pytest.mark.parametrize("name", ["circuit_board", "x" * 18, "x" * 45, "[red]", "[/end]", "電路板" * 3])
+def test_names_and_numbers_are_whole_at_80_columns(name) -> None:
+    shown = io.StringIO()
+    tables.print_whole(tables._table({name: FULL, "average": FULL}), Console(file=shown, width=80))
+    lines = [line.strip() for line in shown.getvalue().splitlines()]
+    (row,) = (line for line in lines if line.startswith(name))
+    assert row.split() == [name, "100.0", "100.0-100.0", *["100.0"] * 7]
+    assert len(lines) == 9, "a row has one line"
+    assert max(map(cell_len, shown.getvalue().splitlines())) <= 80 or len(name) == 45
 
 
 @pytest.mark.slow
