@@ -110,14 +110,14 @@ class Backbone(nn.Module):
         return ((images_BCHW + 1) / 2 - mean) / std
 
     @torch.inference_mode()
-    def try_size(self, side: int) -> None:
-        """Compute the features of one image of ``side`` pixels, for a network that nothing else is known about.
+    def try_size(self, side: int) -> int:
+        """The width of all layers compared together; found with one image of ``side`` pixels, unless it is known.
 
         Raises:
             GladError: there are none, or not on a square grid.
         """
         if _is_dino(self.net):
-            return
+            return len(self.layers) * self.net.embed_dim
         what = f"a {type(self.net).__name__} cannot compare images of {side} pixels"
         parameter = next(self.net.parameters())
         try:
@@ -127,6 +127,7 @@ class Backbone(nn.Module):
             raise GladError(f"{what} ({why}): choose another feature_resolution or other features") from error
         if any(round(tokens.shape[1] ** 0.5) ** 2 != tokens.shape[1] for tokens in layers):
             raise GladError(f"{what} (its map is not square): choose other features")
+        return sum(tokens.shape[2] for tokens in layers)
 
 
 def create_backbone(

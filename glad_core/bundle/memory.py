@@ -58,5 +58,5 @@ def read_memory(file: Path, views: int, device: str | torch.device) -> list[Patc
 def _check(shapes: Mapping[str, tuple[int, ...]], views: int) -> None:
     names = {f"{part}.{view}" for part in PatchMemory._fields for view in range(views)}
     pairs = [(shapes.get(f"patches.{view}", ()), shapes.get(f"whitening.{view}")) for view in range(views)]
-    if shapes.keys() != names or any(len(a) != 2 or b != (a[1] + 1, a[1]) for a, b in pairs):
+    if shapes.keys() != names or any(len(a) != 2 or 0 in a or b != (a[1] + 1, a[1]) for a, b in pairs):
         raise GladError(f"not the good patches of {views} views")

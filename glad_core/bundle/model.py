@@ -294,7 +294,13 @@ def _check_fit(model: Model, where: str) -> None:
     multiple = model.vae_factor * 2 ** (len(unet.block_out_channels) - 1)
     if s.resolution % multiple:
         raise GladError(f"{where}: resolution {s.resolution} does not fit its networks: use a multiple of {multiple}")
-    check_features(model.final_features, s.feature_resolution, where)
+    width = check_features(model.final_features, s.feature_resolution, where)
+    for kept in model.memory:
+        if kept.patches.shape[1] != width:
+            raise GladError(
+                f"{where}: its good patches are {kept.patches.shape[1]} wide, its features {width}: "
+                "copy the bundle again or train it again"
+            )
     if model.prompt_cond.shape[-1] != unet.cross_attention_dim:
         raise GladError(
             f"{where}: prompt embeddings are {model.prompt_cond.shape[-1]} wide, "
@@ -331,8 +337,8 @@ def _check_finite(part: str, tensors: dict[str, Tensor]) -> None:
         )
 
 
-def check_features(backbone: Backbone, side: int, where: str) -> None:
-    """Check that images can be compared at a feature resolution of ``side`` pixels.
+def check_features(backbone: Backbone, side: int, where: str) -> int:
+    """Check that images can be compared at a feature resolution of ``side`` pixels; returns the features' width.
 
     Raises:
         GladError: they cannot.
@@ -340,7 +346,7 @@ def check_features(backbone: Backbone, side: int, where: str) -> None:
     if backbone.fitting(side) != side:
         raise GladError(f"{where}: feature_resolution {side} does not fit its networks: use {backbone.sizes}")
     try:
-        backbone.try_size(side)
+        return backbone.try_size(side)
     except GladError as error:
         raise GladError(f"{where}: {error}") from error
 

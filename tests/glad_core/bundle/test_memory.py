@@ -24,6 +24,7 @@ def test_what_is_stored_is_read(tmp_path: Path) -> None:
         ("patches.2", torch.zeros(5, 3)),
         ("patches.1", torch.zeros(5, 4)),
         ("patches.1", torch.zeros(5)),
+        ("patches.1", torch.zeros(0, 3)),
         ("whitening.0", torch.zeros(3, 3)),
     ],
 )

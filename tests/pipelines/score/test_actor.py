@@ -10,12 +10,14 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cluster.storage import Storage
 from glad_core import adaptive
 from glad_core.bundle.glad_json import update_settings, write_description
+from glad_core.bundle.memory import PatchMemory, memory_tensors
 from glad_core.bundle.model import load_bundle, save_derived
 from glad_core.bundle.settings import Settings, View
 from glad_core.doubt import doubt_about
@@ -106,6 +108,13 @@ def test_a_bundle_may_judge_by_the_good_patches_in_it(tiny_bundle, tmp_path):
     }
     with pytest.raises(GladError, match=r"memory.safetensors: not the good patches of 2 views"):
         load_bundle(path, settings=chosen.model_copy(update={"views": (View(), View(kind="tiles"))}))
+    for wrong in (memory.patches[:, 1:], torch.cat([memory.patches] * 2, dim=1)):
+        width = wrong.shape[1]
+        kept = PatchMemory(wrong, torch.zeros(width + 1, width))
+        save_file(memory_tensors([kept]), path / "memory.safetensors")
+        seal(path)
+        with pytest.raises(GladError, match=rf"its good patches are {width} wide, its features 128: copy the bundle"):
+            load_bundle(path)
     (path / "memory.safetensors").unlink()
     with pytest.raises(GladError, match=r"memory.safetensors is missing"):
         load_bundle(path)
