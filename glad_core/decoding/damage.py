@@ -15,11 +15,15 @@ import numpy as np
 from PIL import Image
 
 CUT = "cut off"
-SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+JPEG = b"\xff\xd8\xff"
+SIGNATURES = (b"\x89PNG\r\n\x1a\n", JPEG, b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # The next marker after a scan's data, in which FF 00 is a byte and FF D0 to FF D7 are marks for restarting.
 MARKER, RESTART = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL), re.compile(rb"\xff[\xd0-\xd7]")
 START, END, SCAN, INTERVAL = 0xD8, 0xD9, 0xDA, 0xDD
-FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers of a JPEG's size and components
+LS = 0xF7  # JPEG-LS
+# Markers of a JPEG's size and components.
+FRAMES = frozenset({*range(0xC0, 0xD0), LS}) - {0xC4, 0xC8, 0xCC}
+LOSSLESS, HIERARCHICAL = frozenset({0xC3, 0xC7, 0xCB, 0xCF}), frozenset({0xC5, 0xC6, 0xCD, 0xCE})
 ARITHMETIC = 0xC9  # the first of those whose scans may end early
 FILLING = bytes(range(17, 251, 4))
 PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
@@ -30,6 +34,18 @@ PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), 
 def looks_like_an_image(data: bytes) -> bool:
     """Whether the first bytes are those of a format that is read."""
     return data.startswith(SIGNATURES) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
+
+
+def unread_kind(data: bytes, error: str = "") -> str | None:
+    """What an image is that a decoder refused with this error: of a kind that is not read, if it is known to be one."""
+    if error.startswith("Unsupported BMP"):
+        return f"a BMP of a rare kind ({error})"
+    if not data.startswith(JPEG):
+        return None
+    try:
+        return Jpeg.read(data).unread()
+    except (struct.error, IndexError, KeyError, ValueError):
+        return None  # damaged, then
 
 
 def of_structure(data: bytes, image: Image.Image) -> str | None:
@@ -72,6 +88,7 @@ class Jpeg:
 
     Attributes:
         frame: marker that its size came with; says how it is coded.
+        precision: bits of a value.
         size: width and height in pixels.
         sampling: by component, blocks of 8 x 8 pixels across and down in a group of blocks.
         interval: groups between two marks for restarting; 0 without marks.
@@ -82,6 +99,7 @@ class Jpeg:
     """
 
     frame: int = 0
+    precision: int = 8
     size: tuple[int, int] = (0, 0)
     sampling: dict[int, tuple[int, int]] = field(default_factory=dict)
     interval: int = 0
@@ -112,8 +130,8 @@ class Jpeg:
         return jpeg
 
     def _set_frame(self, marker: int, segment: bytes) -> None:
-        height, width = struct.unpack_from(">HH", segment, 1)
-        self.frame, self.size = marker, (width, height)
+        precision, height, width = struct.unpack_from(">BHH", segment)
+        self.frame, self.precision, self.size = marker, precision, (width, height)
         self.sampling = {segment[at]: (segment[at + 1] >> 4, segment[at + 1] & 15) for at in range(6, len(segment), 3)}
         self.bits = {component: [99] * 64 for component in self.sampling}
 
@@ -131,6 +149,16 @@ class Jpeg:
             for number in range(first, min(last, 63) + 1):
                 self.bits[component][number] = shifts & 15
         return end
+
+    def unread(self) -> str | None:
+        """What kind it is, if it is none that decoders read here."""
+        if self.frame == LS:
+            return "JPEG-LS"
+        if self.frame in HIERARCHICAL:
+            return "a hierarchical JPEG"
+        if self.frame in LOSSLESS and self.precision in range(2, 17) and self.precision != 8:
+            return f"a lossless JPEG of {self.precision} bits"
+        return "a JPEG of 12 bits" if self.precision == 12 else None
 
     def groups(self) -> int:
         """Groups of blocks in the first scan; those of a single component are single blocks."""

@@ -157,7 +157,7 @@ def _loaded(image: ImageFile, data: bytes, keep: bool = False) -> Image.Image:
     except ImageError:
         raise
     except Exception as error:
-        raise refused(error) from error
+        raise refused(error, data) from error
     return image
 
 
@@ -219,15 +219,23 @@ def _header(data: bytes) -> ImageFile:
     except Image.DecompressionBombError as error:
         raise ImageError("too_large", f"decompression bomb: {error}") from error
     except Image.UnidentifiedImageError as error:
+        if kind := damage.unread_kind(data):
+            raise _unread(kind) from error
         if damage.looks_like_an_image(data):
             raise ImageError("damaged", "begins like an image, but is cut off or of a kind that is not read") from error
         raise ImageError("not_an_image", f"not PNG, JPEG, BMP, TIFF, WebP, GIF or PPM{_named(data)}") from error
     except Exception as error:  # decoders raise whatever their parsing meets
-        raise refused(error) from error
+        raise refused(error, data) from error
 
 
-def refused(error: Exception) -> ImageError:
-    """The error for a decoder's exception. (WebP's decoder reports too little memory as damage.)"""
+def _unread(kind: str) -> ImageError:
+    return ImageError("unsupported", f"{kind} is not read; write it as PNG or TIFF of 8 or 16 bits")
+
+
+def refused(error: Exception, data: bytes = b"") -> ImageError:
+    """The error for a decoder's exception on ``data``. (WebP's decoder reports too little memory as damage.)"""
     if isinstance(error, MemoryError) or "out of memory" in str(error):
         return ImageError("too_large", TOO_MUCH)
+    if kind := damage.unread_kind(data, str(error)):
+        return _unread(kind)
     return ImageError("damaged", " ".join(f"{type(error).__name__}: {error}".split())[:300])

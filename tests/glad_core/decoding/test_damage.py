@@ -66,6 +66,40 @@ def test_every_cut_of_a_jpeg_is_noticed(mode, options):
     assert kind(whole[:-2] + b"a text of the camera's") == "damaged"
 
 
+@pytest.mark.parametrize(
+    ("marker", "bits", "name"),
+    [
+        (0xC0, 12, "a JPEG of 12 bits"),
+        (0xC1, 12, "a JPEG of 12 bits"),
+        (0xC2, 12, "a JPEG of 12 bits"),
+        (0xC9, 12, "a JPEG of 12 bits"),
+        (0xC3, 12, "a lossless JPEG of 12 bits"),
+        (0xC3, 16, "a lossless JPEG of 16 bits"),
+        (0xC6, 8, "a hierarchical JPEG"),
+        (0xF7, 8, "JPEG-LS"),
+        (0xF7, 12, "JPEG-LS"),
+    ],
+)
+def test_a_jpeg_of_a_kind_that_is_not_read_is_called_by_its_name(marker, bits, name):
+    whole = bytearray(encode(photo(), "JPEG", exif=b"Exif\0\0" + encode(photo(8, 8), "JPEG")))
+    start = whole.rindex(b"\xff\xc0")  # of the picture, not of the thumbnail before it
+    whole[start + 1], whole[start + 4] = marker, bits
+    with pytest.raises(ImageError, match=f"^{name} is not read; write it as PNG or TIFF of 8 or 16 bits$") as error:
+        decode_image(bytes(whole))
+    assert error.value.kind == "unsupported"
+    assert kind(bytes(whole[: start + 6])) in ("damaged", "unsupported")
+    whole[start + 1], whole[start + 4] = 0xC0, 77  # nor is every wrong number of bits a kind
+    assert kind(bytes(whole)) == "damaged"
+
+
+def test_a_bmp_of_a_rare_kind_is_unsupported():
+    bmp = bytearray(encode(photo(), "BMP"))
+    bmp[30] = 5  # its compression: PNG inside
+    with pytest.raises(ImageError, match=r"^a BMP of a rare kind \(Unsupported BMP compression") as error:
+        decode_image(bytes(bmp))
+    assert error.value.kind == "unsupported"
+
+
 @pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
 def test_a_small_jpeg_that_claims_to_be_large(options):
     small = encode(photo(24, 24), "JPEG", **options)
