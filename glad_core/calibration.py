@@ -24,10 +24,12 @@ from glad_core.foreground import ForegroundMode
 from glad_core.image_metrics import image_metrics
 from glad_core.judge import map_at_full_size
 from glad_core.pictures import (
+    all_framings,
     anomalous_pictures,
     as_pictures,
     judge_all,
     score_pictures,
+    seen_by,
     tiles_of,
     with_anomalies,
 )
@@ -35,7 +37,7 @@ from glad_core.pixel_metrics import PixelCounts
 from glad_core.stitch import combined_score, standards
 from glad_core.threshold import conformal_quantile
 from glad_core.verdict import Detection
-from glad_core.views import Frames
+from glad_core.views import Frames, Framing
 
 # The published settings walk 30 timesteps at a time (T = 750, S = 25) and stop searching at 350 / 750 of T.
 STRIDE = 30
@@ -47,6 +49,9 @@ TEST_TILES = 200  # methods and views are compared on about as many, good ones
 NEAREST_TILES = 600  # and those of the nearest good patches, which cost a tenth
 SELECTION_IMAGES = 16  # T is chosen on this many good images; δ and the threshold then use all
 UNREACHABLE_DELTA = 1e4
+# AUROC by which a single view must be better than all of them. Synthetic anomalies are small and say little of what is
+# only seen on the whole picture; a view left out is a kind of defect that nobody sees.
+VIEWS_MARGIN = 0.02
 ADAPTIVE = "adaptive steps"
 
 
@@ -147,20 +152,22 @@ class Calibrator:
     ) -> Choice:
         """The method, its steps and its views that separate best: `choose_steps` on tiles, and the alternatives to it.
 
-        Of several views, those are kept that tell good pictures from the same with synthetic anomalies best: one of
-        them, or all, each standardised by the good pictures. With a ``memory`` the adaptive steps are compared with as
+        Of several views all are kept, each standardised by the good pictures, unless a single one tells good pictures
+        from the same with synthetic anomalies clearly better. With a ``memory`` the adaptive steps are compared with as
         many fixed ones, with a single one and with the nearest good patches, each through its best views.
 
         Args:
-            good: arrays [R, R, 3], or pictures with a frame for every view.
+            good: arrays [R, R, 3], or pictures with a frame for each of `compared_framings`.
             memory: good patches of every view, of pictures other than ``good``.
 
         Raises:
             NotFinite: as `choose_steps`.
         """
         labels, pictures = self._labels(good, categories, names), as_pictures(good)
-        tiles, tile_labels = _some_tiles(pictures, labels, self.model.settings)
         steps = replace(self, model=_of_method(self.model, "glad"))
+        glad = steps.model.settings
+        framings = compared_framings(glad, methods=bool(memory))
+        tiles, tile_labels = _some_tiles(seen_by(glad, framings, pictures), labels, glad)
         adaptive = steps.choose_steps(tiles, *map(list, zip(*tile_labels, strict=True)))
         methods = {ADAPTIVE: adaptive}
         if memory:
@@ -173,10 +180,13 @@ class Calibrator:
             name: ([*range(len(settings.views))], Quality(0.0, 0.0), settings) for name, settings in methods.items()
         }
         if len(methods) > 1 or len(adaptive.views) > 1:
-            found = {name: remembering._best_views(settings, pictures, labels) for name, settings in methods.items()}
+            found = {
+                name: remembering._best_views(settings, framings, pictures, labels)
+                for name, settings in methods.items()
+            }
         best = max(found, key=lambda name: found[name][1])
         views, _, _ = found[best]
-        scores_NV = remembering._score(methods[best], pictures, labels)[:, views]
+        scores_NV = remembering._score(methods[best], seen_by(methods[best], framings, pictures), labels)[:, views]
         settings = _of_views(methods[best], views, scores_NV)
         qualities = {name: quality for name, (_, quality, _) in found.items()}
         compared = {name: settings for name, (_, _, settings) in found.items()}
@@ -212,16 +222,14 @@ class Calibrator:
         )
 
     def _best_views(
-        self, settings: Settings, pictures: Sequence[Frames], labels: Sequence[Label]
+        self, settings: Settings, framings: Sequence[Framing], pictures: Sequence[Frames], labels: Sequence[Label]
     ) -> tuple[list[int], Quality, Settings]:
-        """The one view, or all, that separate best, on some of the good pictures, of equals the cheapest.
-
-        And the settings with these views.
-        """
+        """All views, or the one that separates clearly better, on some of the good pictures; the settings with them."""
         picked = _tested(pictures, settings)
         labels = [labels[index] for index in picked]
         some_pictures = [pictures[index] for index in picked]
-        good, anomalous = anomalous_pictures(some_pictures, settings, self.foreground_mode, self.seed)
+        both = anomalous_pictures(some_pictures, framings, settings.resolution, self.foreground_mode, self.seed)
+        good, anomalous = (seen_by(settings, framings, pictures) for pictures in both)
         scores_NV = self._score(settings, [*good, *anomalous], [*labels, *labels])
         truth = np.array([0] * len(good) + [1] * len(anomalous))
         views = list(range(len(settings.views)))
@@ -233,6 +241,8 @@ class Calibrator:
             for some in candidates
         ]
         best = qualities.index(max(qualities))
+        if qualities[-1].auroc >= qualities[best].auroc - VIEWS_MARGIN:
+            best = len(candidates) - 1
         some = candidates[best]
         return some, qualities[best], _of_views(settings, some, scores_NV[: len(good), some])
 
@@ -288,6 +298,12 @@ class Calibrator:
         return list(map(Label, categories, names or map("image {}".format, range(len(images)))))
 
 
+def compared_framings(settings: Settings, methods: bool) -> tuple[Framing, ...]:
+    """How pictures are framed that `Calibrator.choose` is to compare ``methods`` on, or GLAD's views alone."""
+    kinds: tuple[Method, ...] = ("glad", "nearest") if methods else ("glad",)
+    return all_framings(*(settings.model_copy(update={"method": method}) for method in kinds))
+
+
 def judged_images(
     good: Sequence[np.ndarray | Frames],
     settings: Settings,
@@ -300,17 +316,16 @@ def judged_images(
     ``methods``: the alternatives are compared too.
     """
     pictures = as_pictures(good)
-    counts = [sum(len(framing.places(*picture.size)) for framing in settings.framings()) for picture in pictures]
+    glad, nearest = (settings.model_copy(update={"method": method}) for method in ("glad", "nearest"))
+    counts, cheap_counts = ([_count(each, picture) for picture in pictures] for each in (glad, nearest))
     tiles = min(sum(counts), max(len(counts), STEP_TILES))
     few = min(tiles, SELECTION_IMAGES)
     single = 2 * few * len(FAST_STEPS)
     steps = single if profile == "fast" else 3 * few * len(START_STEPS) + 2 * tiles
     if steps_only:
         return steps
-    tests, cheap = (
-        2 * sum(counts[index] for index in _tested(pictures, settings.model_copy(update={"method": method})))
-        for method in ("glad", "nearest")
-    )
+    tests = 2 * sum(counts[index] for index in _tested(pictures, glad))
+    cheap = 2 * sum(cheap_counts[index] for index in _tested(pictures, nearest))
     if methods:
         return steps + single + 3 * tests + cheap + sum(counts)
     return steps + sum(counts) + (tests if len(settings.views) > 1 else 0)
@@ -321,9 +336,14 @@ def _tested(pictures: Sequence[Frames], settings: Settings) -> list[int]:
 
     Fewer would often prefer one view to another by chance.
     """
-    tiles = sum(len(framing.places(*picture.size)) for framing in settings.framings() for picture in pictures)
+    tiles = sum(_count(settings, picture) for picture in pictures)
     most = NEAREST_TILES if settings.method == "nearest" else TEST_TILES
     return _evenly(len(pictures), max(SELECTION_IMAGES, most * len(pictures) // tiles))
+
+
+def _count(settings: Settings, picture: Frames) -> int:
+    """Tiles of a picture in all views."""
+    return sum(len(framing.places(*picture.size)) for framing in settings.framings())
 
 
 def _evenly(count: int, most: int) -> list[int]:

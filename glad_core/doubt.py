@@ -17,7 +17,7 @@ def doubt_about(settings: Settings, row: Mapping[str, Any]) -> str | None:
         row: ``height`` and ``width`` upright, and the ``peak`` of a picture of more than 8 bits (`decoding.picture`).
     """
     size, usual = (row["height"], row["width"]), settings.picture_size
-    longer, large = max(size) / min(size), max(size) / settings.resolution
+    longer, large = max(size) / min(size), max(size) / max(framing.side for framing in settings.framings())
     kinds, doubts = {view.kind for view in settings.views}, []
     as_long = usual is not None and longer <= LONG * max(usual) / min(usual)
     if kinds == {"squash"} and longer > LONG and not as_long:

@@ -11,7 +11,7 @@ import numpy as np
 from glad_core.bundle.model import Model
 from glad_core.foreground import ForegroundMode
 from glad_core.image_metrics import RESAMPLES, auroc_of_resamples
-from glad_core.pictures import anomalous_pictures, as_pictures, score_pictures
+from glad_core.pictures import all_framings, anomalous_pictures, as_pictures, score_pictures, seen_by
 from glad_core.stitch import combined_score
 from glad_core.views import Frames
 
@@ -44,8 +44,7 @@ class ModelComparison:
 def compare_models(
     new: Model,
     old: Model,
-    good_new: Sequence[np.ndarray | Frames],
-    good_old: Sequence[np.ndarray | Frames],
+    good: Sequence[np.ndarray | Frames],
     foreground_mode: ForegroundMode,
     margin: float,
     seed: int = 1,
@@ -55,8 +54,7 @@ def compare_models(
 
     Args:
         new, old: the models.
-        good_new, good_old: the same good images at the resolution of either model, uint8 [R, R, 3] each, or
-            in its views.
+        good: pictures with a frame for each of both models' `all_framings`; uint8 [R, R, 3] if that is one.
         foreground_mode: where on an image anomalies may lie.
         margin: AUROC that the new model may lose.
         seed: of the anomalies; not the seed with which `Calibrator` chose T.
@@ -65,14 +63,17 @@ def compare_models(
     Raises:
         NotFinite: a model gives an image no finite score.
     """
-    names = names or [f"image {index}" for index in range(len(good_new))]
+    names = names or [f"image {index}" for index in range(len(good))]
+    framings = all_framings(new.settings, old.settings)
+    side = min(model.settings.resolution for model in (new, old))
+    compared = [*chain(*anomalous_pictures(as_pictures(good), framings, side, foreground_mode, seed))]
     scores = []
-    for model, good in ((new, good_new), (old, good_old)):
-        pictures = [*chain(*anomalous_pictures(as_pictures(good), model.settings, foreground_mode, seed))]
+    for model in (new, old):
+        pictures = seen_by(model.settings, framings, compared)
         categories, both = [model.category] * len(pictures), [*names, *names]
         scores_NV = score_pictures(model, pictures, categories, both, BATCH_SIZE, seed)
         scores.append(np.array([combined_score(model.settings, row) for row in scores_NV.tolist()]))
-    size = len(good_new)
+    size = len(good)
     rng = np.random.default_rng(seed)
     resamples = [half * size + rng.integers(0, size, (RESAMPLES, size)) for half in (0, 1)]
     new_aurocs, old_aurocs = (auroc_of_resamples(model_scores, *resamples) for model_scores in scores)

@@ -1,6 +1,6 @@
 """Scores of whole pictures, tiles and views included, and pictures with synthetic anomalies: what calibration needs.
 
-Shapes: N pictures, V views, R the bundle's resolution.
+Shapes: N pictures, V views, R side of what the bundle's method sees.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from glad_core.foreground import ForegroundMode, foreground
 from glad_core.images import to_tensor
 from glad_core.stitch import tile_requests, view_scores
 from glad_core.verdict import Detection, NotFinite, Request
-from glad_core.views import Frames
+from glad_core.views import Frames, Framing
 
 TILES = 256  # judged before the next pictures are cut: their verdicts are held together
 
@@ -30,6 +30,17 @@ def as_pictures(images: Sequence[np.ndarray | Frames]) -> list[Frames]:
     return [
         image if isinstance(image, Frames) else Frames([image], (image.shape[0], image.shape[1])) for image in images
     ]
+
+
+def all_framings(*settings: Settings) -> tuple[Framing, ...]:
+    """The different framings of several settings' views, for pictures that all of them are to judge."""
+    return tuple(dict.fromkeys(framing for each in settings for framing in each.framings()))
+
+
+def seen_by(settings: Settings, framings: Sequence[Framing], pictures: Sequence[Frames]) -> list[Frames]:
+    """Pictures with a frame for each of ``framings``; of their frames, those of the settings' views."""
+    own = [framings.index(framing) for framing in settings.framings()]
+    return [Frames([picture.frames[index] for index in own], picture.size) for picture in pictures]
 
 
 def tiles_of(pictures: Sequence[Frames], settings: Settings) -> list[list[np.ndarray]]:
@@ -97,38 +108,43 @@ def with_anomalies(
 
 
 def anomalous_pictures(
-    pictures: Sequence[Frames], settings: Settings, foreground_mode: ForegroundMode, seed: int
+    pictures: Sequence[Frames], framings: Sequence[Framing], side: int, foreground_mode: ForegroundMode, seed: int
 ) -> tuple[list[Frames], list[Frames]]:
     """Good pictures, and the same with one synthetic anomaly each, for a comparison of the two.
 
-    An anomaly is put into one tile of the largest frame, at the scale at which it is judged; both pictures' other
-    frames are made from that frame, so that nothing but the anomaly tells them apart.
+    An anomaly is put into a square of the largest frame; both pictures' other frames are made from that frame, so that
+    nothing but the anomaly tells them apart.
+
+    Args:
+        pictures: with a frame for each of ``framings``.
+        side: of the square, pixels: at most that of a tile.
     """
-    framings = settings.framings()
-    sizes = [max(range(len(framings)), key=lambda view: picture.frames[view].size) for picture in pictures]
-    places = []
-    for number, (picture, view) in enumerate(zip(pictures, sizes, strict=True)):
-        rng = np.random.default_rng((seed, number))
-        possible = framings[view].places(*picture.size)
-        places.append(possible[rng.integers(len(possible))])
-    side = settings.resolution
-    tiles = [
-        picture.frames[view][top : top + side, left : left + side]
-        for picture, view, (top, left) in zip(pictures, sizes, places, strict=True)
+    largest = [max(range(len(framings)), key=lambda index: picture.frames[index].size) for picture in pictures]
+    squares = [
+        _square(picture.frames[index].shape, framings[index].covered(*picture.size), side, (seed, number))
+        for number, (picture, index) in enumerate(zip(pictures, largest, strict=True))
     ]
-    changed, _ = with_anomalies(tiles, foreground_mode, seed)
+    parts = [picture.frames[index][square] for picture, index, square in zip(pictures, largest, squares, strict=True)]
+    changed, _ = with_anomalies(parts, foreground_mode, seed)
     good, anomalous = [], []
-    for picture, view, (top, left), tile in zip(pictures, sizes, places, changed, strict=True):
-        frame = picture.frames[view].copy()
-        frame[top : top + side, left : left + side] = tile
-        good.append(_reframed(picture.frames[view], view, picture, settings))
-        anomalous.append(_reframed(frame, view, picture, settings))
+    for picture, index, square, part in zip(pictures, largest, squares, changed, strict=True):
+        frame = picture.frames[index].copy()
+        frame[square] = part
+        good.append(_reframed(picture.frames[index], index, picture, framings))
+        anomalous.append(_reframed(frame, index, picture, framings))
     return good, anomalous
 
 
-def _reframed(frame: np.ndarray, view: int, picture: Frames, settings: Settings) -> Frames:
+def _square(frame: tuple[int, ...], covered: tuple[int, int], side: int, seed: tuple[int, int]) -> tuple[slice, slice]:
+    """A random square of a frame, in what the picture covers of it where that is large enough."""
+    rng = np.random.default_rng(seed)
+    lengths = [max(part, min(side, whole)) for part, whole in zip(covered, frame[:2], strict=True)]
+    top, left = (int(rng.integers(length - side + 1)) for length in lengths)
+    return slice(top, top + side), slice(left, left + side)
+
+
+def _reframed(frame: np.ndarray, view: int, picture: Frames, framings: Sequence[Framing]) -> Frames:
     """The picture as one of its frames shows it, in all views."""
-    framings = settings.framings()
     h, w = framings[view].covered(*picture.size)
     frames = [
         frame if other == view else framing.frame_of(frame[:h, :w], picture.size)

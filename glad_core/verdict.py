@@ -83,10 +83,10 @@ def check_request(model: Model, request: Request) -> None:
     Raises:
         GladError: it is not uint8 [R, R, 3], or its category has no prompt in a bundle for several.
     """
-    side = model.settings.resolution
-    if request.image.shape != (side, side, 3) or request.image.dtype != np.uint8:
+    sides = sorted({framing.side for framing in model.settings.framings()})
+    if request.image.shape not in [(side, side, 3) for side in sides] or request.image.dtype != np.uint8:
         raise GladError(
-            f"{request.image_id}: expected uint8 {side}x{side}x3, "
-            f"got {request.image.dtype} {request.image.shape}: resize it to the bundle's resolution"
+            f"{request.image_id}: expected uint8 {' or '.join(f'{side}x{side}x3' for side in sides)}, "
+            f"got {request.image.dtype} {request.image.shape}: resize it to what the bundle's method sees"
         )
     model.prompts_for([request.category])

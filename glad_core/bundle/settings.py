@@ -143,11 +143,18 @@ class Settings(FrozenSettings):
         return self
 
     def framings(self) -> tuple[Framing, ...]:
-        """How each of the views frames a picture."""
+        """How each of the views frames a picture.
+
+        Good patches are compared without a VAE, so a whole picture is as large there as the features take it. Tiles,
+        whose scale is chosen, are enlarged to that.
+        """
         from glad_core.views import Framing
 
+        whole = self.feature_resolution if self.method == "nearest" else self.resolution
+        sides = [self.resolution if view.kind == "tiles" else whole for view in self.views]
         return tuple(
-            Framing(view.kind, self.resolution, view.scale, view.overlap, self.white_level) for view in self.views
+            Framing(view.kind, side, view.scale, view.overlap, self.white_level)
+            for view, side in zip(self.views, sides, strict=True)
         )
 
     def threshold_for(self, category: str | None) -> float | None:

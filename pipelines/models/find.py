@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,6 +52,16 @@ class Models:
         description = self.descriptions[""]
         line = f"model {model} ({description.model_id})" + (f" for {description.category}" * bool(description.category))
         return f"{line}: {SMALL_IS}; {TRAIN}" if self.bundles[""] == SMALL else line
+
+    def by_nearest(self) -> Models:
+        """The same bundles, judging by nearest good patches."""
+        return replace(
+            self,
+            descriptions={
+                key: description.model_copy(update={"settings": description.settings | {"method": "nearest"}})
+                for key, description in self.descriptions.items()
+            },
+        )
 
     def settings(self) -> dict[str, Settings]:
         """The settings of every bundle, by its key."""

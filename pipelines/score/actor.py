@@ -156,10 +156,11 @@ class GladActor:
         device = "cuda" if settings.gpu else "cpu"
         begun_with = settings.models.descriptions[key].model_id
         model = load_bundle(path, device=device, autocast=AUTOCAST[settings.precision], model_id=begun_with)
+        if self.memory is not None:
+            model = replace(model, settings=self.memory.settings(model.settings), memory=self.memory.patches)
         slots = settings.slots or _gpu_slots(settings.gpu, model.settings.resolution)
-        if self.memory is not None or model.settings.method == "nearest":
-            memory = model.memory if self.memory is None else self.memory.patches
-            return [NearestEngine(model, patches, slots) for patches in memory]
+        if model.settings.method == "nearest":
+            return [NearestEngine(model, patches, slots) for patches in model.memory]
         return [Engine(model, slots, settings.seed, settings.search, settings.compiled)] * len(model.settings.views)
 
     async def _judge(self, row: dict[str, Any], image: pa.LargeBinaryScalar) -> dict[str, Any]:
@@ -191,7 +192,7 @@ class GladActor:
         """The verdict on a picture; its tiles go through the engines as images of their own."""
         from glad_core.stitch import stitch, tile_requests
 
-        settings = self._settings_of(engines[0].model)
+        settings = engines[0].model.settings
         size = (row["height"], row["width"])
         frames = _frames(image, settings, size)
         by_view = tile_requests(row["image_id"], frames, settings, size, row["category"])
@@ -210,11 +211,7 @@ class GladActor:
 
     def _keeps(self, settings: Settings) -> bool:
         """Whether reconstructions are kept; the nearest-neighbour method has none."""
-        return self.settings.reconstructions and self.memory is None and settings.method == "glad"
-
-    def _settings_of(self, model: Any) -> Any:
-        """The model's settings; with the memory's own statistics of good pictures."""
-        return model.settings if self.memory is None else self.memory.settings(model.settings)
+        return self.settings.reconstructions and settings.method == "glad"
 
     def _result(self, model: Any, row: dict[str, Any], detection: Any) -> dict[str, Any]:
         threshold = self.memory.threshold if self.memory else model.settings.threshold_for(row["category"])

@@ -68,6 +68,8 @@ def check(request: ScoreRequest) -> Job:
         raise GladError("--method nearest and --good FOLDER go together: it compares with those good images")
     if request.method == "nearest" and "" not in models.bundles:
         raise GladError(f"{request.model} is a registry: --method nearest takes one bundle, for its features")
+    if request.method == "nearest":
+        models = models.by_nearest()
     if storage.kind(source) == "none" and not sources.WILDCARDS.search(source):
         raise GladError(f"{source}: no such file or folder; name a folder, a glob, a list of URIs or tar shards")
     return Job(request, run, source, models, identity(request, source, models, searches))

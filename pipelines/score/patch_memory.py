@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 
@@ -69,12 +69,12 @@ class Memory:
         return p_value(score, self.scores)
 
     def settings(self, settings: Settings) -> Settings:
-        """Settings whose views are standardised by this memory's good images."""
+        """Settings of the method, whose views are standardised by this memory's good images."""
         views = [
             view.model_copy(update={"good_mean": mean, "good_spread": spread})
             for view, (mean, spread) in zip(settings.views, self.good, strict=True)
         ]
-        return settings.model_copy(update={"views": tuple(views)})
+        return settings.model_copy(update={"method": "nearest", "views": tuple(views)})
 
 
 def build_memory(good: str, bundle: str, model_id: str, storage: Storage, out: str, device: str, seed: int) -> str:
@@ -91,7 +91,8 @@ def build_memory(good: str, bundle: str, model_id: str, storage: Storage, out: s
         GladError: fewer than two readable images in ``good``, one without finite features, or another bundle.
     """
     model = load_bundle(local_bundle(bundle, storage), device, model_id=model_id)
-    s = model.settings
+    s = model.settings.model_copy(update={"method": "nearest"})
+    model = replace(model, settings=s)
     images, left_out = _read(good, s.framings(), storage)
     if len(images) < 2:
         raise GladError(

@@ -25,7 +25,7 @@ from glad_core.bundle.glad_json import Description, with_settings
 from glad_core.bundle.good_scores import kept
 from glad_core.bundle.model import load_bundle
 from glad_core.bundle.settings import Profile, Settings
-from glad_core.calibration import Calibrator, judged_images
+from glad_core.calibration import Calibrator, compared_framings, judged_images
 from glad_core.decoding.picture import ImageError, decode
 from glad_core.engine.process import set_up
 from glad_core.errors import GladError
@@ -248,12 +248,13 @@ def steps_from(
     """
     set_up(gpu, torch.get_num_threads())  # as many as Ray gives the task, or OMP_NUM_THREADS
     model = load_bundle(local_bundle(bundle, storage), device="cuda" if gpu else "cpu", model_id=model_id)
+    framings = compared_framings(model.settings, methods=False)
     good: list[Frames] = []
     names: list[str] = []
     skipped: list[str] = []
     for row in rows:
         try:
-            picture = decode(fetch(storage, row, partial(neighbours, row, rows)), model.settings.framings())
+            picture = decode(fetch(storage, row, partial(neighbours, row, rows)), framings)
             good.append(Frames(picture.frames, (picture.height, picture.width)))
             names.append(row["uri"])
         except ImageError as error:

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from glad_core.bundle.glad_json import Description, read_description
+from glad_core.bundle.memory import PatchMemory
 from glad_core.bundle.model import Model, final_folder, is_half, load_backbone, load_bundle, save_derived
-from glad_core.calibration import Calibrator, Choice, judged_images
+from glad_core.calibration import Calibrator, Choice, compared_framings, judged_images
 from glad_core.errors import GladError
 from pipelines.models.find import local_bundle
 from pipelines.score.patch_memory import MAX_BYTES, MAX_IMAGES, Good, remember
@@ -55,12 +56,12 @@ def _finish(job: TrainJob, surveyed: Survey, checkpoint: Any, deliver: Deliver, 
     views = job.views or model.settings.views
     levels = {"white_level": surveyed.white_level, "dark_level": surveyed.dark_level}
     model = replace(model, settings=model.settings.model_copy(update={"views": views, **levels}))
-    held_out = list(read_frames(surveyed.held_out, model.settings.framings(), job.storage))
     choose = "preset" not in read_description(base).provenance  # whose method is the published one
+    held_out = list(read_frames(surveyed.held_out, compared_framings(model.settings, choose), job.storage))
     judged = count_judged(events, job.name, "calibrate", judged_images(held_out, model.settings, methods=choose))
     calibrator = Calibrator(model, foreground_mode=job.recipe.foreground_mode, seed=job.recipe.seed, on_image=judged)
     categories, names = zip(*((image.category, image.uri) for image in surveyed.held_out), strict=True)
-    memory = remember(model, _good(job, model), job.recipe.seed) if choose else []
+    memory = _memory(job, model) if choose else []
     choice = calibrator.calibrate(held_out, categories, job.target_fpr, names, memory)
     settings = choice.settings.model_copy(update={"picture_size": usual_size(surveyed.shapes)})
     kept = [memory[view] for view in choice.views] if settings.method == "nearest" else []
@@ -79,8 +80,9 @@ def _finish(job: TrainJob, surveyed: Survey, checkpoint: Any, deliver: Deliver, 
         return deliver(bundle, job, surveyed)
 
 
-def _good(job: TrainJob, model: Model) -> list[Good]:
-    """Training pictures to remember, evenly spread."""
+def _memory(job: TrainJob, model: Model) -> list[PatchMemory]:
+    """The patches to remember of training pictures, evenly spread, as the method sees them that compares with them."""
+    model = replace(model, settings=model.settings.model_copy(update={"method": "nearest"}))
     images, good, held = job.images, [], 0
     chosen = [images[index] for index in np.linspace(0, len(images) - 1, min(len(images), MAX_IMAGES)).astype(int)]
     framings = model.settings.framings()
@@ -89,7 +91,7 @@ def _good(job: TrainJob, model: Model) -> list[Good]:
         held += sum(frame.nbytes for frame in frames.frames)
         if held > MAX_BYTES:
             break
-    return good
+    return remember(model, good, job.recipe.seed)
 
 
 def _provenance(job: TrainJob, surveyed: Survey, base: Description) -> dict[str, Any]:

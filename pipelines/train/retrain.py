@@ -161,10 +161,10 @@ def _compare(bundle: Path, before: str, job: TrainJob, surveyed: Survey, margin:
     """The new bundle against the current one, on the same held-out good images and synthetic anomalies."""
     from glad_core.bundle.model import load_bundle
     from glad_core.model_comparison import compare_models
+    from glad_core.pictures import all_framings
 
     new, old = (load_bundle(path, job.device) for path in (bundle, local_bundle(before, job.storage)))
-    good_new, good_old = (
-        list(read_frames(surveyed.held_out, model.settings.framings(), job.storage)) for model in (new, old)
-    )
+    framings = all_framings(new.settings, old.settings)
+    good = list(read_frames(surveyed.held_out, framings, job.storage))
     names = [image.uri for image in surveyed.held_out]
-    return compare_models(new, old, good_new, good_old, job.recipe.foreground_mode, margin, names=names)
+    return compare_models(new, old, good, job.recipe.foreground_mode, margin, names=names)

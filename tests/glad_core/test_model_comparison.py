@@ -20,7 +20,7 @@ def test_the_gate_lets_through_what_detects_no_worse(tiny_bundle, monkeypatch, s
 
     monkeypatch.setattr(model_comparison, "score_pictures", judged)
     good = [np.zeros((32, 32, 3), np.uint8)] * 60
-    comparison = model_comparison.compare_models(new, old, good, good, 3, margin=0.02)
+    comparison = model_comparison.compare_models(new, old, good, 3, margin=0.02)
     assert comparison.passed is passed
     assert (comparison.new > comparison.old) is (skill > 1)
     assert comparison.low <= comparison.new - comparison.old

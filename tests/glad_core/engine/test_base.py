@@ -76,6 +76,6 @@ def test_no_more_than_one_slotful_waits() -> None:
 def test_a_request_that_does_not_fit_the_bundle_is_refused_at_once(tiny_bundle) -> None:
     queue = Echo(2)
     queue.model = load_bundle(tiny_bundle)
-    with pytest.raises(GladError, match="resize it to the bundle's resolution"):
+    with pytest.raises(GladError, match="resize it to what the bundle's method sees"):
         Queue.submit(queue, Request("x", np.zeros((8, 8, 3), np.uint8)))
     assert not queue.busy
