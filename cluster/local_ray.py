@@ -94,7 +94,8 @@ def start_node() -> Any:
     dashboard would be three more programs to import, and have no use here.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 65536), most))  # as `ray.init` does: Ray opens many files
+    with contextlib.suppress(ValueError, OSError):  # a Mac may allow fewer
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 65536), most))  # as `ray.init` does: Ray opens many files
 
     from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
     from ray._private.node import Node

@@ -58,10 +58,12 @@ def _finish(job: TrainJob, surveyed: Survey, checkpoint: Any, deliver: Deliver, 
     model = replace(model, settings=model.settings.model_copy(update={"views": views, **levels}))
     choose = "preset" not in read_description(base).provenance  # whose method is the published one
     held_out = list(read_frames(surveyed.held_out, compared_framings(model.settings, choose), job.storage))
+    if choose:
+        send_event(events, job.name, "remember good patches")
+    memory = _memory(job, model) if choose else []
     judged = count_judged(events, job.name, "calibrate", judged_images(held_out, model.settings, methods=choose))
     calibrator = Calibrator(model, foreground_mode=job.recipe.foreground_mode, seed=job.recipe.seed, on_image=judged)
     categories, names = zip(*((image.category, image.uri) for image in surveyed.held_out), strict=True)
-    memory = _memory(job, model) if choose else []
     choice = calibrator.calibrate(held_out, categories, job.target_fpr, names, memory)
     settings = choice.settings.model_copy(update={"picture_size": usual_size(surveyed.shapes)})
     kept = [memory[view] for view in choice.views] if settings.method == "nearest" else []

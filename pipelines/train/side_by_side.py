@@ -23,10 +23,11 @@ from glad_core.errors import GladError
 
 LINE_EVERY = 10.0  # seconds between two lines of a job, if there is no terminal
 LOOK_EVERY = 0.2  # seconds between two looks at what the jobs have sent
-MEASURED = 3, 5.0  # steps, and seconds, after which the time that a state takes is told
-# What a state counts. Calibration begins with what takes longest, so its time is a bound.
-JUDGE = "tiles of pictures to judge, at most about"
-UNITS = {"train": "steps, about", "calibrate": JUDGE, "choose steps": JUDGE}
+MEASURED = 5.0  # seconds after which the time that a state takes is told
+# What a state counts, and how many have to be measured: tiles are judged eight at a time and come out together.
+# Calibration begins with what takes longest, so its time is a bound.
+JUDGE = (24, "tiles of pictures to judge, at most about")
+UNITS = {"train": (3, "steps, about"), "calibrate": JUDGE, "choose steps": JUDGE}
 
 Job = Callable[[Any], Any]  # takes the queue of its events; called again, it resumes
 
@@ -119,11 +120,12 @@ class Pace:
             return ""
         begun, since = self.first.setdefault(key, (event["done"], time.monotonic()))
         done, seconds = event["done"] - begun, time.monotonic() - since
-        if key in self.told or event["state"] not in UNITS or done < MEASURED[0] or seconds < MEASURED[1]:
+        least, words = UNITS.get(event["state"], (event["total"] + 1, ""))
+        if key in self.told or done < least or seconds < MEASURED:
             return ""
         self.told.add(key)
         left = f"{event['total'] - begun} of " if begun > 1 else ""  # of a resumed training
-        return f"{left}{event['total']} {UNITS[event['state']]} {_about(seconds / done * (event['total'] - begun))}"
+        return f"{left}{event['total']} {words} {_about(seconds / done * (event['total'] - begun))}"
 
     def left(self, event: dict[str, Any]) -> str:
         """The time that is left of the state at the pace so far; empty until there is one."""

@@ -65,7 +65,7 @@ def test_a_log_has_a_line_per_change_of_state_and_one_every_ten_seconds(monkeypa
         ("train", 600, [(1, 0), (3, 2), (5, 6), (9, 7), (600, 900)], {2: "600 steps, about 15 minutes"}),
         ("train", 600, [(1, 0), (2, 50), (4, 150)], {2: "600 steps, about 8.3 hours"}),
         ("train", 600, [(201, 0), (301, 10), (600, 40)], {1: "399 of 600 steps, about 40 seconds"}),
-        ("calibrate", 348, [(0, 0), (1, 1), (40, 8)], {2: f"348 {side_by_side.JUDGE} 70 seconds"}),
+        ("calibrate", 348, [(0, 0), (8, 9), (40, 10)], {2: f"348 {side_by_side.JUDGE[1]} 90 seconds"}),
         ("train", 5, [(1, 0), (5, 4)], {}),  # over before it is measured
         ("survey", 0, [(0, 0), (0, 60)], {}),
     ],
