@@ -70,11 +70,20 @@ class CalibrateRequest:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of a run's good images and of its confirmed anomalies, and the ids of the models that gave them."""
+    """Scores of a run's good images and of its confirmed anomalies, and the ids of the models that gave them.
 
-    good: list[float]
-    anomalous: list[float]
+    Scores are in pairs with their image's category.
+    """
+
+    good: list[tuple[float, str]]
+    anomalous: list[tuple[float, str]]
     model_ids: set[str]
+
+    def by_category(self, category: str) -> dict[str, list[float]]:
+        """The good scores of each category that a bundle for ``category`` knows; under "" all, if that is one."""
+        if "," not in category:
+            return {"": [score for score, _ in self.good]}
+        return {name: [score for score, kind in self.good if kind == name] for name in category.split(",")}
 
 
 def calibrate(request: CalibrateRequest, console: Console) -> str:
@@ -102,16 +111,26 @@ def calibrate(request: CalibrateRequest, console: Console) -> str:
             judges = ", ".join(sorted(scores.model_ids))
             raise GladError(f"{request.run} was scored by {judges}, --model is {description.model_id}")
         if not request.anyway:
-            _check_good(scores.good, settings.threshold, description.provenance.get("target_fpr", request.target_fpr))
-    threshold = _threshold(scores.good, request.target_fpr, request.confidence)
+            allowed = description.provenance.get("target_fpr", request.target_fpr)
+            for name, good in scores.by_category(description.category).items():
+                _check_good(good, settings.threshold_for(name), allowed, name)
+    calibrated = _calibrated(description, settings, scores, request)
+    write_variant(base, calibrated, out, storage)
+    _report(request, settings, Settings.parse(calibrated.settings, out), scores, console)
+    return calibrated.model_id
+
+
+def _calibrated(description: Description, settings: Settings, scores: Scores, request: CalibrateRequest) -> Description:
+    """The bundle with these settings and the thresholds of the scores, one for each of several categories."""
+    good = scores.by_category(description.category)
+    thresholds = {name: _threshold(own, request.target_fpr, request.confidence, name) for name, own in good.items()}
     provenance: dict[str, Any] = {"target_fpr": request.target_fpr, "calibration_images": len(scores.good)}
-    provenance["good_scores"] = {"": kept(scores.good)}
+    provenance["good_scores"] = {name: kept(own) for name, own in good.items()}
     if request.confidence is not None:
         provenance["confidence"] = request.confidence
-    calibrated = with_settings(description, settings.model_copy(update={"threshold": threshold}), provenance)
-    write_variant(base, calibrated, out, storage)
-    _report(request, settings, scores, threshold, console)
-    return calibrated.model_id
+    whole = _threshold([score for score, _ in scores.good], request.target_fpr, request.confidence)
+    chosen = {"threshold": whole, "thresholds": {} if "" in thresholds else thresholds}
+    return with_settings(description, settings.model_copy(update=chosen), provenance)
 
 
 @contextmanager
@@ -276,12 +295,11 @@ def _read_scores(run: Run, with_feedback: bool) -> Scores:
         GladError: images have no finite score, or alarms are not marked.
     """
     _check_finite(run)
-    table = run.results().to_table(columns=["score", "model_id", "image_id", "is_anomalous"])
-    model_ids = set(table["model_id"].to_pylist())
+    table = run.results().to_table(columns=["score", "category", "model_id", "image_id", "is_anomalous"])
+    model_ids, rows = set(table["model_id"].to_pylist()), table.to_pylist()
     if not with_feedback:
-        return Scores(table["score"].to_pylist(), [], model_ids)
+        return Scores([(row["score"], row["category"]) for row in rows], [], model_ids)
     verdicts = {mark["image_id"]: mark["verdict"] for mark in require_marks(run)}
-    rows = table.to_pylist()
     alarms = [row["image_id"] for row in rows if row["is_anomalous"]]
     unmarked = sum(image_id not in verdicts for image_id in alarms)
     if unmarked:
@@ -289,11 +307,10 @@ def _read_scores(run: Run, with_feedback: bool) -> Scores:
             f"{run.location}: {unmarked} of {len(alarms)} alarms are not marked yet; "
             f"mark them with `glad view {run.location}`"
         )
-    good: list[float] = []
-    anomalous: list[float] = []
+    parts: dict[bool, list[tuple[float, str]]] = {True: [], False: []}
     for row in rows:
-        (anomalous if verdicts.get(row["image_id"]) == "confirmed" else good).append(row["score"])
-    return Scores(good, anomalous, model_ids)
+        parts[verdicts.get(row["image_id"]) == "confirmed"].append((row["score"], row["category"]))
+    return Scores(parts[False], parts[True], model_ids)
 
 
 def _check_finite(run: Run) -> None:
@@ -309,7 +326,11 @@ def _check_finite(run: Run) -> None:
         )
 
 
-def _threshold(scores: list[float], target_fpr: float, confidence: float | None) -> float:
+def _of(category: str) -> str:
+    return f" of '{category}'" if category else ""
+
+
+def _threshold(scores: list[float], target_fpr: float, confidence: float | None, category: str = "") -> float:
     """The score that a new good image exceeds with probability at most ``target_fpr``.
 
     Raises:
@@ -319,8 +340,9 @@ def _threshold(scores: list[float], target_fpr: float, confidence: float | None)
     if count < needed:
         least = 1 / (count + 1) if confidence is None else 1 - (1 - confidence) ** (1 / max(count, 1))
         sure = "" if confidence is None else f" with confidence {confidence:g}"
+        rate = f"{target_fpr:g}{sure}"
         raise GladError(
-            f"{count} good images: a false-positive rate of {target_fpr:g}{sure} needs at least {needed}; "
+            f"{count} good images{_of(category)}: a false-positive rate of {rate} needs at least {needed}; "
             f"give more images or a --target-fpr of at least {least:.3g}"
         )
     if confidence is None:
@@ -328,7 +350,7 @@ def _threshold(scores: list[float], target_fpr: float, confidence: float | None)
     return confident_threshold(scores, target_fpr, confidence)
 
 
-def _check_good(scores: list[float], threshold: float | None, target_fpr: float) -> None:
+def _check_good(scores: list[float], threshold: float | None, target_fpr: float, category: str = "") -> None:
     """Refuse a run over images that cannot all be good ones like those behind the present ``threshold``.
 
     Raises:
@@ -339,18 +361,25 @@ def _check_good(scores: list[float], threshold: float | None, target_fpr: float)
     exceeding = sum(score > threshold for score in scores)
     if exceeding > FAR_MORE * target_fpr * len(scores) and binom.sf(exceeding - 1, len(scores), target_fpr) < RARE:
         raise GladError(
-            f"{exceeding} of {len(scores)} images exceed the present threshold {threshold:.4g}, which allows "
-            f"{target_fpr:.1%} of good ones: are there defects among them, or has the camera changed? Look at them "
-            "with `glad view`; --anyway calibrates on them all"
+            f"{exceeding} of {len(scores)} images{_of(category)} exceed the present threshold {threshold:.4g}, which "
+            f"allows {target_fpr:.1%} of good ones: are there defects among them, or has the camera changed? Look at "
+            "them with `glad view`; --anyway calibrates on them all"
         )
 
 
-def _report(request: CalibrateRequest, settings: Settings, scores: Scores, threshold: float, console: Console) -> None:
+def _thresholds(settings: Settings) -> str:
+    if settings.thresholds:
+        return "thresholds " + ", ".join(f"{name} {value:.4g}" for name, value in settings.thresholds.items())
+    return "no threshold" if settings.threshold is None else f"threshold {settings.threshold:.4g}"
+
+
+def _report(
+    request: CalibrateRequest, settings: Settings, calibrated: Settings, scores: Scores, console: Console
+) -> None:
     if request.feedback:
-        missed = sum(score <= threshold for score in scores.anomalous)
-        before = "none" if settings.threshold is None else f"{settings.threshold:.4g}"
+        missed = sum(score <= (calibrated.threshold_for(name) or 0) for score, name in scores.anomalous)
         misses = f"{missed} of {len(scores.anomalous)} confirmed anomalies do not exceed the new one"
-        console.print(f"threshold was {before}; {misses}", highlight=False)
+        console.print(f"{_thresholds(settings)} before; {misses}", markup=False, highlight=False, soft_wrap=True)
     steps = f"start step {settings.start_step}"
     if settings.method == "nearest":
         steps = "nearest good patches"
@@ -360,7 +389,7 @@ def _report(request: CalibrateRequest, settings: Settings, scores: Scores, thres
     if request.confidence is not None:
         promise = f"at most {request.target_fpr:g} of new good images exceed it, confidence {request.confidence:g}"
     console.print(
-        f"{steps}; threshold {threshold:.4g} from {len(scores.good)} good images: {promise}",
+        f"{steps}; {_thresholds(calibrated)} from {len(scores.good)} good images: {promise}",
         highlight=False,
         soft_wrap=True,
     )

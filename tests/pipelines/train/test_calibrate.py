@@ -1,11 +1,14 @@
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import photo
+from judged_run import THRESHOLDS, make_judged_run
 from typer.testing import CliRunner
 
 from cluster.storage import Storage, StorageError
-from glad_core.bundle.glad_json import read_description, verify
+from glad_core.bundle.glad_json import read_description, verify, write_description
 from glad_core.errors import GladError
 from glad_core.threshold import conformal_quantile
 from pipelines.cli.main import app
@@ -73,6 +76,30 @@ def test_a_run_full_of_alarms_is_not_one_of_good_images() -> None:
     calibrate._check_good(scores, None, 0.01)  # nothing to compare with
     calibrate._check_good([0.1] * 58 + [0.4] * 2, 0.306, 0.01)  # two alarms may be chance
     calibrate._check_good([0.1] * 900 + [0.4] * 100, 0.306, 0.05)  # twice as many: other light, not other images
+
+
+def test_each_of_several_categories_has_a_threshold_and_good_scores_of_its_own(tmp_path, tiny_bundle) -> None:
+    base = shutil.copytree(tiny_bundle, tmp_path / "base")
+    settings = read_description(base).settings | {"thresholds": {"bottle": 9.0, "cable": 9.0}}
+    write_description(base, settings, "bottle,cable", {})
+    judged = make_judged_run(tmp_path / "judged", base)
+    scores = {name: [np.float32(row["score"]) for row in judged.rows if row["category"] == name] for name in THRESHOLDS}
+    words = ["calibrate", "--run", judged.run.location, "--model", base, "--out", tmp_path / "out", "--threshold-only"]
+    outcome = run(*words)
+    assert outcome.exit_code == 0, outcome.output
+    after = verify(tmp_path / "out")
+    expected = {name: conformal_quantile(own, 0.05) for name, own in scores.items()}
+    assert after.settings["thresholds"] == pytest.approx(expected)
+    assert after.provenance["good_scores"] == {name: sorted(map(float, own)) for name, own in scores.items()}
+    assert f"thresholds bottle {expected['bottle']:.4g}, cable {expected['cable']:.4g} from 60" in outcome.stdout
+
+    refused(
+        run(*words[:-2], tmp_path / "x", words[-1], "--target-fpr", 0.02), "30 good images of 'bottle'", "at least 49"
+    )
+    write_description(base, settings | {"thresholds": {"bottle": 9.0, "cable": 0.2}}, "bottle,cable", {})
+    judged = make_judged_run(tmp_path / "again", base)
+    words[2], words[6] = judged.run.location, tmp_path / "x"
+    refused(run(*words), "of 30 images of 'cable' exceed the present threshold 0.2")
 
 
 def test_mistakes_are_one_line(tmp_path: Path, tiny_bundle) -> None:
