@@ -77,6 +77,7 @@ def _lines(name: str, model: str, verdict: Verdict) -> list[str]:
         f"{name}: {word}",
         f"score      {verdict.score:.4g}",
         f"threshold  {'none' if verdict.threshold is None else format(verdict.threshold, '.4g')}",
+        *([] if verdict.p_value is None else [f"p-value    {verdict.p_value:.2g}"]),
         f"stop step  {steps}{STOPPED_BY[verdict.stop_reason]}",
     ]
     return [*lines, f"doubt      {verdict.doubt}"] if verdict.doubt else lines

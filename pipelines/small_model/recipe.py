@@ -172,9 +172,9 @@ def bundle_stage(work: Path, out: Path) -> str:
     }
     save_bundle(out, settings=SETTINGS, overwrite=True, **parts)
     held_out = [board_picture(index) for index in HELD_OUT_BOARDS]
-    settings = Calibrator(load_bundle(out), start_steps=(250, 350, 450, 550)).calibrate(held_out).settings
-    LOG.info("bundle: %s", settings)
-    return update_settings(out, settings, {})
+    choice = Calibrator(load_bundle(out), start_steps=(250, 350, 450, 550)).calibrate(held_out)
+    LOG.info("bundle: %s", choice.settings)
+    return update_settings(out, choice.settings, {"good_scores": choice.good_scores})
 
 
 def _one_thread() -> None:

@@ -7,6 +7,8 @@ from typer.testing import CliRunner
 
 import glad_core
 from cluster import session
+from glad_core.bundle.glad_json import read_description, update_settings
+from glad_core.bundle.settings import Settings
 from pipelines.cli.main import app
 
 
@@ -38,6 +40,13 @@ def test_the_verdict_is_the_detector_s_and_nothing_is_written(folder, tiny_bundl
     assert shown[2:4] == [f"score      {verdict.score:.4g}", f"threshold  {verdict.threshold:.4g}"]
     assert shown[4].startswith(f"stop step  {verdict.stop_step}, ")
     assert sorted(folder.rglob("*")) == before
+
+
+def test_a_bundle_that_keeps_its_good_scores_gives_a_p_value(folder, tiny_bundle):
+    own = shutil.copytree(tiny_bundle, folder / "own")
+    settings = Settings.parse(read_description(own).settings, "")
+    update_settings(own, settings, {"good_scores": {"": [-1.0] * 30 + [1e6] * 9}})
+    assert "p-value    0.25" in score("one.PNG", own).stdout.splitlines()
 
 
 @pytest.mark.parametrize("source", [".", "list.txt", "*.png", "folder.png", "photos.tar"])
