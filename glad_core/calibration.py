@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -228,9 +229,16 @@ class Calibrator:
         picked = _tested(pictures, settings)
         labels = [labels[index] for index in picked]
         some_pictures = [pictures[index] for index in picked]
-        both = anomalous_pictures(some_pictures, framings, settings.resolution, self.foreground_mode, self.seed)
-        good, anomalous = (seen_by(settings, framings, pictures) for pictures in both)
-        scores_NV = self._score(settings, [*good, *anomalous], [*labels, *labels])
+        good, anomalous = (
+            seen_by(settings, framings, each)
+            for each in anomalous_pictures(
+                some_pictures, framings, settings.resolution, self.foreground_mode, self.seed
+            )
+        )
+        # Side by side, so that what is equal in both is judged once.
+        both = list(chain.from_iterable(zip(good, anomalous, strict=True)))
+        scores_NV = self._score(settings, both, [label for label in labels for _ in range(2)])
+        scores_NV = np.concatenate([scores_NV[::2], scores_NV[1::2]])
         truth = np.array([0] * len(good) + [1] * len(anomalous))
         views = list(range(len(settings.views)))
         candidates = [*([view] for view in views), views] if len(views) > 1 else [views]

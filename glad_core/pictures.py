@@ -172,24 +172,31 @@ def judge_all(
 ) -> list[Detection]:
     """The verdicts on images [R, R, 3] of one view, in their order; the first failure is raised.
 
+    Equal images of a category are judged once: those with an anomaly differ from the good ones in few of their tiles.
+
     Raises:
         NotFinite: images have no finite score; the message names the model, their number and one of them.
     """
-    detections: dict[str, Detection] = {}
+    equal: dict[tuple[str, bytes], list[int]] = {}
+    for index, image in enumerate(images):
+        equal.setdefault((categories[index], image.tobytes()), []).append(index)
+    detections: dict[int, Detection] = {}
     undecided: dict[int, NotFinite] = {}
-    requests = [Request(str(index), image, categories[index]) for index, image in enumerate(images)]
+    copies = {str(indices[0]): indices for indices in equal.values()}
+    requests = [Request(image_id, images[one], categories[one]) for image_id, (one, *_) in copies.items()]
     for request, verdict in run(engine_of(model, view, batch_size, seed), requests):
+        indices = copies[request.image_id]
         if isinstance(verdict, NotFinite):
-            undecided[int(request.image_id)] = verdict
+            undecided |= dict.fromkeys(indices, verdict)
         elif isinstance(verdict, Exception):
             raise verdict
         else:
-            detections[request.image_id] = verdict
-        on_image(1)
+            detections |= dict.fromkeys(indices, verdict)
+        on_image(len(indices))
     if undecided:
         first = min(undecided)
         raise NotFinite(
             f"model {model.model_id} has no verdict on {len(undecided)} of {len(images)} good images and copies with "
             f"synthetic anomalies, such as {names[first]}: {undecided[first]}; train it again, or leave them out"
         )
-    return [detections[request.image_id] for request in requests]
+    return [detections[index] for index in range(len(images))]

@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from glad_core import adaptive, calibration
+from glad_core import adaptive, calibration, pictures
 from glad_core.bundle.model import load_bundle
 from glad_core.bundle.settings import View
 from glad_core.engine.nearest import patch_features, remember
@@ -174,3 +174,20 @@ def test_an_anomaly_is_seen_in_every_view_and_nothing_else_differs(tiny_bundle) 
         changed = (before != after).any(axis=2)
         assert 0 < changed.mean() < 0.8
     assert (good.frames[1] == frames.frames[1]).all()
+
+
+def test_equal_tiles_are_judged_once(tiny_bundle, monkeypatch) -> None:
+    model = load_bundle(tiny_bundle)
+    asked: list[str] = []
+    real = pictures.run
+    monkeypatch.setattr(
+        pictures, "run", lambda engine, requests: real(engine, [r for r in requests if not asked.append(r.image_id)])
+    )
+    rng = np.random.default_rng(3)
+    one, other = (rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(2))
+    done: list[int] = []
+    found = pictures.judge_all(model, [one, other, one.copy()], ["widget"] * 3, ["a", "b", "c"], 8, 0, done.append)
+    assert len(asked) == 2
+    assert sum(done) == 3
+    assert found[0] is found[2]
+    assert found[0].score != found[1].score
