@@ -48,7 +48,7 @@ def score(request: ScoreRequest, console: Console) -> Counts:
     job = check(request)
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     say(job.models.line(request.model))
-    if request.reconstructions and (without := without_reconstructions(methods(request, job.models))):
+    if request.reconstructions and (without := without_reconstructions(methods(job.models))):
         say(without)
     found = find_own(job.run, job.identity, request.overwrite)
     if found.plan is not None and is_whole(job.run, found.plan):

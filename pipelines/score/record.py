@@ -59,7 +59,7 @@ def run_record(
     seconds: float,
 ) -> dict[str, Any]:
     """run.json: what was scored, with which settings, and what came of it."""
-    judged_by = methods(request, models)
+    judged_by = methods(models)
     own = request.good is None  # else the threshold is that of these good images, not the bundle's
     return {
         "schema_version": 3,
@@ -93,12 +93,9 @@ def run_record(
     }
 
 
-def methods(request: ScoreRequest, models: Models) -> dict[str, Method]:
-    """What judges, by the key of a bundle: the nearest good patches if the request or the bundle says so."""
-    return {
-        key: "nearest" if request.method == "nearest" else settings.method
-        for key, settings in models.settings().items()
-    }
+def methods(models: Models) -> dict[str, Method]:
+    """What judges, by the key of a bundle."""
+    return {key: settings.method for key, settings in models.settings().items()}
 
 
 def without_reconstructions(judged_by: dict[str, Method]) -> str | None:

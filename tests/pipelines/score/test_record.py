@@ -42,7 +42,7 @@ def test_a_run_ends_with_its_errors_its_worst_images_and_what_comes_next(judged)
     ("bundles", "good", "judged_by", "line"),
     [
         (["glad"], None, "glad", None),
-        (["glad"], "good", "nearest", "keeps none: good patches"),
+        (["nearest"], "good", "nearest", "keeps none: good patches"),
         (["nearest"], None, "nearest", "keeps none: good patches"),
         (["glad", "nearest"], None, "glad, nearest", "keeps none of 1: good patches"),
     ],
@@ -62,7 +62,7 @@ def test_what_judged_is_recorded(tmp_path, bundles, good, judged_by, line):
         model["method"] == "nearest" for model in record["models"].values()
     ]
     assert [model["calibration"] is None for model in record["models"].values()] == [good is not None] * len(bundles)
-    said = without_reconstructions(methods(request, models))
+    said = without_reconstructions(methods(models))
     assert said is None if line is None else line in said
 
 
