@@ -37,6 +37,21 @@ def test_the_page_s_examples_run(folder: Path, tiny_bundle: Path, photos: Path, 
     assert (folder / "verdict.png").stat().st_size > 1000
 
 
+def test_the_tutorial_s_five_lines_give_a_verdict(folder: Path, tiny_bundle: Path, photos: Path, capsys) -> None:
+    """`tests/test_site.py` holds its commands to the README's."""
+    (block,) = re.findall(r"^```python\n(.*?)^```", (DOCS / "tutorial.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(block.split("\n\n")) == 2, "five lines with an empty one"
+    shutil.copytree(tiny_bundle, folder / "board")
+    scratch = folder / "pictures/circuit_board/test/scratch"
+    scratch.mkdir(parents=True)
+    shutil.copy(next(photos.rglob("*.png")), scratch / "000.png")
+    names: dict[str, object] = {}
+    exec(block, names)
+    verdict = names["verdict"]
+    shown = (verdict.score, verdict.threshold, verdict.is_anomalous, verdict.p_value)
+    assert capsys.readouterr().out == " ".join(map(str, shown)) + "\n"
+
+
 @pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
 def test_the_notebook_runs_and_holds_no_outputs(folder: Path) -> None:
     notebook = json.loads((DOCS / "detector.ipynb").read_text())
