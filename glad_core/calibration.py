@@ -219,7 +219,7 @@ class Calibrator:
             thresholds["thresholds"] = {kind: conformal_quantile(own, target_fpr) for kind, own in scores.items()}
         return choice._replace(
             settings=choice.settings.model_copy(update=thresholds),
-            good_scores={kind: kept(own.tolist()) for kind, own in scores.items()},
+            good_scores={kind: kept(own.tolist(), len(scores)) for kind, own in scores.items()},
         )
 
     def _best_views(

@@ -11,17 +11,18 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, FiniteFloat
 
 MOST_KEPT = 4000  # of a category; more would only make the smallest p-value smaller
+MOST_IN_ALL = 20_000  # of a bundle's categories together: glad.json is a small file
 
 
-def kept(scores: Iterable[float]) -> list[float]:
-    """Scores as a bundle keeps them: in single precision as results are, ascending, at most `MOST_KEPT`.
+def kept(scores: Iterable[float], categories: int = 1) -> list[float]:
+    """Scores of one of so many categories as a bundle keeps them: in single precision as results are, ascending.
 
-    Of more, some evenly spread over their order are kept: pictures chosen without regard to their scores, so that a
-    p-value stays true.
+    Of more than `MOST_KEPT`, or than a category's share of `MOST_IN_ALL`, some are kept, evenly spread over their
+    order: pictures chosen without regard to their scores, so that a p-value stays true.
     """
     single = [c_float(score).value for score in scores]
-    step = max(1.0, len(single) / MOST_KEPT)
-    return sorted(single[int(number * step)] for number in range(min(len(single), MOST_KEPT)))
+    count = min(len(single), MOST_KEPT, MOST_IN_ALL // categories)
+    return sorted(single[number * len(single) // count] for number in range(count))
 
 
 def p_value(score: float, good: Sequence[float]) -> float | None:

@@ -125,7 +125,7 @@ def _calibrated(description: Description, settings: Settings, scores: Scores, re
     good = scores.by_category(description.category)
     thresholds = {name: _threshold(own, request.target_fpr, request.confidence, name) for name, own in good.items()}
     provenance: dict[str, Any] = {"target_fpr": request.target_fpr, "calibration_images": len(scores.good)}
-    provenance["good_scores"] = {name: kept(own) for name, own in good.items()}
+    provenance["good_scores"] = {name: kept(own, len(good)) for name, own in good.items()}
     if request.confidence is not None:
         provenance["confidence"] = request.confidence
     whole = _threshold([score for score, _ in scores.good], request.target_fpr, request.confidence)

@@ -41,6 +41,12 @@ def test_of_many_scores_some_are_kept_whatever_they_are() -> None:
     assert len(kept(range(MOST_KEPT + 1))) == len(set(kept(range(MOST_KEPT + 1)))) == MOST_KEPT
 
 
+def test_a_bundle_for_many_categories_can_still_be_read(copy) -> None:
+    scores = np.random.default_rng(0).normal(size=MOST_KEPT)
+    give(copy, {f"category {number}": kept(scores, 200) for number in range(200)})
+    assert len(verify(copy).provenance["good_scores"]["category 7"]) == 100
+
+
 @pytest.fixture
 def copy(tiny_bundle, tmp_path):
     return shutil.copytree(tiny_bundle, tmp_path / "bundle")
