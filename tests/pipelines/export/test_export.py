@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pipelines.cli.main import app
+from pipelines.export.images import Judged
+from pipelines.export.label_studio import _share
 from pipelines.runs import feedback
+from pipelines.runs.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +54,28 @@ def test_the_table_for_spreadsheets(judged, tmp_path) -> None:
     assert table.groupby("category")["p-value"].apply(set).to_dict()["bottle"] == {0.5}
     assert table["p-value"].isna().sum() == (table.category == "cable").sum() > 0
     assert set(table.uri) == {row["uri"] for row in judged.rows}
+
+
+def test_a_score_is_a_share_of_twice_its_threshold_unless_that_means_nothing() -> None:
+    for threshold, standardised, expected in (
+        (2.0, False, 0.6),
+        (2.0, True, None),
+        (0.0, False, None),
+        (-1, True, None),
+    ):
+        assert _share(SimpleNamespace(threshold=threshold, is_standardised=standardised), 3.0) == expected
+
+
+def test_which_results_are_standardised(judged) -> None:
+    models = {"bottle": {"settings": {"views": [{}, {}]}}, "cable": {"settings": {"views": [{}]}}}
+    run = Run(judged.run.location)
+    run.__dict__["record"] = {"models": models}
+    assert [Judged(run, {"category": name}).is_standardised for name in ("bottle", "cable", None)] == [
+        True,
+        False,
+        False,
+    ]
+    assert run.standardised == {"bottle"}
 
 
 @pytest.mark.parametrize(
