@@ -116,7 +116,7 @@ def _beyond(score: float, threshold: float | None, standardised: bool) -> dict[s
         ratio = _rounded(score / threshold)
         return {"margin": ratio, "ratio": ratio, "versus": f"{score / threshold:.3g} × threshold"}
     distance = score - threshold
-    unit = " spreads of good pictures" if standardised else ""
+    unit = " spreads" if standardised else ""
     side = "above" if distance > 0 else "below"
     return {"margin": _rounded(1 + distance), "ratio": None, "versus": f"{abs(distance):.2g}{unit} {side} threshold"}
 
