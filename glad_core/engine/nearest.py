@@ -87,11 +87,14 @@ def _coreset(candidates: Tensor, generator: torch.Generator) -> Tensor:
         return candidates
     projection = torch.randn(candidates.shape[1], PROJECTED, generator=generator) / PROJECTED**0.5
     flat = candidates @ projection.to(candidates.device)
+    squares = flat.square().sum(dim=1)
     kept = torch.zeros(REMEMBERED, dtype=torch.long, device=flat.device)
-    distance = (flat - flat[0]).square().sum(dim=1)
+    distance = torch.full_like(squares, torch.inf)
     for index in range(1, REMEMBERED):
+        last = kept[index - 1]
+        # |a - b|² by one product of matrix and vector: several times as fast as from the differences.
+        distance = torch.minimum(distance, squares + squares[last] - 2 * (flat @ flat[last]))
         kept[index] = distance.argmax()
-        distance = torch.minimum(distance, (flat - flat[kept[index]]).square().sum(dim=1))
     return candidates[kept]
 
 
