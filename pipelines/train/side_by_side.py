@@ -128,10 +128,10 @@ class Pace:
         return f"{left}{event['total']} {words} {_about(seconds / done * (event['total'] - begun))}"
 
     def left(self, event: dict[str, Any]) -> str:
-        """The time that is left of the state at the pace so far; empty until there is one."""
+        """The time that is left of the state at the pace so far; empty until that can be told."""
         begun, since = self.first.get((event["job"], event["state"]), (0, 0.0))
         done = event["done"] - begun
-        if not event["total"] or done <= 0:
+        if not event["total"] or done < (JUDGE[0] if UNITS.get(event["state"]) is JUDGE else 1):
             return ""
         left = (time.monotonic() - since) / done * (event["total"] - event["done"])
         return f", {timedelta(seconds=round(left))} left"

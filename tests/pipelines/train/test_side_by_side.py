@@ -45,9 +45,13 @@ def test_a_log_has_a_line_per_change_of_state_and_one_every_ten_seconds(monkeypa
         (2, "bolt", "train", 1),
         (3, "nut", "train", 2),
         (12, "nut", "train", 3),
+        (13, "nut", "calibrate", 0),
+        (14, "nut", "calibrate", 1),
+        (30, "nut", "calibrate", 8),
     ):
         clock[0] = 100.0 + seconds
-        event = {"job": name, "state": state, "done": done, "total": 9 if done else 0, "note": ""}
+        total = 90 if state == "calibrate" else 9 if done else 0
+        event = {"job": name, "state": state, "done": done, "total": total, "note": ""}
         assert pace.expected(event) == ""  # three steps have not been measured
         lines.show(event)
     assert log.getvalue().splitlines() == [
@@ -55,6 +59,8 @@ def test_a_log_has_a_line_per_change_of_state_and_one_every_ten_seconds(monkeypa
         "nut: train 1 of 9",
         "bolt: train 1 of 9",
         "nut: train 3 of 9, 0:00:33 left",
+        "nut: calibrate 0 of 90",
+        "nut: calibrate 8 of 90",  # eight at a time tell no pace
     ]
 
 
