@@ -8,9 +8,7 @@ order is that of a single walk, however many tasks run at a time.
 
 from __future__ import annotations
 
-import hashlib
 import io
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,11 +26,11 @@ import pyarrow.parquet as pq
 from cluster import session
 from cluster.storage import Entry, Storage, StorageError, UnorderedError, absolute, clear_errors, is_s3, join, spelled
 from glad_core.errors import GladError
+from pipelines.archive.earlier import Earlier, key_of, new_rows
 from pipelines.archive.key_ranges import cut
 from pipelines.archive.rows import OUTSIDE, LeftOut, Row
 from pipelines.archive.sources import Tree, advice_on, list_source, tree_rows, trees_of, with_categories
 from pipelines.archive.uri_list import LIST_SUFFIXES
-from pipelines.archive.uris import path_of
 
 PART_ROWS = 512  # rows per manifest file
 REPEATING = ["category", "shard", "stage", "error_type", "message"]  # columns whose values come again
@@ -40,7 +38,8 @@ ID_BYTES = 16  # of an image_id, which is their hexadecimal form
 FOLDERS = 64  # a tree is opened until it has this many folders, and cut into at most this many tasks
 LOOSE_FILES = 1000  # directly in a folder (a page of S3's listing); a folder with more is not opened
 PAGES = 10  # of `LOOSE_FILES` each; a folder on S3 with more is cut into ranges of keys
-OPENERS = 16  # folders opened at a time
+OPENERS = 16  # folders opened, or parts of a manifest read, at a time
+STRETCH = 16 * PART_ROWS  # rows of a manifest that are read in one go
 TASK_CPUS = 0.25  # of a listing or decoding task, which waits on storage most of the time
 
 MANIFEST_SCHEMA = pa.schema(
@@ -78,7 +77,8 @@ class Archive:
 class Counts(NamedTuple):
     """What a listing task wrote and left out; see `rows.LeftOut`.
 
-    Of the rows, ``unknown`` are images of a category without a model, and ``errors`` cannot be read.
+    Of the rows, ``unknown`` are images of a category without a model, and ``errors`` cannot be read. ``judged``: see
+    `rows.LeftOut`.
     """
 
     rows: int
@@ -87,50 +87,66 @@ class Counts(NamedTuple):
     others: dict[str, int]
     unknown: int
     errors: int
+    judged: int
 
 
 @dataclass(frozen=True)
 class Listed:
-    """Number of images from each task, in the manifest's order, and of what was left out."""
+    """Number of images from each task, in the manifest's order, and of what was left out.
+
+    ``judged``: number of images that earlier listings have and that are still there.
+    """
 
     rows: tuple[int, ...]
     duplicates: int
     blank: int
     left_out: dict[str, int]
+    judged: int = 0
 
 
 def list_remotely(
-    source: str, category: str | None, storage: Storage, folder: str, several: bool, known: Iterable[str] = ()
+    source: str,
+    category: str | None,
+    storage: Storage,
+    folder: str,
+    several: bool,
+    known: Iterable[str] = (),
+    earlier: Sequence[tuple[str, Sequence[int]]] = (),
 ) -> Listed:
     """List an archive into ``folder`` by tasks on the cluster; only folders and counts reach the driver.
 
     Args:
         known: the categories of the models, if there are several.
+        earlier: folders of earlier listings and the number of rows from each of their tasks. Their images are left out,
+            and there need be no others.
 
     Raises:
         GladError, StorageError: as `sources.list_source`; also if there is no image, or none of a known category.
     """
     archive = Archive(absolute(source), category, storage, several, tuple(known))
     try:
-        return _list_pieces(archive, folder)
+        return _list_pieces(archive, folder, earlier)
     except UnorderedError as error:  # no S3 by the book; it lists all keys once if nobody asks for a range of them
         print(f"{error}, which is not S3's order: every folder is listed by one task", file=sys.stderr, flush=True)
-        return _list_pieces(archive, folder, in_ranges=False)
+        return _list_pieces(archive, folder, earlier, in_ranges=False)
 
 
-def _list_pieces(archive: Archive, folder: str, in_ranges: bool = True) -> Listed:
+def _list_pieces(
+    archive: Archive, folder: str, earlier: Sequence[tuple[str, Sequence[int]]], in_ranges: bool = True
+) -> Listed:
     import ray
 
-    source = archive.source
     opening: Any = ray.remote(num_cpus=TASK_CPUS)(split)
     listing: Any = ray.remote(num_cpus=TASK_CPUS, num_returns=2)(write_manifest)
     counting: Any = ray.remote(num_cpus=TASK_CPUS, num_returns=2)(_beside)
     checking: Any = ray.remote(num_cpus=TASK_CPUS)(count_repeated)
+    remembering: Any = ray.remote(num_cpus=TASK_CPUS)(read_earlier)
     tasks: list[Any] = []
     try:
         pieces = ray.get(opening.remote(archive, in_ranges))
         outside, advice = counting.remote(archive)
-        tasks = [listing.remote(archive, piece, number, folder) for number, piece in enumerate(pieces)]
+        before = remembering.remote(earlier, archive.storage) if earlier else None
+        tasks = [listing.remote(archive, piece, number, folder, before) for number, piece in enumerate(pieces)]
         counts: list[Counts] = ray.get([task for task, _ in tasks])
         others = Counter({OUTSIDE: ray.get(outside)})
         repeated = ray.get(checking.remote(*[ids for _, ids in tasks]))
@@ -143,12 +159,31 @@ def _list_pieces(archive: Archive, folder: str, in_ranges: bool = True) -> Liste
         if isinstance(error, ray.exceptions.RayError):
             raise session.root_cause(error, GladError, StorageError) from None
         raise
-    rows, duplicates, blank, reasons, unknown, errors = zip(*counts, strict=True)
-    for reason in reasons:
-        others.update(reason)
-    if not sum(rows):
+    _check_counts(archive, counts, repeated, bool(earlier))
+    if line := ray.get(advice):
+        print(line, file=sys.stderr, flush=True)
+    for count in counts:
+        others.update(count.others)
+    return Listed(
+        rows=tuple(count.rows for count in counts),
+        duplicates=sum(count.duplicates for count in counts),
+        blank=sum(count.blank for count in counts),
+        left_out={reason: number for reason, number in others.items() if number},
+        judged=sum(count.judged for count in counts),
+    )
+
+
+def _check_counts(archive: Archive, counts: Sequence[Counts], repeated: int, again: bool) -> None:
+    """Raise a GladError if there is nothing to judge, or if a file was listed twice.
+
+    Args:
+        again: the archive was listed before, so that it holds images for which there are models.
+    """
+    source = archive.source
+    rows, unknown, errors = (sum(getattr(count, name) for count in counts) for name in ("rows", "unknown", "errors"))
+    if not rows + sum(count.judged for count in counts):
         raise GladError(f"{source}: no images in it; name a folder, glob, list or tar that holds some")
-    if sum(unknown) and sum(unknown) + sum(errors) == sum(rows):
+    if unknown and unknown + errors == rows and not again:
         raise GladError(
             f"{source}: no image is of a category that --model knows ({', '.join(archive.known)}); "
             "put them into folders of these names, or give --category"
@@ -157,9 +192,21 @@ def _list_pieces(archive: Archive, folder: str, in_ranges: bool = True) -> Liste
         raise GladError(
             f"{source}: {repeated} files were listed twice; give the same command again when nobody writes there"
         )
-    if line := ray.get(advice):
-        print(line, file=sys.stderr, flush=True)
-    return Listed(rows, sum(duplicates), sum(blank), {reason: count for reason, count in others.items() if count})
+
+
+def read_earlier(folders: Sequence[tuple[str, Sequence[int]]], storage: Storage) -> Earlier:
+    """The images of earlier listings. Args and errors as of `read_manifest`, for each."""
+    stretches = [
+        (folder, listed, first, min(first + STRETCH, sum(listed)))
+        for folder, listed in folders
+        for first in range(0, sum(listed), STRETCH)
+    ]
+
+    def read(stretch: tuple[str, Sequence[int], int, int]) -> Earlier:
+        return Earlier.of(read_manifest(*stretch, storage))
+
+    with ThreadPoolExecutor(OPENERS) as pool:
+        return Earlier.joined(list(pool.map(read, stretches)))
 
 
 def split(archive: Archive, in_ranges: bool = True) -> list[list[Part] | None]:
@@ -257,7 +304,7 @@ def _below(tree: Tree, folder: str) -> tuple[str, str]:
 
 
 def write_manifest(
-    archive: Archive, piece: Sequence[Part] | None, number: int, folder: str
+    archive: Archive, piece: Sequence[Part] | None, number: int, folder: str, earlier: Earlier | None = None
 ) -> tuple[Counts, np.ndarray]:
     """List a piece of the archive (None: all of it) into Parquet parts; returns counts, and the ids as bytes [N].
 
@@ -272,6 +319,8 @@ def write_manifest(
             rows = _unique(rows, left_out)
     else:
         rows = _piece_rows(piece, archive, left_out)
+    if earlier is not None:
+        rows = new_rows(rows, earlier, archive.storage, left_out)
     ids = bytearray()
     unknown = errors = 0
     for part in range(10**6):
@@ -286,7 +335,15 @@ def write_manifest(
         stream = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(batch, schema=MANIFEST_SCHEMA), stream, use_dictionary=REPEATING)
         archive.storage.write(_part(folder, number, part), stream.getvalue())
-    counts = Counts(len(ids) // ID_BYTES, left_out.duplicates, left_out.blank, dict(left_out.others), unknown, errors)
+    counts = Counts(
+        rows=len(ids) // ID_BYTES,
+        duplicates=left_out.duplicates,
+        blank=left_out.blank,
+        others=dict(left_out.others),
+        unknown=unknown,
+        errors=errors,
+        judged=left_out.judged,
+    )
     return counts, np.frombuffer(bytes(ids), f"S{ID_BYTES}")
 
 
@@ -305,11 +362,7 @@ def _unique(rows: Iterable[Row], left_out: LeftOut) -> Iterator[Row]:
     """The rows without those of images that were named before, in whichever spelling."""
     seen: set[bytes] = set()
     for row in rows:
-        key = bytes.fromhex(row["image_id"])
-        if row.get("error_type") is None:
-            shard = row.get("shard")
-            place = absolute(row["uri"]) if shard is None else f"{path_of(row['uri'])}::{absolute(shard)}"
-            key = hashlib.sha256(os.fsencode(place)).digest()[:ID_BYTES]
+        key = key_of(row)
         if key in seen:
             left_out.duplicates += 1
             continue

@@ -30,10 +30,14 @@ Row = dict[str, Any]
 
 @dataclass
 class LeftOut:
-    """What has no row: ``duplicates`` of images that have one, ``blank`` entries of a list, and others by reason."""
+    """What has no row: ``duplicates`` of images that have one, ``blank`` entries of a list, and others by reason.
+
+    ``judged``: images that an earlier listing of the run has.
+    """
 
     duplicates: int = 0
     blank: int = 0
+    judged: int = 0
     others: Counter[str] = field(default_factory=Counter)
 
 

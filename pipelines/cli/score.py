@@ -69,6 +69,12 @@ def score(
         bool, typer.Option("--reconstructions", help="Store what each image looks like without defects, as PNG")
     ] = False,
     address: Address = None,
+    new: Annotated[
+        bool,
+        typer.Option(
+            "--new", help="Add what has come to SOURCE since to the run in --out; repeat it, for a folder that grows"
+        ),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results of another run in --out")] = False,
     method: Annotated[
         Method,
@@ -113,6 +119,7 @@ def score(
         search=search,
         precision=precision,
         compiled=compiled,
+        new=new,
     )
     if out is None:
         _judge_one(request, ctx)
@@ -123,6 +130,8 @@ def score(
         with says_if_stopped(f"the same command {'without --overwrite ' if overwrite else ''}continues"):
             counts = job.score(request, Console())
             job.print_end(out, counts, Console())
+    except job.NothingNew as line:
+        Console().print(str(line), highlight=False, markup=False, soft_wrap=True)
     except job.TooManyErrors as error:
         fail(str(error), STOPPED)
 

@@ -5,7 +5,9 @@
 A job lists the archive into files of its own and then claims the folder by creating the plan of the next generation,
 which no two jobs can. A second job of the same command finds that plan and works on with it. `--overwrite` begins a run
 in a new generation. A job that finds committed results missing begins one too: the same run, in which the damaged
-shards are scored again.
+shards are scored again. So does `--new`, once the run is complete: the same run with a further listing, of the images
+that came since. Of two such jobs one creates the plan; the other works on with it, and its own listing counts for
+nothing.
 
 A process cannot know that it has been replaced: it may have stopped for hours. So whatever readers see is put in its
 place by a fenced step: (1) the file is written elsewhere, under a name of its own; (2) its name is committed; (3) the
@@ -18,9 +20,13 @@ and deleted. No step looks at a clock, and none needs a listing to be up to date
 from __future__ import annotations
 
 import json
+import time
+from bisect import bisect_right
 from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -32,20 +38,45 @@ from pipelines.runs.run import Run
 from pipelines.runs.schema import COMMITS, COMPLETE, ERRORS, MANIFEST, PLAN, RESULTS
 
 SHARDS = 50  # that an archive is cut into, as long as a shard gets no larger than it may
-LEAST_ROWS = 8  # images of a shard
+LEAST_ROWS, MOST_ROWS = 8, 512  # images of a shard
 CLEARED = b"{}\n"  # what is left of the plan of a run that has been overwritten and deleted
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a run is, and how the manifest's ``images`` are cut into shards.
+class Listing:
+    """A listing of the archive in ``manifest/NAME``: of all images, or of those that came since the ones before it.
 
     Attributes:
-        duplicates: entries that named an image a second time; ``blank`` ones of a list named nothing.
+        listed: number of images that each listing task found, in the manifest's order.
+        rows_per_shard: as in `Plan`.
+        at: seconds since 1970 when it was begun; 0: unknown, an older version made it.
+    """
+
+    name: str
+    listed: tuple[int, ...]
+    rows_per_shard: int
+    at: int = 0
+
+    @property
+    def images(self) -> int:
+        return sum(self.listed)
+
+    @property
+    def shards(self) -> int:
+        return -(-self.images // self.rows_per_shard)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is, and how the ``images`` of its listings are cut into shards.
+
+    Attributes:
+        duplicates: entries that named an image a second time; ``blank`` ones of a list named nothing. This and
+            ``left_out`` are those of the latest listing, which went through the whole archive as well.
         left_out: number of other files and entries that are not in the manifest, by reason.
         rows_per_shard: a power of two that divides the rows of a manifest file.
-        listed: number of images that each listing task found, in the manifest's order.
-        listing: name of the folder in manifest/ that lists this run's archive.
+        listed, listing, listed_at: of the first `Listing`.
+        added: the later ones.
         memory: name of the file of good patches, of a run with --method nearest.
         identity: everything that decides the results; plain JSON values.
         run: the run's id, which a resumed run keeps.
@@ -66,27 +97,46 @@ class Plan:
     base: int = 0
     repairs: tuple[tuple[int, int], ...] = ()
     left_out: dict[str, int] = field(default_factory=dict)
+    listed_at: int = 0
+    added: tuple[Listing, ...] = ()
+
+    @cached_property
+    def listings(self) -> tuple[Listing, ...]:
+        """Every listing, the first one first."""
+        return (Listing(self.listing, self.listed, self.rows_per_shard, self.listed_at), *self.added)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(listing.shards for listing in self.listings))
 
     @property
     def shards(self) -> int:
-        return -(-self.images // self.rows_per_shard)
+        return self._ends[-1]
+
+    def place_of(self, shard: int) -> tuple[Listing, int]:
+        """The listing that a shard is of, and its first image there. No shard is of two listings."""
+        number = bisect_right(self._ends, shard)
+        listing = self.listings[number]
+        return listing, (shard - (self._ends[number] - listing.shards)) * listing.rows_per_shard
 
     def rows_of(self, shard: int) -> int:
-        """Number of images in a shard; the last one may have fewer."""
-        return min(self.rows_per_shard, self.images - shard * self.rows_per_shard)
+        """Number of images in a shard; the last one of a listing may have fewer."""
+        listing, first = self.place_of(shard)
+        return min(listing.rows_per_shard, listing.images - first)
 
-    def stretches(self, done: Container[int]) -> list[tuple[int, int]]:
-        """Manifest positions of each shard that is not ``done``, as (first, last + 1)."""
-        return [
-            (shard * self.rows_per_shard, shard * self.rows_per_shard + self.rows_of(shard))
-            for shard in range(self.shards)
-            if shard not in done
-        ]
+    def missing(self, done: Container[int]) -> list[int]:
+        """The shards that are not ``done``, in order."""
+        return [shard for shard in range(self.shards) if shard not in done]
 
     def commit_names(self) -> list[str]:
         """Name of every shard's commit, in order. Each is created once, in the generation that first scores it."""
         repaired = dict(self.repairs)
         return [numbered(f"{shard:08d}", repaired.get(shard, self.base)) for shard in range(self.shards)]
+
+    def grown(self, listed: Sequence[int], name: str, most_rows: int, shards: int = SHARDS) -> Plan:
+        """The plan with a further listing, to be put in force by `claim`; arguments as of `draft`."""
+        listing = Listing(name, tuple(listed), _rows(sum(listed), most_rows, shards), int(time.time()))
+        return replace(self, images=self.images + listing.images, added=(*self.added, listing))
 
 
 _PLAN = TypeAdapter(Plan)
@@ -119,32 +169,41 @@ def draft(
         most_rows: of a shard; a power of two that divides the rows of a manifest file.
         shards: that it should be cut into, as long as they are of 8 to ``most_rows`` images.
     """
-    images = sum(listed)
-    wished = max(LEAST_ROWS, images // shards)
-    rows = min(most_rows, 1 << (wished.bit_length() - 1))
     return Plan(
-        images,
+        sum(listed),
         duplicates,
         blank,
-        rows,
+        _rows(sum(listed), most_rows, shards),
         tuple(listed),
         listing,
         memory,
         identity,
         uuid4().hex[:12],
         left_out=left_out or {},
+        listed_at=int(time.time()),
     )
+
+
+def _rows(images: int, most_rows: int, shards: int) -> int:
+    wished = max(LEAST_ROWS, images // shards)
+    return min(most_rows, 1 << (wished.bit_length() - 1))
 
 
 def find(run: Run) -> Found:
     """The plan in force; None for one that is damaged or that an older version wrote.
 
+    A run that grows every hour has thousands of generations. Their numbers have no gaps, so few of them are read.
+
     Raises:
         StorageError: storage cannot be used.
     """
-    generation, newest = 0, b""
-    while (data := run.storage.read_all([_plan_file(run, generation + 1)])[0]) is not None:
-        generation, newest = generation + 1, data
+    generation, newest, step = 0, b"", 1
+    while step:
+        data = run.storage.read_all([_plan_file(run, generation + step)])[0]
+        if data is not None:
+            generation, newest, step = generation + step, data, 2 * step
+        else:
+            step //= 2
     return Found(generation, _parsed(newest))
 
 
@@ -182,12 +241,13 @@ def find_own(run: Run, identity: dict[str, Any], overwrite: bool) -> Found:
     return found
 
 
-def claim(run: Run, generation: int, prepare: Callable[[str], Plan]) -> Plan:
+def claim(run: Run, generation: int, prepare: Callable[[str], Plan], base: int | None = None) -> Plan:
     """Have an archive listed and put its plan in force as this ``generation``, the next.
 
     If a job of the same command was first, its plan holds.
 
     Args:
+        base: generation in which the run began, if it grows by this plan.
         prepare: lists the archive into ``manifest/LISTING``, writes the file `memory_file` if the job needs one, and
             returns the `draft`. Its argument is LISTING, a name that no other job uses.
 
@@ -203,11 +263,11 @@ def claim(run: Run, generation: int, prepare: Callable[[str], Plan]) -> Plan:
             _discard(run, listing)
         raise
     try:
-        plan = _put_in_force(run, replace(prepared, generation=generation, base=generation))
+        plan = _put_in_force(run, replace(prepared, generation=generation, base=base or generation))
     except GladError:  # not after a StorageError: the server may have put this plan in force nevertheless
         _discard(run, listing)
         raise
-    if plan.listing != listing:
+    if listing not in [one.name for one in plan.listings]:
         _discard(run, listing)
     return plan
 
@@ -239,8 +299,8 @@ def check_in_force(run: Run, plan: Plan) -> None:
 
 
 def older_plans(run: Run, plan: Plan) -> list[tuple[int, Plan | None]]:
-    """The generations before this one that have not been cleared, and their plans; None for a damaged one."""
-    generations = range(1, plan.generation)
+    """The generations before this run that have not been cleared, and their plans; None for a damaged one."""
+    generations = range(1, plan.base)
     plans = run.storage.read_all([_plan_file(run, generation) for generation in generations])
     return [(number, _parsed(data or b"")) for number, data in zip(generations, plans, strict=True) if data != CLEARED]
 

@@ -166,7 +166,7 @@ def complete(run: Run, plan: Plan, commits: Mapping[int, Written], record: dict[
     """Finish a run all of whose shards are committed: delete what no commit names, and put run.json in its place.
 
     Args:
-        record: what run.json says, besides what this adds: run, generation, listing, number and bytes of the files. If
+        record: what run.json says, besides what this adds: run, generation, listings, number and bytes of the files. If
             another job was first, its record holds.
 
     Raises:
@@ -179,7 +179,8 @@ def complete(run: Run, plan: Plan, commits: Mapping[int, Written], record: dict[
         for name in (RESULTS, ERRORS)
         for sizes in [[size for file, size in kept.items() if file.startswith(f"{name}/")]]
     }
-    record = record | {"run": plan.run, "generation": plan.generation, "listing": plan.listing, "files": files}
+    record = record | {"run": plan.run, "generation": plan.generation, "files": files}
+    record |= {"listings": [listing.name for listing in plan.listings]}
     committed = run.path(numbered(RECORD, plan.generation))
     data = (json.dumps(record, indent=1) + "\n").encode()
     if not run.storage.create(committed, data):
@@ -300,15 +301,13 @@ def _sweep(run: Run, plan: Plan, kept: Mapping[str, int]) -> None:
 
 def _clear_older(run: Run, plan: Plan) -> None:
     """Delete what generations before this one have left, so that none of their jobs can put anything in its place."""
-    older = older_plans(run, plan)
-    run.storage.delete_files(run.path(numbered(RECORD, generation)) for generation, _ in older)
+    run.storage.delete_files(run.path(numbered(RECORD, older)) for older in range(1, plan.generation))
     data = run.storage.read_all([run.path(COMPLETE)])[0]
     if data is not None and generation_of(parse_record(data)) < plan.generation:
         run.storage.delete_file(run.path(COMPLETE), only=data)
-    for generation, old in older:
-        if generation < plan.base:
-            _delete_run(run, generation, old)
-            mark_cleared(run, generation)
+    for generation, old in older_plans(run, plan):
+        _delete_run(run, generation, old)
+        mark_cleared(run, generation)
 
 
 def _delete_run(run: Run, generation: int, plan: Plan | None) -> None:
@@ -324,7 +323,8 @@ def _delete_run(run: Run, generation: int, plan: Plan | None) -> None:
     run.storage.delete_files(run.path(file) for commit in found for file in commit.files)
     run.storage.delete_files(run.path(COMMITS, name) for name in commits)
     if plan is not None:
-        run.storage.delete_folder(run.path(MANIFEST, plan.listing))
+        for listing in plan.listings:
+            run.storage.delete_folder(run.path(MANIFEST, listing.name))
         if plan.memory is not None:
             run.storage.delete_file(run.path(plan.memory))
 

@@ -111,10 +111,11 @@ class Run:
             return {}
         parts = {image_id: image_id.partition("-") for image_id in image_ids}
         files = pa.array({file for file, _, _ in parts.values()}, pa.string())
-        name = join(MANIFEST, self.record.get("listing", ""))
+        # Runs of before `glad score --new` have one listing.
+        names = self.record.get("listings") or [self.record.get("listing", "")]
         try:
-            with clear_errors(self.path(name), self.storage):
-                manifest = self._dataset(name, None)
+            with clear_errors(self.path(MANIFEST), self.storage):
+                manifest = pads.dataset([self._dataset(join(MANIFEST, name), None) for name in names])
                 rows = manifest.to_table(filter=pads.field("image_id").isin(files))
         except pa.ArrowInvalid as error:
             raise GladError(

@@ -46,8 +46,8 @@ class BatchSizes:
     """What each stage takes at a time.
 
     Attributes:
-        stretches: manifest positions (first, last + 1) of the shards that are missing.
-        tasks: decoding tasks that the stretches are shared out to.
+        shards: that are missing, of at most ``rows`` images.
+        tasks: decoding tasks that the shards are shared out to.
         actors: GLAD actors at the start.
         block_bytes: size at which decoded images leave a task.
         calls: calls at work in an actor at a time.
@@ -56,7 +56,8 @@ class BatchSizes:
         store_bytes: limit of Ray's object store for the job; None for Ray's own.
     """
 
-    stretches: list[tuple[int, int]]
+    shards: list[int]
+    rows: int
     tasks: int
     actors: int
     block_bytes: int
@@ -88,11 +89,11 @@ def batch_sizes(plan: Plan, done: Container[int], actors: ActorPlan, images: Ima
     Args:
         alone: the job has Ray for itself, on this machine.
     """
-    rows = plan.rows_per_shard
-    stretches = plan.stretches(done)
-    first = min(actors.actors, len(stretches))  # no more actors than shards
+    shards = plan.missing(done)
+    rows = max(plan.place_of(shard)[0].rows_per_shard for shard in shards)
+    first = min(actors.actors, len(shards))  # no more actors than shards
     # Small shards in small archives: several are needed to fill the slots of an actor; but each actor gets its part.
-    share = -(-len(stretches) // first)
+    share = -(-len(shards) // first)
     calls = max(LEAST_CALLS, min(share, -(-3 * actors.slots // rows)))
     # A pool grows while every actor has as many calls in flight as it may. Twice as many as are at work, so that shards
     # waiting for an actor count as a backlog.
@@ -101,8 +102,9 @@ def batch_sizes(plan: Plan, done: Container[int], actors: ActorPlan, images: Ima
     if alone:
         store_bytes = _store_bytes(images, rows, actors.decoders + 2 * first * in_flight)
     return BatchSizes(
-        stretches=stretches,
-        tasks=min(len(stretches), MAX_TASKS),
+        shards=shards,
+        rows=rows,
+        tasks=min(len(shards), MAX_TASKS),
         actors=first,
         block_bytes=int(FULL_BLOCK * rows * images.decoded_bytes),
         calls=calls,

@@ -16,7 +16,7 @@ from glad_core.views import Framing
 from pipelines.archive.decode import Reading, fetch_and_decode
 from pipelines.archive.listing import TASK_CPUS, read_manifest
 from pipelines.models.find import Models
-from pipelines.runs.claim import Plan
+from pipelines.runs.claim import MOST_ROWS, Plan
 from pipelines.runs.commits import Written
 from pipelines.runs.run import Run
 from pipelines.runs.schema import MANIFEST
@@ -80,7 +80,7 @@ def dataflow(
     """
     import ray.data
 
-    # 1 list: shards of the manifest that are still to be scored : (first, last + 1) each. No CPU, it is a list.
+    # 1 list: shards of the manifest that are still to be scored. No CPU, it is a list.
     shards = _missing_shards(sizes)
     # A cluster's head has no memory to give, so that its tasks run elsewhere. One machine gives whatever it has.
     memory = None if actor.alone else TASK_MEMORY
@@ -111,7 +111,7 @@ def dataflow(
             max_concurrent_calls_per_actor=sizes.calls,
             max_tasks_in_flight_per_actor=sizes.calls_in_flight,
         ),
-        batch_size=plan.rows_per_shard,  # a block, that is; Ray Data wants a number where there are GPUs
+        batch_size=sizes.rows,  # a block, that is; Ray Data wants a number where there are GPUs
         batch_format="pyarrow",
         num_cpus=actors.num_cpus,
         num_gpus=actors.num_gpus,
@@ -123,7 +123,7 @@ def dataflow(
     # shards wait to be written.
     return judged.map_batches(
         Writer,
-        fn_constructor_args=(ResultsWriter(run, plan.rows_per_shard, plan.generation, staged), actor),
+        fn_constructor_args=(ResultsWriter(run, MOST_ROWS, plan.generation, staged), actor),
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=sizes.writers),
@@ -133,13 +133,11 @@ def dataflow(
 
 
 def _missing_shards(sizes: BatchSizes) -> Dataset:
-    """The rows (first, last) of the missing shards, and how Ray Data is to run what follows."""
+    """The missing shards, a row for each, and how Ray Data is to run what follows."""
     import ray.data
     from ray.data.context import AutoscalingConfig
 
-    shards = ray.data.from_items(
-        [{"first": first, "last": last} for first, last in sizes.stretches], override_num_blocks=sizes.tasks
-    )
+    shards = ray.data.from_items([{"shard": shard} for shard in sizes.shards], override_num_blocks=sizes.tasks)
     shards.context.target_max_block_size = sizes.block_bytes
     # An actor that has loaded gigabytes is not ended for want of work: its first shards may be late.
     shards.context.autoscaling_config = AutoscalingConfig(actor_pool_util_downscaling_threshold=-1)
@@ -179,23 +177,32 @@ def list_and_decode(
     run: Run, plan: Plan, reading: Reading, actor: ActorSettings
 ) -> Callable[[pa.Table], Iterator[pa.Table]]:
     """A stage: shards of the manifest in, a table of decoded rows out for each."""
-    manifest = run.path(MANIFEST, plan.listing)
 
     def elsewhere() -> Iterator[dict[str, Any]]:
         for part in range(ELSEWHERE):
-            first = (plan.images - 1) * part // (ELSEWHERE - 1)
-            yield from read_manifest(manifest, plan.listed, first, first + 1, run.storage).to_pylist()
+            yield from read_shard(run, plan, (plan.shards - 1) * part // (ELSEWHERE - 1), 1).to_pylist()
 
     decode = fetch_and_decode(run.storage, framings_of(actor.models), reading, elsewhere)
 
     def stage(shards: pa.Table) -> Iterator[pa.Table]:
         try:
             for shard in shards.to_pylist():
-                yield decode(read_manifest(manifest, plan.listed, shard["first"], shard["last"], run.storage))
+                yield decode(read_shard(run, plan, shard["shard"], plan.rows_of(shard["shard"])))
         except StorageError as error:
             _move_away("decoding", actor, error)
 
     return stage
+
+
+def read_shard(run: Run, plan: Plan, shard: int, rows: int) -> pa.Table:
+    """The first rows of a shard of the manifest; their ``position`` is `MOST_ROWS` times the shard and more.
+
+    Raises as `read_manifest`.
+    """
+    listing, first = plan.place_of(shard)
+    table = read_manifest(run.path(MANIFEST, listing.name), listing.listed, first, first + rows, run.storage)
+    positions = pa.array(range(MOST_ROWS * shard, MOST_ROWS * shard + len(table)), pa.int64())
+    return table.set_column(table.schema.get_field_index("position"), "position", positions)
 
 
 def framings_of(models: Models) -> Callable[[str | None], Sequence[Framing]]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -19,18 +19,19 @@ from cluster import session
 from cluster.storage import StorageError
 from glad_core.errors import GladError
 from pipelines.archive.decode import UNJUDGED, Reading
+from pipelines.archive.earlier import BEING_WRITTEN, CHANGED
 from pipelines.runs.claim import Plan, find_own
 from pipelines.runs.commits import Written, commit_shards, complete, is_complete, is_whole
 from pipelines.runs.run import Run
 from pipelines.runs.schema import ERRORS
 from pipelines.score.dataflow import run_dataflow
 from pipelines.score.faults import news, start_faults
-from pipelines.score.open_run import Job, Opened, actor_settings, check, open_run
+from pipelines.score.open_run import Job, Opened, actor_settings, check, one_at_a_time, open_new, open_run
 from pipelines.score.progress import Progress
 from pipelines.score.record import methods, print_counts, print_end, run_record, without_reconstructions
-from pipelines.score.request import Counts, ScoreRequest, TooManyErrors
+from pipelines.score.request import Counts, NothingNew, ScoreRequest, TooManyErrors
 
-__all__ = ["TooManyErrors", "print_end", "score"]  # what the command uses
+__all__ = ["NothingNew", "TooManyErrors", "print_end", "score"]  # what the command uses
 
 COMMITTERS = 8  # threads
 
@@ -40,25 +41,44 @@ def score(request: ScoreRequest, console: Console) -> Counts:
 
     An interrupted run resumes after its last commit; a complete run is only reported.
 
+    With ``new`` a run that was started before is completed first, and then judges what has come since.
+
     Raises:
         GladError, StorageError, SessionError: a mistake in the request or its surroundings, one line.
         TooManyErrors: more than ``max_errors``; what was written stays, without run.json.
+        NothingNew: with ``new``: no new images, or another command on this machine is at work on them.
     """
-    started = datetime.now(UTC)
     job = check(request)
-    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
-    say(job.models.line(request.model))
-    if request.reconstructions and (without := without_reconstructions(methods(job.models))):
-        say(without)
-    found = find_own(job.run, job.identity, request.overwrite)
-    if found.plan is not None and is_whole(job.run, found.plan):
-        console.print("this run is complete; to score images added since, choose another --out", highlight=False)
+    if not request.new:
+        _name_model(job, console)
+    with one_at_a_time(job.run) if request.new else nullcontext():
+        found = find_own(job.run, job.identity, request.overwrite)
+        whole = found.plan is not None and is_whole(job.run, found.plan)
+        if whole and not request.new:
+            console.print("this run is complete; --new scores images added since", highlight=False)
+            return _report(job.run, console)
+        if found.plan is None:
+            job.run.storage.check_creates(job.run.location)
+        patient = replace(job, run=job.run.patient())
+        plan = (
+            found.plan if whole else _score(patient, partial(open_run, patient, found, partial(_say, console)), console)
+        )
+        if request.new and found.plan is not None:
+            assert plan is not None
+            try:
+                _score(patient, partial(open_new, patient, plan), console)
+            except NothingNew as line:
+                if whole:
+                    raise
+                _say(console, str(line))  # and that what was begun before is complete now
         return _report(job.run, console)
-    if found.plan is None:
-        job.run.storage.check_creates(job.run.location)
-    job = replace(job, run=job.run.patient())
-    opened = open_run(job, found, say)
 
+
+def _score(job: Job, open_it: Callable[[], Opened], console: Console) -> Plan:
+    """Open the run, score and commit what is missing, close the run; returns its plan. Raises as `score`."""
+    started = datetime.now(UTC)
+    opened = open_it()
+    before = _totals(opened.commits.values())["done"]
     _announce(job, opened, console)
     clock = time.monotonic()
     try:
@@ -68,8 +88,8 @@ def score(request: ScoreRequest, console: Console) -> Counts:
             raise
     seconds = time.monotonic() - clock
     if not is_complete(job.run, opened.plan):
-        _close(job, opened, started, seconds)
-    return _report(job.run, console)
+        _close(job, opened, started, seconds, before)
+    return opened.plan
 
 
 def _completed_by_another(job: Job, plan: Plan) -> bool:
@@ -83,18 +103,39 @@ def _completed_by_another(job: Job, plan: Plan) -> bool:
 
 def _report(run: Run, console: Console) -> Counts:
     counts = Counts(**run.record["counts"])
-    print_counts(run, counts, run.record["seconds"], console)
+    print_counts(run, counts, console)
     return counts
+
+
+def _name_model(job: Job, console: Console) -> None:
+    request = job.request
+    _say(console, job.models.line(request.model))
+    if request.reconstructions and (without := without_reconstructions(methods(job.models))):
+        _say(console, without)
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _announce(job: Job, opened: Opened, console: Console) -> None:
     request, plan, actors, commits = job.request, opened.plan, opened.actors, opened.commits
-    console.print(f"{plan.images} images in {escape(job.source)}; {actors.describe()}", highlight=False)
+    if job.request.new:  # a command that finds nothing new prints one line
+        _name_model(job, console)
+    images = f"{plan.images} images in {escape(job.source)}"
+    if plan.added:
+        latest = plan.added[-1].images
+        images = f"{latest} new images in {escape(job.source)}, {plan.images} in the run"
+    console.print(f"{images}; {actors.describe()}", highlight=False)
     if request.address is not None and request.num_gpus is None and not actors.num_gpus:
         console.print("this cluster has no GPU, so its CPUs compute: --num-gpus 1 waits for GPUs", highlight=False)
-    if commits:
-        done = _totals(commits.values())
-        console.print(f"resuming after {done['done']} images", highlight=False)
+    for reason in (CHANGED, BEING_WRITTEN):
+        if reason in plan.left_out:
+            console.print(f"{plan.left_out[reason]} {reason}", highlight=False)
+    earlier = plan.images - plan.added[-1].images if plan.added else 0
+    resumed = _totals(commits.values())["done"] - earlier
+    if resumed > 0:
+        console.print(f"resuming after {resumed} images", highlight=False)
     _log(opened).info("%d of %d shards of %s are missing", plan.shards - len(commits), plan.shards, job.run.location)
 
 
@@ -106,6 +147,8 @@ def _score_missing(job: Job, opened: Opened, console: Console) -> None:
     """
     request, run, plan, actors, commits = job.request, job.run, opened.plan, opened.actors, opened.commits
     log, totals = _log(opened), _totals(commits.values())
+    latest = plan.shards - plan.listings[-1].shards  # of a run that grows, what came last may fail so often
+    earlier_errors = sum(commit.errors for shard, commit in commits.items() if shard < latest)
     reading = Reading(job.source, request.decode_seconds, request.pages)
     waiting_for = partial(session.waiting_for, actors.num_cpus, actors.num_gpus)
     faults = start_faults()
@@ -122,15 +165,16 @@ def _score_missing(job: Job, opened: Opened, console: Console) -> None:
                 commits[commit.shard] = commit
                 progress.kept += commit.done
                 log.info("shard %d committed: %d scored, %d errors", commit.shard, commit.scored, commit.errors)
-            if request.max_errors is not None and totals["errors"] > request.max_errors:
+            errors = totals["errors"] - earlier_errors
+            if request.max_errors is not None and errors > request.max_errors:
                 raise TooManyErrors(
-                    f"stopped after {totals['errors']} errors, more than --max-errors {request.max_errors}; "
+                    f"stopped after {errors} errors, more than --max-errors {request.max_errors}; "
                     f"see {run.path(ERRORS)}"
                 )
 
 
-def _close(job: Job, opened: Opened, started: datetime, seconds: float) -> None:
-    """Delete what no commit names and write run.json.
+def _close(job: Job, opened: Opened, started: datetime, seconds: float, before: int) -> None:
+    """Delete what no commit names and write run.json. ``before``: images that were done when this job began.
 
     Raises:
         GladError: shards are missing; another command has begun anew in the folder.
@@ -153,6 +197,7 @@ def _close(job: Job, opened: Opened, started: datetime, seconds: float) -> None:
         pages=totals["pages"],
     )
     record = run_record(job.request, job.identity, run, job.models, opened.actors, counts, started, seconds)
+    record |= {"judged": totals["done"] - before}
     complete(run, plan, commits, record)
     _log(opened).info("complete: %d scored, %d errors", counts.scored, counts.errors)
 

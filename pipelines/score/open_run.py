@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from cluster import session
 from cluster.storage import Storage, StorageError, absolute
 from glad_core.engine.search import search_of
 from glad_core.errors import GladError
 from pipelines.archive import sources
+from pipelines.archive.earlier import BEING_WRITTEN, CHANGED
 from pipelines.archive.layouts import choose_category
-from pipelines.archive.listing import list_remotely
+from pipelines.archive.listing import Listed, list_remotely
 from pipelines.models.find import Models, find_models
 from pipelines.runs.claim import Found, Plan, claim, draft, memory_file
 from pipelines.runs.commits import Written, recover
@@ -23,7 +32,7 @@ from pipelines.score.actor import KEPT_MODELS, ActorSettings
 from pipelines.score.actor_plan import ActorPlan, plan_actors
 from pipelines.score.batch_sizes import rows_and_shards, usual_pixels
 from pipelines.score.record import identity
-from pipelines.score.request import ScoreRequest
+from pipelines.score.request import NothingNew, ScoreRequest
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,8 @@ def check(request: ScoreRequest) -> Job:
     """
     storage = Storage.from_environment()
     run, source = Run.at(request.out, storage), absolute(request.source)
+    if request.new and request.overwrite:
+        raise GladError("--new adds to a run and --overwrite replaces it: give one of them")
     if source == run.location or run.location.startswith(source.rstrip("/") + "/"):
         raise GladError(f"{run.location} lies inside the archive {source}: choose an --out outside of it")
     models = find_models(request.model, storage)
@@ -85,15 +96,51 @@ def open_run(job: Job, found: Found, say: Callable[[str], None]) -> Opened:
     Raises:
         GladError, StorageError, SessionError: one line.
     """
+    actors = _connect(job)
+    plan = found.plan or claim(job.run, found.generation + 1, partial(_list, job, actors, say))
+    plan, commits = recover(job.run, plan)
+    return Opened(plan, actors, commits)
+
+
+def open_new(job: Job, plan: Plan) -> Opened:
+    """List what has come since the listings of a complete run, and add it to the run.
+
+    Raises:
+        NothingNew: there is none.
+        GladError, StorageError, SessionError: one line.
+    """
+    actors = _connect(job)
+    grown = claim(job.run, plan.generation + 1, partial(_list_new, job, actors, plan), plan.base)
+    grown, commits = recover(job.run, grown)
+    return Opened(grown, actors, commits)
+
+
+@contextmanager
+def one_at_a_time(run: Run) -> Iterator[None]:
+    """Keep other `glad score --new` on this machine from working on the run. The lock ends with the process.
+
+    Two on different machines lose and double nothing either, but both compute.
+
+    Raises:
+        NothingNew: there is such a command.
+    """
+    name = hashlib.sha256(run.location.encode()).hexdigest()[:16]
+    lock = FileLock(Path(gettempdir(), f"glad-{os.getuid()}-{name}.lock"))
+    try:
+        held = lock.acquire(blocking=False)
+    except Timeout as error:
+        raise NothingNew("another `glad score --new` is at work on this run, so this one judges nothing") from error
+    with held:
+        yield
+
+
+def _connect(job: Job) -> ActorPlan:
     reads = [job.source, *job.models.bundles.values()]
     if job.request.good is not None:
         reads.append(absolute(job.request.good))
     session.connect(job.request.address, reads=reads, writes=[job.run.location])
     session.warm_up_ray_data()
-    actors = plan_actors(session.resources(), job.request.wishes, _weights(job.models))
-    plan = found.plan or claim(job.run, found.generation + 1, partial(_list, job, actors, say))
-    plan, commits = recover(job.run, plan)
-    return Opened(plan, actors, commits)
+    return plan_actors(session.resources(), job.request.wishes, _weights(job.models))
 
 
 def actor_settings(job: Job, opened: Opened, faults: Any) -> ActorSettings:
@@ -136,6 +183,30 @@ def _list(job: Job, actors: ActorPlan, say: Callable[[str], None], listing: str)
     return draft(
         listed.rows, listing, memory, job.identity, most_rows, listed.duplicates, listed.blank, shards, listed.left_out
     )
+
+
+def _list_new(job: Job, actors: ActorPlan, plan: Plan, listing: str) -> Plan:
+    """List the images that no listing of the plan has into the manifest of that name."""
+    run, known = job.run, job.models.categories
+    earlier = [(run.path(MANIFEST, before.name), before.listed) for before in plan.listings]
+    listed = list_remotely(
+        job.source, job.request.category, run.storage, run.path(MANIFEST, listing), bool(known), known, earlier
+    )
+    if not sum(listed.rows):
+        raise NothingNew(_nothing_new(plan, listed))
+    most_rows, shards = rows_and_shards(usual_pixels(job.models.settings().values()), actors)
+    grown = plan.grown(listed.rows, listing, most_rows, shards)
+    return replace(grown, duplicates=listed.duplicates, blank=listed.blank, left_out=listed.left_out)
+
+
+def _nothing_new(plan: Plan, listed: Listed) -> str:
+    at = plan.listings[-1].at
+    since = f" since {datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M} UTC" if at else ""
+    notes = [f"{listed.left_out[reason]} {reason}" for reason in (CHANGED, BEING_WRITTEN) if reason in listed.left_out]
+    gone = plan.images - listed.judged
+    if gone:
+        notes.append(f"{gone} of the run's {plan.images} no longer there")
+    return "; ".join([f"no new pictures{since}", *notes])
 
 
 def _remember(job: Job, actors: ActorPlan, file: str) -> str:

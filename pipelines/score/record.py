@@ -148,8 +148,8 @@ def _worst(run: Run) -> list[str]:
     return ["most anomalous, by score:", *rows] if rows else []
 
 
-def print_counts(run: Run, counts: Counts, seconds: float, console: Console) -> None:
-    """The table that ends a job."""
+def print_counts(run: Run, counts: Counts, console: Console) -> None:
+    """The table that ends a job, of a complete run."""
     table = Table(show_header=False)
     pages = f" and {counts.pages} further pages of them" if counts.pages else ""
     table.add_row("images", f"{counts.images}{pages}")
@@ -164,6 +164,7 @@ def print_counts(run: Run, counts: Counts, seconds: float, console: Console) -> 
         table.add_row("empty entries", f"{counts.blank} (of the list, without a URI)")
     if counts.left_out:
         table.add_row("left out", "\n".join(f"{count} {reason}" for reason, count in counts.left_out.items()))
-    table.add_row("images/s", f"{counts.images / max(seconds, 1e-9):.2f}")
+    judged = run.record.get("judged", counts.images)  # by the job that completed the run
+    table.add_row("images/s", f"{judged / max(run.record['seconds'], 1e-9):.2f}")
     table.add_row("results", escape(run.path(RESULTS)))
     console.print(table, highlight=False)

@@ -17,6 +17,10 @@ class TooManyErrors(Exception):
     """More images failed than --max-errors allows; the command ends with exit code 1."""
 
 
+class NothingNew(Exception):
+    """--new found no new images; the command ends with this line and exit code 0."""
+
+
 @dataclass(frozen=True)
 class ScoreRequest:
     """The options of `glad score`; None leaves the choice to the machine. See its --help for each.
@@ -45,6 +49,7 @@ class ScoreRequest:
     search: Search | None = None
     precision: Precision = "off"
     compiled: bool = False
+    new: bool = False
 
     @property
     def wishes(self) -> ActorWishes:

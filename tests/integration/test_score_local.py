@@ -11,11 +11,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import all_cpus_free
+from conftest import all_cpus_free, photo
 from PIL import Image
 from typer.testing import CliRunner
 
+from glad_core.errors import GladError
 from pipelines.cli.main import app
+from pipelines.runs.run import Run
+from pipelines.score import job
+from pipelines.score.open_run import one_at_a_time
 
 TILES = Path(os.environ.get("GLAD_REAL_IMAGES", Path(__file__).parents[3] / "shared/data/magnetic_tile"))
 
@@ -115,6 +119,47 @@ def test_broken_files_are_errors_and_the_job_goes_on(tmp_path, tiny_bundle, phot
 
 
 @pytest.mark.skipif(not TILES.is_dir(), reason=f"{TILES} is not here (GLAD_REAL_IMAGES names another place)")
+def test_a_folder_that_grows_is_one_run(tmp_path, tiny_bundle, monkeypatch):
+    source, out = tmp_path / "photos", tmp_path / "out"
+
+    def score(*options):
+        outcome = glad("score", source, "--model", tiny_bundle, "--out", out, *options)
+        assert outcome.exit_code == 0, outcome.output
+        return outcome.stdout
+
+    def names(run):
+        tables = (run.results(), run.errors())
+        return sorted(Path(uri).name for table in tables for uri in table.to_table(["uri"])["uri"].to_pylist())
+
+    for index in range(9):
+        photo(index, source / f"{index}.png")
+    assert "no new" not in score("--new")  # the same command begins the run
+    photo(20, source / "20.png")
+    (source / "broken.png").write_bytes(b"\x89PNG")
+    os.utime(source / "broken.png", (0, 0))
+    os.utime(source / "3.png", (0, 0))
+    with monkeypatch.context() as patched:  # a job that stops when its plan is in force
+        patched.setattr(job, "run_dataflow", lambda *_: (_ for _ in ()).throw(GladError("stopped")))
+        assert glad("score", source, "--model", tiny_bundle, "--out", out, "--new").exit_code == 2
+    assert json.loads(glad("status", out, "--json").stdout)["state"] == "unfinished"
+    photo(21, source / "21.png")
+    shown = score("--new")  # completes what was begun, and goes on to what has come meanwhile
+    assert "2 new images" in shown
+    assert "1 new images" in shown
+    assert "1 judged before, changed since, and not judged again" in shown
+    line = score("--new")
+    assert re.fullmatch(r"no new pictures since \d{4}-\d\d-\d\d \d\d:\d\d UTC; 1 judged before, .*\n", line)
+    run = Run.at(str(out))
+    assert names(run) == sorted(["broken.png", *(f"{index}.png" for index in (*range(9), 20, 21))])
+    assert (run.record["counts"]["images"], run.record["counts"]["errors"], run.record["judged"]) == (12, 1, 1)
+    assert len(run.manifest_rows(run.results().to_table(["image_id"])["image_id"].to_pylist())) == 11
+    status = json.loads(glad("status", out, "--json").stdout)
+    assert (status["state"], status["images"], status["done"]) == ("complete", 12, 12)
+    assert glad("score", source, "--model", tiny_bundle, "--out", out, "--new", "--seed", 1).exit_code == 2
+    with one_at_a_time(run):
+        assert "another `glad score --new` is at work" in score("--new")
+
+
 def test_real_photos_from_a_list(tmp_path, tiny_bundle):
     files = [path for defect in sorted(TILES.joinpath("test").iterdir()) for path in sorted(defect.iterdir())[:1]]
     (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in files))

@@ -29,9 +29,9 @@ MUTANTS = [
     Mutant("plans replace each other", claim, "created = run.storage.create(file, ", "created = True\n        run.storage.write(file, "),
     Mutant("whoever comes second keeps the plan of its own", claim, "    return theirs\n", "    return plan\n"),
     Mutant("a listing is deleted although its plan may be in force", claim, "    except GladError:  # not after", "    except (GladError, StorageError):  # not after"),
-    Mutant("the loser's listing stays in force", claim, "    if plan.listing != listing:", "    if plan.listing == listing:"),
+    Mutant("the loser's listing stays in force", claim, "    if listing not in [one.name for one in plan.listings]:", "    if listing in [one.name for one in plan.listings]:"),
     Mutant("another command resumes a foreign run", claim, "        difference = _difference(found.plan.identity, identity)", "        difference = None"),
-    Mutant("a claim does not see later generations", claim, "        generation, newest = generation + 1, data\n", "        generation, newest = generation + 1, data\n        break\n"),
+    Mutant("a claim does not see later generations", claim, "            generation, newest, step = generation + step, data, 2 * step\n", "            generation, newest, step = generation + step, data, 0\n"),
     Mutant("the fence does not look", claim, "    if run.storage.read_all([_plan_file(run, plan.generation + 1)])[0] is not None:", "    if False:"),
     Mutant("the fence looks at its own generation", claim, "    if run.storage.read_all([_plan_file(run, plan.generation + 1)])[0] is not None:", "    if run.storage.read_all([_plan_file(run, plan.generation)])[0] is None:"),
     Mutant("an overwritten run shares its commits with the new one", claim, "repaired.get(shard, self.base)", "repaired.get(shard, 1)"),
@@ -68,14 +68,18 @@ MUTANTS = [
     Mutant("a run.json of any generation is ours", commits, "    return generation_of(record) == plan.generation and", "    return record is not None and"),
     # Overwriting.
     Mutant("older runs are not cleared", commits, "        _clear_older(run, plan)\n        found", "        found"),
-    Mutant("older records stay", commits, "    run.storage.delete_files(run.path(numbered(RECORD, generation)) for generation, _ in older)\n", ""),
+    Mutant("older records stay", commits, "    run.storage.delete_files(run.path(numbered(RECORD, older)) for older in range(1, plan.generation))\n", ""),
     Mutant("run.json is deleted whatever it says by then", commits, "run.storage.delete_file(run.path(COMPLETE), only=data)", "run.storage.delete_file(run.path(COMPLETE))"),
     Mutant("an older run.json stays", commits, "    if data is not None and generation_of(parse_record(data)) < plan.generation:", "    if False:"),
-    Mutant("results go before run.json", commits, "    data = run.storage.read_all([run.path(COMPLETE)])[0]\n    if data is not None and generation_of", "    for generation, old in older:\n        if generation < plan.base:\n            _delete_run(run, generation, old)\n    data = run.storage.read_all([run.path(COMPLETE)])[0]\n    if data is not None and generation_of"),
-    Mutant("generations of the same run are cleared", commits, "        if generation < plan.base:", "        if generation < plan.generation:"),
+    Mutant("results go before run.json", commits, "    data = run.storage.read_all([run.path(COMPLETE)])[0]\n    if data is not None and generation_of", "    for generation, old in older_plans(run, plan):\n        _delete_run(run, generation, old)\n    data = run.storage.read_all([run.path(COMPLETE)])[0]\n    if data is not None and generation_of"),
+    Mutant("generations of the same run are cleared", claim, "    generations = range(1, plan.base)", "    generations = range(1, plan.generation)"),
     Mutant("staged files of an older run stay", commits, "    run.storage.delete_files(run.path(commit.staged, file) for commit in found for file in commit.files)\n", ""),
     Mutant("published files go before staged ones", commits, "    run.storage.delete_files(run.path(commit.staged, file) for commit in found for file in commit.files)\n    run.storage.delete_files(run.path(file) for commit in found for file in commit.files)\n", "    run.storage.delete_files(run.path(file) for commit in found for file in commit.files)\n    run.storage.delete_files(run.path(commit.staged, file) for commit in found for file in commit.files)\n"),
-    Mutant("marked as cleared before it is", commits, "            _delete_run(run, generation, old)\n            mark_cleared(run, generation)\n", "            mark_cleared(run, generation)\n            _delete_run(run, generation, old)\n"),
+    Mutant("marked as cleared before it is", commits, "        _delete_run(run, generation, old)\n        mark_cleared(run, generation)\n", "        mark_cleared(run, generation)\n        _delete_run(run, generation, old)\n"),
+    # Growing.
+    Mutant("a run that grows is a new run", claim, "base=base or generation))", "base=generation))"),
+    Mutant("a further listing replaces the one before", claim, "added=(*self.added, listing)", "added=(listing,)"),
+    Mutant("shards of a further listing begin within the one before", claim, "shard - (self._ends[number] - listing.shards)", "shard - self._ends[0] + listing.shards"),
 ]
 # fmt: on
 

@@ -2,7 +2,8 @@
 
 Drivers do what `pipelines.score.job.score` does, with the project's own code for every step of the protocol; writers
 stage files as `pipelines.runs.write.ResultsWriter` does. A driver is killed, paused, started again, doubled, or meets a
-command that overwrites its run. At the end all who are still paused go on, long after the run is complete.
+command that overwrites its run; archives grow, and drivers add what is new. At the end all who are still paused go on,
+long after the run is complete.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pipelines.runs.schema import ERRORS, RESULTS
 OUT = "/out"
 WRITERS = 2  # of a driver
 MOST_STARTS = 8  # of drivers, while there are faults
+GROWTH = 12  # images that come at a time, at most
 STEPS = 6000  # until the faults end
 
 
@@ -40,6 +42,10 @@ class Violation(AssertionError):
     def __init__(self, message: str, kind: str = "other", trace: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.kind, self.trace = kind, trace
+
+
+class NothingNew(Exception):
+    """An archive has not grown."""
 
 
 class Id:
@@ -77,13 +83,28 @@ class Scenario:
 
     # What processes do.
 
-    def driver(self, name: str, overwrite: bool) -> Plan:
+    def driver(self, name: str, overwrite: bool, new: bool = False) -> Plan:
         """A `glad score`; ``name`` stands for everything that decides the results."""
         run, identity = self.run, {"source": name}
         found = claim.find_own(run, identity, overwrite)
-        if found.plan is not None and commits.is_whole(run, found.plan):
-            return found.plan
-        plan = found.plan or claim.claim(run, found.generation + 1, lambda listing: self.list(name, listing))
+        plan = found.plan
+        if plan is None or not commits.is_whole(run, plan):
+            plan = plan or claim.claim(run, found.generation + 1, lambda listing: self.list(name, listing))
+            plan = self.score(name, plan)
+        if new:
+            before = plan
+            try:
+                plan = claim.claim(
+                    run, before.generation + 1, lambda listing: self.list_new(name, before, listing), before.base
+                )
+            except NothingNew:
+                return before
+            plan = self.score(name, plan)
+        return plan
+
+    def score(self, name: str, plan: Plan) -> Plan:
+        """Score what is missing and close the run."""
+        run = self.run
         plan, done = commits.recover(run, plan)
         try:
             for _, commit in commits.commit_shards(run, plan, self.pieces(plan, done)):
@@ -101,28 +122,44 @@ class Scenario:
         return plan
 
     def list(self, name: str, listing: str) -> Plan:
-        images = self.images[name]
-        self.run.storage.write(self.run.path("manifest", listing, "part-0.parquet"), str(images).encode())
-        return claim.draft([images], listing, None, {"source": name}, most_rows=512)
+        images = list(range(self.images[name]))
+        self.write_listing(listing, images)
+        return claim.draft([len(images)], listing, None, {"source": name}, most_rows=512)
+
+    def list_new(self, name: str, plan: Plan, listing: str) -> Plan:
+        known = {image for before in plan.listings for image in self.read_listing(before.name)}
+        images = [image for image in range(self.images[name]) if image not in known]
+        if not images:
+            raise NothingNew
+        self.write_listing(listing, images)
+        return plan.grown([len(images)], listing, most_rows=512)
+
+    def write_listing(self, listing: str, images: list[int]) -> None:
+        self.run.storage.write(self.run.path("manifest", listing, "part-0.parquet"), json.dumps(images).encode())
+
+    def read_listing(self, listing: str) -> list[int]:
+        data = self.run.storage.read_all([self.run.path("manifest", listing, "part-0.parquet")])[0]
+        if data is None:
+            raise GladError("the manifest is missing")
+        return json.loads(data)
 
     def pieces(self, plan: Plan, done: dict[int, Any]) -> Iterator[Any]:
         """Have every missing image scored: in pieces of shards, by writers that die and whose work is repeated."""
         staged = write.new_staging(plan.generation)
         todo: list[tuple[int, list[int]]] = []
         for shard in sorted(set(range(plan.shards)) - done.keys()):
-            first = shard * plan.rows_per_shard
-            rows = list(range(first, first + plan.rows_of(shard)))
+            rows = list(range(plan.rows_of(shard)))
             cut = self.rng.randint(0, len(rows)) if self.rng.random() < 0.3 else 0
             todo += [(shard, part) for part in (rows[:cut], rows[cut:]) if part]
         queue: list[Any] = []
         started: list[tuple[Process, tuple[int, list[int]]]] = []
-        delivered: set[int] = set()
+        delivered: set[tuple[int, int]] = set()
 
         def begin(work: tuple[int, list[int]]) -> None:
             def body() -> None:
                 piece = self.write(plan, staged, *work)
-                if work[1][0] not in delivered:  # Ray hands over one try of a call
-                    delivered.add(work[1][0])
+                if (work[0], work[1][0]) not in delivered:  # Ray hands over one try of a call
+                    delivered.add((work[0], work[1][0]))
                     queue.append(piece)
 
             started.append((self.world.start(f"writer{len(self.world.processes)}", body), work))
@@ -130,14 +167,16 @@ class Scenario:
         expected = len(todo)
         for _ in range(expected):
             while not queue:
-                busy = [process for process, work in started if process.alive and work[1][0] not in delivered]
+                busy = [
+                    process for process, work in started if process.alive and (work[0], work[1][0]) not in delivered
+                ]
                 for work in list(todo)[: WRITERS - len(busy)]:
                     todo.remove(work)
                     begin(work)
                 for process, work in list(started):
                     lost = process.dead or (process.ended and process.error is not None)
                     presumed = process.alive and self.rng.random() < 0.02
-                    if (lost or presumed) and work[1][0] not in delivered:
+                    if (lost or presumed) and (work[0], work[1][0]) not in delivered:
                         if process.error is not None and self.rng.random() < 0.5:
                             raise process.error
                         started.remove((process, work))
@@ -147,8 +186,9 @@ class Scenario:
 
     def write(self, plan: Plan, staged: str, shard: int, rows: list[int]) -> Any:
         """A call of a writer: the rows of a piece, now and then as errors, to files of their own."""
-        if self.run.storage.read_all([self.run.path("manifest", plan.listing, "part-0.parquet")])[0] is None:
-            raise GladError("the manifest is missing")
+        listing, first = plan.place_of(shard)
+        listed = self.read_listing(listing.name)
+        rows = [listed[first + row] for row in rows]
         failed = {row for row in rows if self.rng.random() < 0.1}
         tables = {RESULTS: [row for row in rows if row not in failed], ERRORS: sorted(failed)}
         files, sizes = [], []
@@ -195,8 +235,13 @@ class Scenario:
             if path.startswith((f"{OUT}/{RESULTS}/", f"{OUT}/{ERRORS}/"))
         }
         rows = [(*json.loads(content)[:2], row) for content in found.values() for row in json.loads(content)[2]]
-        images = self.images[record["source"]]
-        wanted = [(record["source"], record["run"], row) for row in range(images)]
+        listings = [
+            json.loads(self.world.files[f"{OUT}/manifest/{name}/part-0.parquet"]) for name in record["listings"]
+        ]
+        images = sum(map(len, listings))
+        if len({image for listing in listings for image in listing}) < images:
+            raise Violation("an image is in two listings", "doubled")
+        wanted = [(record["source"], record["run"], row) for row in range(images)]  # an archive grows at its end
         if sorted(rows) != wanted:
             kind = "doubled" if max(Counter(rows).values(), default=0) > 1 else "lost"
             raise Violation(f"a complete run holds {len(rows)} rows of {images} images", kind)
@@ -241,11 +286,14 @@ class Scenario:
         with ids_from(self.rng):
             self.set_faults()
             drivers: list[Process] = []
-            overwriting = self.rng.random() < 0.4
+            overwriting, growing = self.rng.random() < 0.4, self.rng.random() < 0.5
             for number in range(self.rng.randint(1, MOST_STARTS)):
+                if growing and self.rng.random() < 0.5:
+                    self.images[self.rng.choice("AB")] += self.rng.randint(1, GROWTH)
                 other = number > 0 and overwriting and self.rng.random() < 0.3
+                new = growing and not other and self.rng.random() < 0.7
                 name = self.rng.choice("AB") if overwriting else "A"
-                drivers.append(self.begin(f"driver{number}", name, overwrite=other))
+                drivers.append(self.begin(f"driver{number}", name, overwrite=other, new=new))
                 if self.rng.random() < 0.2:
                     self.world.start(f"reader{number}", self.reader)
                 patience = self.world.time + self.rng.randint(1, 400)
@@ -256,11 +304,11 @@ class Scenario:
             if self.rng.random() < 0.3:
                 self.damage()
             paused = [process for process in self.world.processes if process.ready_at > self.world.time]
-            self.finish()
+            self.finish(new=growing)
             for process in paused:  # zombies wake up
                 process.ready_at = 0
             self.world.run()
-            self.check_end()
+            self.check_end(grown=growing)
 
     def set_faults(self) -> None:
         rng = self.rng
@@ -275,8 +323,8 @@ class Scenario:
             lag=rng.choice([0, 0, 20, 200]),
         )
 
-    def begin(self, process: str, name: str, overwrite: bool) -> Process:
-        return self.world.start(process, lambda: self.driver(name, overwrite))
+    def begin(self, process: str, name: str, overwrite: bool, new: bool) -> Process:
+        return self.world.start(process, lambda: self.driver(name, overwrite, new))
 
     def end_orphans(self, drivers: list[Process]) -> None:
         """Of a driver that died, some writers die too, and others work on."""
@@ -299,22 +347,25 @@ class Scenario:
                 if self.rng.random() < 0.5:
                     self.world.files[path] = data[: len(data) // 2]
 
-    def finish(self) -> None:
-        """Without faults, the command whose plan is in force completes the run."""
+    def finish(self, new: bool) -> None:
+        """Without faults, the command whose plan is in force completes the run, and adds what is ``new``."""
         for _ in range(5):
             plan = claim.find(self.run).plan
             name = plan.identity["source"] if plan is not None else "A"
-            last = self.begin("last", name, overwrite=False)
+            last = self.begin("last", name, overwrite=False, new=new)
             self.world.run(lambda last=last: not last.alive)
             if last.error is None:
                 return
         raise Violation(f"the last command cannot finish: {last.error!r}") from last.error
 
-    def check_end(self) -> None:
+    def check_end(self, grown: bool) -> None:
         data = self.world.files.get(f"{OUT}/run.json")
         if data is None:
             raise Violation("the run is not complete", "lost")
         self.check_complete(data)
+        record = json.loads(data)
+        if grown and record["counts"]["images"] != self.images[record["source"]]:
+            raise Violation("what is new is not in the run", "lost")
         plan = claim.find(self.run).plan
         if plan is None or not commits.is_whole(self.run, plan):
             raise Violation("is_whole denies it")

@@ -20,7 +20,7 @@ def test_without_options_the_request_has_its_own_defaults(monkeypatch):
 
 
 def test_every_option_reaches_the_request(monkeypatch):
-    flags = ["--reconstructions", "--overwrite", "--compile"]
+    flags = ["--reconstructions", "--overwrite", "--compile", "--new"]
     options = {
         "model": "other",
         "category": "screw",
@@ -42,7 +42,7 @@ def test_every_option_reaches_the_request(monkeypatch):
         monkeypatch, *flags, *(word for name, value in options.items() for word in (f"--{name}", str(value)))
     )
     values = {name.replace("-", "_"): value for name, value in options.items()}
-    values |= {"reconstructions": True, "overwrite": True, "compiled": True}
+    values |= {"reconstructions": True, "overwrite": True, "compiled": True, "new": True}
     assert request == ScoreRequest("photos", "results", **values)
 
 

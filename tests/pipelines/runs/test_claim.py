@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.storage import StorageError
+from cluster.storage import Storage, StorageError
 from glad_core.errors import GladError
 from pipelines.runs.claim import Found, check_in_force, claim, draft, find, find_own, repair
 from pipelines.runs.run import Run
@@ -104,7 +104,50 @@ def test_shards_grow_with_the_archive_and_divide_a_manifest_file(tmp_path, image
 
 
 def test_missing_shards_come_one_by_one():
-    plan = replace(draft([360], "listing", None, IDENTITY, 512), images=45, rows_per_shard=16)
-    assert plan.stretches(set()) == [(0, 16), (16, 32), (32, 45)]
-    assert plan.stretches({1}) == [(0, 16), (32, 45)]
-    assert plan.stretches({0, 1, 2}) == []
+    plan = replace(draft([45], "listing", None, IDENTITY, 512), rows_per_shard=16)
+    assert (plan.missing(set()), plan.missing({1}), plan.missing({0, 1, 2})) == ([0, 1, 2], [0, 2], [])
+    assert [plan.rows_of(shard) for shard in range(3)] == [16, 16, 13]
+
+
+def test_a_run_grows_by_listings_with_shards_of_their_own(tmp_path):
+    run = Run.at(str(tmp_path))
+    first = claimed(run, listed=(9,))
+    grown = claim(run, 2, lambda listing: first.grown([0, 1000], listing, 512), first.base)
+    grown = claim(run, 3, lambda listing: grown.grown([3], listing, 512), grown.base)
+    assert find(run).plan == grown
+    assert (grown.images, grown.run, grown.generation, grown.base) == (1012, first.run, 3, 1)
+    assert [listing.shards for listing in grown.listings] == [2, 63, 1]
+    places = [(grown.listings.index(listing), first) for listing, first in map(grown.place_of, range(grown.shards))]
+    assert places == [(0, 0), (0, 8), *((1, 16 * shard) for shard in range(63)), (2, 0)]
+    assert [grown.rows_of(shard) for shard in (0, 1, 2, 64, 65)] == [8, 1, 16, 8, 3]
+    assert sum(map(grown.rows_of, range(grown.shards))) == grown.images
+    assert grown.commit_names()[:2] == first.commit_names()  # what is committed stays
+
+
+def test_of_two_jobs_that_add_at_once_the_first_holds_and_the_other_s_listing_is_deleted(tmp_path):
+    run = Run.at(str(tmp_path))
+    first = claimed(run)
+
+    def add(count):
+        def prepare(listing):
+            run.storage.write(run.path("manifest", listing, "part-0.parquet"), b"")
+            return first.grown([count], listing, 512)
+
+        return claim(run, 2, prepare, first.base)
+
+    grown = add(5)
+    assert add(7) == grown
+    kept = {path.name for path in (tmp_path / "manifest").iterdir()}
+    assert kept == {listing.name for listing in grown.listings}
+
+
+@pytest.mark.parametrize("last", [1, 2, 3, 7, 64, 100])
+def test_the_newest_of_many_generations_is_found_without_reading_all(tmp_path, last, monkeypatch):
+    run = Run.at(str(tmp_path))
+    plan = claimed(run)
+    for generation in range(2, last + 1):
+        plan = claim(run, generation, lambda listing: plan.grown([1], listing, 512), plan.base)  # noqa: B023
+    reads, read_all = [], Storage.read_all
+    monkeypatch.setattr(Storage, "read_all", lambda *args: reads.append(args) or read_all(*args))
+    assert find(run) == Found(last, plan)
+    assert len(reads) <= 30

@@ -33,14 +33,16 @@ def test_every_missing_image_is_decoded_once_and_no_size_is_zero(images, rows, a
     plan = plan_of(images, rows)
     done = data.draw(st.sets(st.integers(0, plan.shards - 1), max_size=plan.shards - 1))
     sizes = batch_sizes(plan, done, actors_of(actors, slots, grows), IMAGES, alone=not grows)
-    positions = [position for first, last in sizes.stretches for position in range(first, last)]
+    images_of = [(plan.place_of(shard)[1], plan.rows_of(shard)) for shard in sizes.shards]
+    positions = [position for first, count in images_of for position in range(first, first + count)]
     assert positions == [position for position in range(images) if position // rows not in done]
-    assert all(first // PART_ROWS == (last - 1) // PART_ROWS for first, last in sizes.stretches)
-    assert 1 <= sizes.tasks <= min(MAX_TASKS, len(sizes.stretches))
+    assert all(first // PART_ROWS == (first + count - 1) // PART_ROWS for first, count in images_of)
+    assert sizes.rows == rows
+    assert 1 <= sizes.tasks <= min(MAX_TASKS, len(sizes.shards))
     assert 1 <= sizes.actors <= actors
     # A whole shard leaves a decoding task as one block: it is as large as a block, and not so large that Ray cuts it.
     assert sizes.block_bytes < rows * IMAGES.decoded_bytes < 1.5 * sizes.block_bytes
-    assert sizes.calls * rows >= 3 * slots or sizes.calls * sizes.actors >= len(sizes.stretches)
+    assert sizes.calls * rows >= 3 * slots or sizes.calls * sizes.actors >= len(sizes.shards)
     assert sizes.calls_in_flight >= sizes.calls >= 2
     # Ray Data enlarges a pool only if so many calls are in flight.
     assert not grows or sizes.calls_in_flight >= 1.75 * sizes.calls
