@@ -57,6 +57,7 @@ Other environment variables:
 | `AWS_REGION`, `AWS_DEFAULT_REGION` | the bucket's region; default with an endpoint: us-east-1 |
 | `GLAD_CACHE` | folder for copies of bundles from `s3://`, one per machine; default: `~/.cache/glad` |
 | `GLAD_CACHE_GB` | gigabytes for these copies, beyond which unused ones are deleted; default: half of the disk |
+| `GLAD_NOTIFY_KEY` | key that signs the messages of `glad score --notify` |
 | `RAY_AUTH_MODE`, `RAY_AUTH_TOKEN_PATH` | of Ray, for a cluster with a token: `token`, and the file that holds it |
 | `RAY_API_SERVER_ADDRESS` | URL of the dashboard that `glad submit` and `glad jobs` connect to |
 | `MLFLOW_TRACKING_URI` | MLflow server to log training to as well, if mlflow is installed |

@@ -75,6 +75,10 @@ def score(
             "--new", help="Add what has come to SOURCE since to the run in --out; repeat it, for a folder that grows"
         ),
     ] = False,
+    notify: Annotated[
+        str | None,
+        typer.Option(help="URL that gets a message about alarms and the end of the run, signed with GLAD_NOTIFY_KEY"),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results of another run in --out")] = False,
     method: Annotated[
         Method,
@@ -120,6 +124,7 @@ def score(
         precision=precision,
         compiled=compiled,
         new=new,
+        notify=notify,
     )
     if out is None:
         _judge_one(request, ctx)

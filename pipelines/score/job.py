@@ -26,6 +26,7 @@ from pipelines.runs.run import Run
 from pipelines.runs.schema import ERRORS
 from pipelines.score.dataflow import run_dataflow
 from pipelines.score.faults import news, start_faults
+from pipelines.score.notify import Notifier, alarms_message, complete_message, notifying
 from pipelines.score.open_run import Job, Opened, actor_settings, check, one_at_a_time, open_new, open_run
 from pipelines.score.progress import Progress
 from pipelines.score.record import methods, print_counts, print_end, run_record, without_reconstructions
@@ -78,17 +79,21 @@ def _score(job: Job, open_it: Callable[[], Opened], console: Console) -> Plan:
     """Open the run, score and commit what is missing, close the run; returns its plan. Raises as `score`."""
     started = datetime.now(UTC)
     opened = open_it()
-    before = _totals(opened.commits.values())["done"]
+    before = opened.commits.copy()
     _announce(job, opened, console)
     clock = time.monotonic()
-    try:
-        _score_missing(job, opened, console)
-    except (GladError, StorageError):
-        if not _completed_by_another(job, opened.plan):
-            raise
-    seconds = time.monotonic() - clock
-    if not is_complete(job.run, opened.plan):
-        _close(job, opened, started, seconds, before)
+    with notifying(job.request.notify, partial(_say, console)) as notifier:
+        try:
+            _score_missing(job, opened, console, notifier)
+        except (GladError, StorageError):
+            if not _completed_by_another(job, opened.plan):
+                raise
+        seconds = time.monotonic() - clock
+        if not is_complete(job.run, opened.plan):
+            _close(job, opened, started, seconds, _totals(before.values())["done"])
+            if notifier is not None:
+                ours = [commit for shard, commit in opened.commits.items() if shard not in before]
+                notifier.send(partial(complete_message, job.run, opened.plan, ours), last=True)
     return opened.plan
 
 
@@ -139,7 +144,7 @@ def _announce(job: Job, opened: Opened, console: Console) -> None:
     _log(opened).info("%d of %d shards of %s are missing", plan.shards - len(commits), plan.shards, job.run.location)
 
 
-def _score_missing(job: Job, opened: Opened, console: Console) -> None:
+def _score_missing(job: Job, opened: Opened, console: Console, notifier: Notifier | None) -> None:
     """Score the shards without a commit; adds theirs to ``opened.commits`` as they come.
 
     Raises:
@@ -164,6 +169,8 @@ def _score_missing(job: Job, opened: Opened, console: Console) -> None:
             if commit is not None:
                 commits[commit.shard] = commit
                 progress.kept += commit.done
+                if notifier is not None and commit.anomalies:
+                    notifier.send(partial(alarms_message, run, plan, commit))
                 log.info("shard %d committed: %d scored, %d errors", commit.shard, commit.scored, commit.errors)
             errors = totals["errors"] - earlier_errors
             if request.max_errors is not None and errors > request.max_errors:

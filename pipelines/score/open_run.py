@@ -31,6 +31,7 @@ from pipelines.runs.schema import MANIFEST
 from pipelines.score.actor import KEPT_MODELS, ActorSettings
 from pipelines.score.actor_plan import ActorPlan, plan_actors
 from pipelines.score.batch_sizes import rows_and_shards, usual_pixels
+from pipelines.score.notify import check_notify
 from pipelines.score.record import identity
 from pipelines.score.request import NothingNew, ScoreRequest
 
@@ -69,6 +70,8 @@ def check(request: ScoreRequest) -> Job:
     run, source = Run.at(request.out, storage), absolute(request.source)
     if request.new and request.overwrite:
         raise GladError("--new adds to a run and --overwrite replaces it: give one of them")
+    if request.notify is not None:
+        check_notify(request.notify)
     if source == run.location or run.location.startswith(source.rstrip("/") + "/"):
         raise GladError(f"{run.location} lies inside the archive {source}: choose an --out outside of it")
     models = find_models(request.model, storage)

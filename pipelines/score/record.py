@@ -132,18 +132,21 @@ def _errors_by_kind(run: Run) -> list[str]:
     return [f"errors by kind: {named}; `uri` and `message` are in {run.path(ERRORS)}"] if named else []
 
 
-def _worst(run: Run) -> list[str]:
+def worst_images(run: Run, results: pads.Dataset) -> list[dict[str, Any]]:
+    """Name, score, threshold and verdict of the most anomalous of these results of a complete run, at most `WORST`."""
     columns = {name: pads.field(name) for name in ("uri", "score", "threshold", "is_anomalous")}
-    columns["margin"] = margin(run)
-    table = run.results().to_table(columns=columns, filter=DECIDED)
+    table = results.to_table(columns=columns | {"margin": margin(run)}, filter=DECIDED)
     most = pc.select_k_unstable(table, WORST, sort_keys=[("margin", "descending")])
+    worst: list[dict[str, Any]] = table.select(list(columns)).take(most).to_pylist()
+    return worst
+
+
+def _worst(run: Run) -> list[str]:
+    worst = worst_images(run, run.results())
     words = {True: "anomalous", False: "good", None: "no threshold"}
-    rows = [
-        f"  {row['score']:.4g}  {words[row['is_anomalous']]}  {printable(row['uri'])}"
-        for row in table.take(most).to_pylist()
-    ]
-    if len(table) == 1:
-        limit = table["threshold"][0].as_py()
+    rows = [f"  {row['score']:.4g}  {words[row['is_anomalous']]}  {printable(row['uri'])}" for row in worst]
+    if len(rows) == 1:
+        limit = worst[0]["threshold"]
         return [f"verdict:{rows[0]}" + ("" if limit is None else f"  (threshold {limit:.4g})")]
     return ["most anomalous, by score:", *rows] if rows else []
 

@@ -50,6 +50,7 @@ class ScoreRequest:
     precision: Precision = "off"
     compiled: bool = False
     new: bool = False
+    notify: str | None = None
 
     @property
     def wishes(self) -> ActorWishes:

@@ -37,6 +37,7 @@ def test_every_option_reaches_the_request(monkeypatch):
         "search": "guarded",
         "precision": "bf16",
         "pages": "first",
+        "notify": "https://example.com/hook",
     }
     request = score(
         monkeypatch, *flags, *(word for name, value in options.items() for word in (f"--{name}", str(value)))
