@@ -137,7 +137,7 @@ def read_memory(location: str, storage: Storage) -> Memory:
         patches = memory_of({name: kept for name, kept in tensors.items() if "." in name}, len(good))
         damaged = not patches or not_finite(tensors.items()) is not None
         threshold = float(tensors["threshold"]) if "threshold" in tensors else None
-        scores = sorted(map(float, tensors.get("scores", ())))  # none in runs of before schema version 3
+        scores = sorted(map(float, tensors["scores"]))
     except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError, GladError):
         damaged = True
     if damaged:

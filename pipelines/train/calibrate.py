@@ -184,7 +184,7 @@ def _judge(
     source = absolute(request.source)
     # The nearest good patches have no steps; a profile asked for is one of those that have.
     stays = request.threshold_only or (settings.method == "nearest" and request.profile is None)
-    rows = [] if stays else _good_images(source, storage)
+    rows = [] if stays else _good_images(source, description.category, storage)
     session.connect(request.address, reads=[base, source], writes=[work])
     if rows:
         settings = _choose_steps(request, base, description, rows, storage, console)
@@ -203,10 +203,15 @@ def _check(request: CalibrateRequest) -> None:
         raise GladError("a finished run fixes the denoising steps: add --threshold-only, or give the good images")
 
 
-def _good_images(source: str, storage: Storage) -> list[dict[str, Any]]:
-    rows = [row for row in list_source(source, None, storage) if row.get("error_type") is None]
+def _good_images(source: str, category: str, storage: Storage) -> list[dict[str, Any]]:
+    """Rows of the images that can be judged: of a bundle for several categories, those of its own."""
+    several = "," in category
+    rows = [row for row in list_source(source, None, storage, several) if row.get("error_type") is None]
     if not rows:
         raise GladError(f"{source}: no images in it; name a folder, glob, list or tar of good images")
+    rows = [row for row in rows if not several or row["category"] in category.split(",")]
+    if not rows:
+        raise GladError(f"{source}: no image of {category}, which the bundle is for: name its folders like them")
     return rows
 
 
@@ -270,19 +275,21 @@ def steps_from(
     framings = compared_framings(model.settings, methods=False)
     good: list[Frames] = []
     names: list[str] = []
+    categories: list[str] = []
     skipped: list[str] = []
     for row in rows:
         try:
             picture = decode(fetch(storage, row, partial(neighbours, row, rows)), framings)
             good.append(Frames(picture.frames, (picture.height, picture.width)))
             names.append(row["uri"])
+            categories.append(row["category"] if model.prompts else model.category)
         except ImageError as error:
             skipped.append(f"{row['uri']}: {error}")
     if not good:
         raise GladError(f"none of the good images can be read; the first: {skipped[0]}")
     progress = count_judged(events, NAME, "choose steps", judged_images(good, model.settings, profile))
     calibrator = Calibrator(model, profile, foreground_mode, seed=seed, on_image=progress)
-    return calibrator.choose(good, names=names).settings, skipped
+    return calibrator.choose(good, categories, names).settings, skipped
 
 
 def _read_scores(run: Run, with_feedback: bool) -> Scores:

@@ -21,10 +21,10 @@ def test_what_is_stored_is_read(tmp_path: Path) -> None:
     ("name", "tensor"),
     [
         ("extra", torch.zeros(1)),
-        ("patches.2", torch.zeros(5, 3)),
-        ("patches.1", torch.zeros(5, 4)),
-        ("patches.1", torch.zeros(5)),
-        ("patches.1", torch.zeros(0, 3)),
+        ("remembered.2", torch.zeros(5, 3)),
+        ("remembered.1", torch.zeros(5, 4)),
+        ("remembered.1", torch.zeros(5)),
+        ("remembered.1", torch.zeros(0, 3)),
         ("whitening.0", torch.zeros(3, 3)),
     ],
 )

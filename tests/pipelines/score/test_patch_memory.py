@@ -16,7 +16,7 @@ from pipelines.score.patch_memory import build_memory, read_memory
 
 STORAGE = Storage()
 GOOD = torch.tensor([[0.0, 1.0]])
-MEMORY = {"patches.0": torch.zeros(2, 3), "whitening.0": torch.zeros(4, 3), "good": GOOD}
+MEMORY = {"remembered.0": torch.zeros(2, 3), "whitening.0": torch.zeros(4, 3), "good": GOOD, "scores": GOOD[0]}
 
 
 @pytest.fixture
@@ -70,11 +70,6 @@ def test_what_is_left_out_of_the_good_images_is_counted_by_kind(tiny_bundle, pho
         build()
 
 
-def test_a_memory_of_an_older_version_has_no_p_values(tmp_path) -> None:
-    (tmp_path / "memory.safetensors").write_bytes(save(MEMORY))
-    assert read_memory(str(tmp_path / "memory.safetensors"), STORAGE).p_value(1.0, None) is None
-
-
 def test_another_bundle_than_the_jobs_is_refused(build) -> None:
     with pytest.raises(GladError, match="this job began with 0123456789abcdef"):
         build(model_id="0123456789abcdef")
@@ -104,14 +99,14 @@ def test_good_images_without_finite_features_are_named(call, build, photos, monk
         b"",
         b"x" * 100,
         save({"other": torch.zeros(2, 3)}),
-        save({"patches.0": torch.zeros(2, 3)}),
-        save({"patches.0": torch.zeros(3), "good": GOOD}),
-        save({"patches.1": torch.zeros(2, 3), "good": GOOD}),
-        save({"patches.0": torch.full((2, 3), np.nan), "good": GOOD}),
-        save({"patches.0": torch.zeros(2, 3), "good": torch.zeros(0, 2)}),
-        save({"patches.0": torch.zeros(2, 3), "good": torch.full((1, 2), np.nan)}),
-        save({"patches.0": torch.zeros(2, 3), "good": GOOD, "threshold": torch.full((1,), np.inf)}),
-        save({"patches.0": torch.zeros(2, 3), "good": GOOD, "threshold": torch.zeros(2)}),
+        save({"remembered.0": torch.zeros(2, 3)}),
+        save({"remembered.0": torch.zeros(3), "good": GOOD}),
+        save({"remembered.1": torch.zeros(2, 3), "good": GOOD}),
+        save({"remembered.0": torch.full((2, 3), np.nan), "good": GOOD}),
+        save({"remembered.0": torch.zeros(2, 3), "good": torch.zeros(0, 2)}),
+        save({"remembered.0": torch.zeros(2, 3), "good": torch.full((1, 2), np.nan)}),
+        save({"remembered.0": torch.zeros(2, 3), "good": GOOD, "threshold": torch.full((1,), np.inf)}),
+        save({"remembered.0": torch.zeros(2, 3), "good": GOOD, "threshold": torch.zeros(2)}),
         save(MEMORY | {"scores": torch.zeros(2, 2)}),
         save(MEMORY | {"scores": torch.tensor(1.0)}),
         save(MEMORY | {"scores": torch.tensor([np.nan])}),

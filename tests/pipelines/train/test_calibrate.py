@@ -1,5 +1,7 @@
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
@@ -8,7 +10,9 @@ from judged_run import THRESHOLDS, make_judged_run
 from typer.testing import CliRunner
 
 from cluster.storage import Storage, StorageError
+from glad_core import calibration
 from glad_core.bundle.glad_json import read_description, verify, write_description
+from glad_core.bundle.model import load_bundle
 from glad_core.errors import GladError
 from glad_core.threshold import conformal_quantile
 from pipelines.cli.main import app
@@ -100,6 +104,25 @@ def test_each_of_several_categories_has_a_threshold_and_good_scores_of_its_own(t
     judged = make_judged_run(tmp_path / "again", base)
     words[2], words[6] = judged.run.location, tmp_path / "x"
     refused(run(*words), "of 30 images of 'cable' exceed the present threshold 0.2")
+
+
+def test_the_steps_of_several_categories_are_chosen_with_the_prompt_of_each(tmp_path, tiny_bundle, monkeypatch) -> None:
+    one = load_bundle(tiny_bundle)
+    several = replace(one, prompts=dict.fromkeys(["bottle", "cable"], one.prompt_cond), category="bottle,cable")
+    monkeypatch.setattr(calibrate, "load_bundle", lambda *_, **__: several)
+    monkeypatch.setattr(calibration, "FAST_STEPS", (120,))
+    for index, name in enumerate(["bottle", "cable"]):
+        photo(index, tmp_path / name / "0.png")
+    photo(2, tmp_path / "nut" / "0.png")
+    rows = calibrate._good_images(str(tmp_path), several.category, Storage())
+    assert [row["category"] for row in rows] == ["bottle", "cable"]
+    with pytest.raises(GladError, match="no image of screw,wood, which the bundle is for"):
+        calibrate._good_images(str(tmp_path), "screw,wood", Storage())
+    settings, skipped = calibrate.steps_from(
+        rows, str(tiny_bundle), one.model_id, Storage(), False, "fast", 3, 0, SimpleQueue()
+    )
+    assert settings.start_step == 120
+    assert not skipped
 
 
 def test_mistakes_are_one_line(tmp_path: Path, tiny_bundle) -> None:
