@@ -235,9 +235,10 @@ class Scenario:
             if path.startswith((f"{OUT}/{RESULTS}/", f"{OUT}/{ERRORS}/"))
         }
         rows = [(*json.loads(content)[:2], row) for content in found.values() for row in json.loads(content)[2]]
-        listings = [
-            json.loads(self.world.files[f"{OUT}/manifest/{name}/part-0.parquet"]) for name in record["listings"]
-        ]
+        stored = [self.world.files.get(f"{OUT}/manifest/{name}/part-0.parquet") for name in record["listings"]]
+        if None in stored:
+            raise Violation("a listing of a complete run has gone", "lost")
+        listings = [json.loads(data or b"") for data in stored]
         images = sum(map(len, listings))
         if len({image for listing in listings for image in listing}) < images:
             raise Violation("an image is in two listings", "doubled")
