@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import torch
 
-from glad_core import synthesis
 from glad_core.bundle.model import Model
 from glad_core.bundle.settings import Settings
+from glad_core.drawn_anomalies import draw_anomalies
 from glad_core.engine.base import Queue, run
 from glad_core.engine.engine import Engine
 from glad_core.engine.nearest import NearestEngine
@@ -98,13 +97,10 @@ def _groups(pictures: Sequence[Frames], settings: Settings) -> Iterator[list[int
 def with_anomalies(
     good: Sequence[np.ndarray], foreground_mode: ForegroundMode, seed: int
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Every good image [R, R, 3] with a synthetic anomaly, and the masks, bool [N, R, R]."""
-    foreground_BHW = foreground(to_tensor(good), foreground_mode) if foreground_mode != 3 else None
+    """Every good image [R, R, 3] with an anomaly, and the masks, bool [N, R, R]."""
+    foreground_BRR = foreground(to_tensor(good), foreground_mode).numpy() if foreground_mode != 3 else None
     seeds = [seed * 1_000_003 + index for index in range(len(good))]
-    anomalous, masks = synthesis.synthesize(
-        torch.from_numpy(np.stack(good)), seeds=seeds, foreground_BHW=foreground_BHW, probability=1.0
-    )
-    return list(anomalous.numpy()), masks.numpy()
+    return draw_anomalies(good, seeds=seeds, foreground_BRR=foreground_BRR)
 
 
 def anomalous_pictures(
