@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.storage import StorageError, absolute
+from cluster.storage import StorageError, absolute, clear_errors
 from glad_core.bundle.glad_json import Provenance, versions
 from glad_core.bundle.settings import Method
 from glad_core.engine.search import Search
@@ -119,7 +119,8 @@ def print_end(location: str, counts: Counts, console: Console) -> None:
     """What ends the command after its table: the errors by kind, the most anomalous images, and what to do next."""
     run = Run.at(location)
     try:
-        lines = [*_errors_by_kind(run), *_worst(run)] if counts.scored + counts.errors <= MOST_READ else []
+        with clear_errors(location, run.storage):  # Arrow reads results, and gives up sooner than a job does
+            lines = [*_errors_by_kind(run), *_worst(run)] if counts.scored + counts.errors <= MOST_READ else []
     except (GladError, StorageError) as error:
         lines = [f"the results cannot be read just now: {error}"]
     lines.append(f"next: glad report {shlex.quote(location)}")

@@ -148,7 +148,7 @@ def test_a_server_of_another_order_is_noticed(keys, server, monkeypatch):
 def test_a_server_of_another_order_is_listed_in_one_piece(monkeypatch):
     calls = []
 
-    def pieces(archive, folder, in_ranges=True):
+    def pieces(archive, folder, earlier, in_ranges=True):
         calls.append(in_ranges)
         if in_ranges:
             raise UnorderedError("out of order")

@@ -27,6 +27,16 @@ def ending(judged, scored=60):
     return shown.getvalue().splitlines()
 
 
+def test_results_that_cannot_be_read_again_do_not_fail_the_run(judged, monkeypatch):
+    def gone(run):
+        raise OSError("When reading information for key: curlCode: 8, Weird server reply")
+
+    monkeypatch.setattr(Run, "errors", gone)
+    lines = ending(judged)
+    assert lines[0].startswith("the results cannot be read just now: ")
+    assert lines[1:] == [f"next: glad report '{judged.run.location}'"]
+
+
 def test_a_run_ends_with_its_errors_its_worst_images_and_what_comes_next(judged):
     lines = ending(judged)
     assert lines[0].startswith("errors by kind: 1 damaged; ")
