@@ -47,7 +47,7 @@ class Earlier(NamedTuple):
 
     def get(self, key: bytes) -> int | None:
         """The mark of an image; None if no earlier listing has it."""
-        wanted = np.bytes_(key)
+        wanted = np.array(key, self.keys.dtype)  # as bytes, a key that ends in zeros would equal none: numpy drops them
         place = int(np.searchsorted(self.keys, wanted))
         return int(self.marks[place]) if place < len(self.keys) and self.keys[place] == wanted else None
 

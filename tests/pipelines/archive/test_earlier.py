@@ -5,13 +5,14 @@ import tarfile
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from conftest import photo
 
 from cluster.storage import Storage
 from pipelines.archive import earlier
-from pipelines.archive.earlier import BEING_WRITTEN, CHANGED
-from pipelines.archive.listing import Archive, read_earlier, read_manifest, write_manifest
+from pipelines.archive.earlier import BEING_WRITTEN, CHANGED, Earlier, key_of
+from pipelines.archive.listing import MANIFEST_SCHEMA, Archive, read_earlier, read_manifest, write_manifest
 
 STORAGE = Storage()
 LONG_AGO = time.time() - 3600
@@ -60,6 +61,15 @@ def test_only_what_has_come_since_is_listed_and_changes_are_counted(tmp_path):
     (source / "a.png").unlink()
     names, counts = grow()
     assert (names, counts.judged, counts.others[CHANGED]) == ([], 2, 1)
+
+
+def test_every_image_is_known_again_also_one_whose_key_ends_in_zeros():
+    table = pa.Table.from_pylist([{"uri": f"/a/{index}.png"} for index in range(2000)], schema=MANIFEST_SCHEMA)
+    keys = [key_of(row) for row in table.to_pylist()]
+    assert any(key.endswith(b"\0") for key in keys)
+    earlier_ones = Earlier.of(table)
+    assert all(earlier_ones.get(key) is not None for key in keys)
+    assert earlier_ones.get(key_of({"uri": "/a/2000.png"})) is None
 
 
 def test_a_list_that_grows_in_another_spelling_names_nothing_new(tmp_path):
