@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,8 +65,11 @@ class TrainJob:
 
     @property
     def threads(self) -> int:
-        """Threads of PyTorch; beside a GPU most of the CPUs are for the makers."""
-        return 1 if self.gpus else max(1, int(self.cpus))
+        """Threads of PyTorch; beside a GPU most of the CPUs are for the makers.
+
+        Rounded up: on two cores a worker has 1.5 CPUs, of which its maker needs a tenth.
+        """
+        return 1 if self.gpus else math.ceil(self.cpus)
 
     @property
     def worker_resources(self) -> dict[str, float]:
