@@ -53,7 +53,10 @@ UNREACHABLE_DELTA = 1e4
 # AUROC by which a single view must be better than all of them. Synthetic anomalies are small and say little of what is
 # only seen on the whole picture; a view left out is a kind of defect that nobody sees.
 VIEWS_MARGIN = 0.02
-ADAPTIVE = "adaptive steps"
+# And by which a way that denoises must be better than the nearest good patches, which take a tenth of the time: between
+# 16 good pictures and 16 with anomalies an AUROC of .77 varies by .08 from chance alone.
+METHODS_MARGIN = 0.05
+ADAPTIVE, NEAREST = "adaptive steps", "nearest good patches"
 
 
 class Label(NamedTuple):
@@ -155,7 +158,8 @@ class Calibrator:
 
         Of several views all are kept, each standardised by the good pictures, unless a single one tells good pictures
         from the same with synthetic anomalies clearly better. With a ``memory`` the adaptive steps are compared with as
-        many fixed ones, with a single one and with the nearest good patches, each through its best views.
+        many fixed ones, with a single one and with the nearest good patches, each through its best views. The patches
+        are chosen unless one of the others is clearly better.
 
         Args:
             good: arrays [R, R, 3], or pictures with a frame for each of `compared_framings`.
@@ -175,7 +179,7 @@ class Calibrator:
             methods["fixed steps"] = adaptive.model_copy(update={"delta": 0.0, "score_fall": None, "score_guess": None})
             single = replace(steps, profile="fast")
             methods["a single step"] = single.choose_steps(tiles, *map(list, zip(*tile_labels, strict=True)))
-            methods["nearest good patches"] = adaptive.model_copy(update={"method": "nearest"})
+            methods[NEAREST] = adaptive.model_copy(update={"method": "nearest"})
         remembering = replace(self, model=replace(self.model, memory=memory))
         found = {
             name: ([*range(len(settings.views))], Quality(0.0, 0.0), settings) for name, settings in methods.items()
@@ -186,6 +190,8 @@ class Calibrator:
                 for name, settings in methods.items()
             }
         best = max(found, key=lambda name: found[name][1])
+        if NEAREST in found and found[NEAREST][1].auroc >= found[best][1].auroc - METHODS_MARGIN:
+            best = NEAREST
         views, _, _ = found[best]
         scores_NV = remembering._score(methods[best], seen_by(methods[best], framings, pictures), labels)[:, views]
         settings = _of_views(methods[best], views, scores_NV)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from glad_core.bundle.glad_json import Description, read_description
 from glad_core.bundle.memory import PatchMemory
 from glad_core.bundle.model import Model, final_folder, is_half, load_backbone, load_bundle, save_derived
-from glad_core.calibration import Calibrator, Choice, compared_framings, judged_images
+from glad_core.calibration import METHODS_MARGIN, Calibrator, Choice, compared_framings, judged_images
 from glad_core.errors import GladError
 from pipelines.models.find import local_bundle
 from pipelines.score.patch_memory import MAX_BYTES, MAX_IMAGES, Good, remember
@@ -72,6 +72,8 @@ def _finish(job: TrainJob, surveyed: Survey, checkpoint: Any, deliver: Deliver, 
     if choose:
         provenance |= _methods(choice)
         found = ", ".join(f"{name} {quality.auroc:.3f}" for name, quality in choice.qualities.items())
+        if choice.qualities[choice.name] < max(choice.qualities.values()):
+            found += f"; none is better by more than {METHODS_MARGIN:g}"
         send_event(
             events, job.name, "calibrate", warning=f"judged by {choice.name} (AUROC of synthetic anomalies: {found})"
         )

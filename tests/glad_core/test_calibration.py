@@ -129,6 +129,22 @@ def test_the_method_that_separates_best_is_chosen(tiny_bundle, monkeypatch) -> N
     assert compare_models(again, model, good[:4], 3, margin=0.0).new == 1.0
 
 
+@pytest.mark.parametrize(("adaptive", "chosen"), [(0.84, "nearest good patches"), (0.86, "adaptive steps")])
+def test_the_good_patches_judge_unless_another_way_is_clearly_better(tiny_bundle, monkeypatch, adaptive, chosen):
+    monkeypatch.setattr(calibration, "START_STEPS", (120,))
+    monkeypatch.setattr(calibration, "FAST_STEPS", (120,))
+    model = load_bundle(tiny_bundle)
+    good = list(np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8))
+    memory = [remember(patch_features(model, to_tensor(good)).flatten(0, 1))]
+    found = iter([adaptive, 0.7, 0.75, 0.8])  # in the order of the table
+    monkeypatch.setattr(
+        calibration.Calibrator,
+        "_best_views",
+        lambda _, settings, *__: ([0], calibration.Quality(next(found), 1.0), settings),
+    )
+    assert calibration.Calibrator(model).choose(good, memory=memory).name == chosen
+
+
 def test_good_patches_are_compared_at_the_resolution_of_the_features(tiny_bundle, monkeypatch) -> None:
     """What is only seen at twice the resolution of the VAE: fine stripes, in pictures where it sees plain grey."""
     monkeypatch.setattr(calibration, "START_STEPS", (120,))
