@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,9 +66,10 @@ class TrainJob:
     def threads(self) -> int:
         """Threads of PyTorch; beside a GPU most of the CPUs are for the makers.
 
-        Rounded up: on two cores a worker has 1.5 CPUs, of which its maker needs a tenth.
+        Rounded down: two threads on two cores take 1.0 s where one takes 1.3, but wait for each other many times as
+        long as soon as another program wants one of the cores.
         """
-        return 1 if self.gpus else math.ceil(self.cpus)
+        return 1 if self.gpus else max(1, int(self.cpus))
 
     @property
     def worker_resources(self) -> dict[str, float]:
