@@ -66,8 +66,8 @@ class TrainJob:
     def threads(self) -> int:
         """Threads of PyTorch; beside a GPU most of the CPUs are for the makers.
 
-        Rounded down: two threads on two cores take 1.0 s where one takes 1.3, but wait for each other many times as
-        long as soon as another program wants one of the cores.
+        Rounded down, which leaves a part of a core to others. On two idle cores two threads take 1.0 s a step where one
+        takes 1.3; on busy ones trials disagree.
         """
         return 1 if self.gpus else max(1, int(self.cpus))
 
