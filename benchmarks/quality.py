@@ -49,7 +49,7 @@ def measure(way: str, bundle: Path, data: Path, folder: Path) -> dict[str, float
         model, more = folder / f"{WAYS[way]}-bundle", []
         if settings.method == "nearest":
             # Only the chosen way's patches are in the bundle: they are chosen anew, from all good pictures.
-            settings = settings.model_copy(update={"method": "glad"})
+            settings = settings.judged_by("glad")
             more = ["--method", "nearest", "--good", data / "train/good"]
         if not model.exists():
             write_variant(str(bundle), with_settings(description, settings, {}), str(model), Storage())

@@ -20,6 +20,7 @@ from glad_core.bundle.good_scores import kept
 from glad_core.bundle.memory import PatchMemory
 from glad_core.bundle.model import Model
 from glad_core.bundle.settings import Method, Profile, Settings
+from glad_core.engine.chain import Chain
 from glad_core.engine.search import fit_guess, largest_fall
 from glad_core.foreground import ForegroundMode
 from glad_core.image_metrics import image_metrics
@@ -43,8 +44,8 @@ from glad_core.views import Frames, Framing
 # The published settings walk 30 timesteps at a time (T = 750, S = 25) and stop searching at 350 / 750 of T.
 STRIDE = 30
 MIN_STEP_SHARE = 350 / 750
-START_STEPS = (250, 350, 450, 550, 650, 750)  # the candidates for T
-FAST_STEPS = (50, 100, 150, 200, 250, 300)  # and for the only step of profile `fast`
+START_STEPS = (250, 500, 750)  # the candidates for T: between more of them so few images decide by chance
+FAST_STEPS = (100, 200, 300)  # and for the only step of profile `fast`
 STEP_TILES = 40  # the steps are chosen on so many tiles, or one for each picture
 TEST_TILES = 200  # methods and views are compared on about as many, good ones
 NEAREST_TILES = 600  # and those of the nearest good patches, which cost a tenth
@@ -122,7 +123,7 @@ class Calibrator:
 
         δ is the 95 % quantile, over good images, of the largest step score that they reach before min_step, so few good
         images exceed it. The largest fall of a step score along the chain becomes the bound of the guarded search; its
-        guess of where δ was exceeded is fitted to the good images and to the same images with anomalies (`search`).
+        guess of where δ was exceeded is fitted to the good images and to some of them with anomalies (`search`).
         Profile `fast` has no steps to compare: only T is chosen.
 
         Args:
@@ -136,16 +137,15 @@ class Calibrator:
         labels = self._labels(good, categories, names)
         # Evenly spread, so that every category takes part.
         picked = _evenly(len(good), SELECTION_IMAGES)
-        settings = self._with_best_start([good[index] for index in picked], [labels[index] for index in picked])
+        few, few_labels = [good[index] for index in picked], [labels[index] for index in picked]
+        settings = self._with_best_start(few, few_labels)
         if self.profile == "fast":
             return settings
-        scores, departures = self._walk(settings, good, labels)
-        anomalous, _ = with_anomalies(good, self.foreground_mode, self.seed)
-        anomalous_scores, anomalous_departures = self._walk(settings, anomalous, labels)
-        guess = fit_guess(
-            np.concatenate([scores, anomalous_scores]), np.concatenate([departures, anomalous_departures])
-        )
-        return _with_delta(settings, scores).model_copy(update={"score_guess": guess})
+        walked = self._walk(settings, good, labels)
+        anomalous, _ = with_anomalies(few, self.foreground_mode, self.seed)
+        both = walked + self._walk(settings, anomalous, few_labels)
+        guess = fit_guess(_step_scores(both), np.array([detection.departures for detection in both]))
+        return _with_delta(settings, _step_scores(walked)).model_copy(update={"score_guess": guess})
 
     def choose(
         self,
@@ -179,7 +179,7 @@ class Calibrator:
             methods["fixed steps"] = adaptive.model_copy(update={"delta": 0.0, "score_fall": None, "score_guess": None})
             single = replace(steps, profile="fast")
             methods["a single step"] = single.choose_steps(tiles, *map(list, zip(*tile_labels, strict=True)))
-            methods[NEAREST] = adaptive.model_copy(update={"method": "nearest"})
+            methods[NEAREST] = adaptive.judged_by("nearest")
         remembering = replace(self, model=replace(self.model, memory=memory))
         found = {
             name: ([*range(len(settings.views))], Quality(0.0, 0.0), settings) for name, settings in methods.items()
@@ -272,8 +272,11 @@ class Calibrator:
         for start_step in self.start_steps or (FAST_STEPS if self.profile == "fast" else START_STEPS):
             settings = self._with_start(start_step)
             if self.profile == "exact":
-                settings = _with_delta(settings, self._walk(settings, good, labels)[0])
-            judged_good = self._judge(settings, good, labels)
+                walked = self._walk(settings, good, labels)
+                settings = _with_delta(settings, _step_scores(walked))
+                judged_good = self._stopped(settings, walked, good, labels)
+            else:
+                judged_good = self._judge(settings, good, labels)
             judged_anomalous = self._judge(settings, anomalous, labels)
             quality[start_step] = _separation(settings, judged_good, judged_anomalous, masks)
         return self._with_start(max(quality, key=quality.__getitem__))
@@ -290,14 +293,23 @@ class Calibrator:
         }
         return Settings(**values)
 
-    def _walk(
-        self, settings: Settings, images: Sequence[np.ndarray], labels: Sequence[Label]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Step scores and departures [N, S] of images that are compared at every step down to min_step."""
-        unstopped = settings.model_copy(update={"delta": UNREACHABLE_DELTA, "saff": False})
-        detections = self._judge(unstopped, images, labels)
-        scores = np.array([[score for _, score in detection.steps] for detection in detections])
-        return scores, np.array([detection.departures for detection in detections])
+    def _walk(self, settings: Settings, images: Sequence[np.ndarray], labels: Sequence[Label]) -> list[Detection]:
+        """Verdicts on images that are compared at every step down to min_step, and never stop before it."""
+        unstopped = settings.model_copy(update={"delta": UNREACHABLE_DELTA, "score_fall": None, "score_guess": None})
+        return self._judge(unstopped, images, labels)
+
+    def _stopped(
+        self, settings: Settings, walked: list[Detection], images: Sequence[np.ndarray], labels: Sequence[Label]
+    ) -> list[Detection]:
+        """The verdicts with δ. Images that never exceed it walk as they did: only the others are judged again."""
+        delta = Chain.of(settings, len(self.model.alphas)).delta
+        above = [index for index, most in enumerate(_step_scores(walked).max(axis=1)) if most > delta]
+        self.on_image(len(images) - len(above))
+        if not above:
+            return walked
+        again = self._judge(settings, [images[index] for index in above], [labels[index] for index in above])
+        verdicts = dict(enumerate(walked)) | dict(zip(above, again, strict=True))
+        return list(verdicts.values())
 
     def _judge(self, settings: Settings, images: Sequence[np.ndarray], labels: Sequence[Label]) -> list[Detection]:
         model = replace(self.model, settings=settings)
@@ -315,7 +327,7 @@ class Calibrator:
 def compared_framings(settings: Settings, methods: bool) -> tuple[Framing, ...]:
     """How pictures are framed that `Calibrator.choose` is to compare ``methods`` on, or GLAD's views alone."""
     kinds: tuple[Method, ...] = ("glad", "nearest") if methods else ("glad",)
-    return all_framings(*(settings.model_copy(update={"method": method}) for method in kinds))
+    return all_framings(*map(settings.judged_by, kinds))
 
 
 def judged_images(
@@ -325,23 +337,23 @@ def judged_images(
     steps_only: bool = False,
     methods: bool = False,
 ) -> int:
-    """How many tiles `Calibrator.calibrate` judges, for a progress bar; or `Calibrator.choose_steps`, of images.
+    """At most how many tiles `Calibrator.calibrate` judges, or `Calibrator.choose_steps` images, for a progress bar.
 
     ``methods``: the alternatives are compared too.
     """
     pictures = as_pictures(good)
-    glad, nearest = (settings.model_copy(update={"method": method}) for method in ("glad", "nearest"))
+    glad, nearest = settings.judged_by("glad"), settings.judged_by("nearest")
     counts, cheap_counts = ([_count(each, picture) for picture in pictures] for each in (glad, nearest))
     tiles = min(sum(counts), max(len(counts), STEP_TILES))
     few = min(tiles, SELECTION_IMAGES)
     single = 2 * few * len(FAST_STEPS)
-    steps = single if profile == "fast" else 3 * few * len(START_STEPS) + 2 * tiles
+    steps = single if profile == "fast" else 3 * few * len(START_STEPS) + tiles + few
     if steps_only:
         return steps
     tests = 2 * sum(counts[index] for index in _tested(pictures, glad))
     cheap = 2 * sum(cheap_counts[index] for index in _tested(pictures, nearest))
     if methods:
-        return steps + single + 3 * tests + cheap + sum(counts)
+        return steps + single + 3 * tests + cheap + max(sum(counts), sum(cheap_counts))
     return steps + sum(counts) + (tests if len(settings.views) > 1 else 0)
 
 
@@ -377,7 +389,7 @@ def _some_tiles(
 
 
 def _of_method(model: Model, method: Method) -> Model:
-    return replace(model, settings=model.settings.model_copy(update={"method": method}))
+    return replace(model, settings=model.settings.judged_by(method))
 
 
 def _of_views(settings: Settings, chosen: Sequence[int], scores_NV: np.ndarray) -> Settings:
@@ -398,6 +410,11 @@ def _quality(scores: np.ndarray, truth: np.ndarray) -> Quality:
     good, anomalous = scores[truth == 0], scores[truth == 1]
     spread = math.sqrt((good.var() + anomalous.var()) / 2) or 1.0
     return Quality(image_metrics(scores, truth)["AUROC"], float(anomalous.mean() - good.mean()) / spread)
+
+
+def _step_scores(walked: Sequence[Detection]) -> np.ndarray:
+    """Step scores [N, S] of images that were compared at every step."""
+    return np.array([[score for _, score in detection.steps] for detection in walked])
 
 
 def _with_delta(settings: Settings, scores_NS: np.ndarray) -> Settings:

@@ -1,7 +1,8 @@
 """How a model sees a picture of any size and shape: as one square, or cut into tiles; and one map from many tiles.
 
-A *view* makes a *frame* of the picture, whose sides are at least R, and cuts it into *tiles* of R x R. The networks
-only see tiles. Their maps are blended into one map of the frame, which covers the picture and nothing else.
+A *view* makes a *frame* of the picture, whose sides are at least R, and cuts it into *tiles* of R x R (of the features'
+side where good patches are compared, `Settings.framings`). The networks only see tiles. Their maps are blended into one
+map of the frame, which covers the picture and nothing else.
 
     squash   the whole picture as one tile; its aspect ratio is not kept (the paper's)
     fit      the whole picture as one tile, aspect ratio kept, the rest filled with its mirror image
@@ -30,7 +31,7 @@ class Framing:
 
     Attributes:
         kind: of the view.
-        side: R, the bundle's resolution, pixels.
+        side: R, pixels.
         scale: frame pixels per picture pixel; for ``tiles`` alone.
         overlap: share of a tile's side that the next tile covers again, at least; for ``tiles`` alone.
         white: the stored value that is white in pictures of more than 8 bits; None for the whole range of their type, 0

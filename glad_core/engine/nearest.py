@@ -36,11 +36,9 @@ SHRINKAGE = 0.3  # variance added in every direction before whitening, of the me
 def patch_features(model: Model, images_B3RR: Tensor) -> Tensor:
     """Unit-length patch features, float32 [B, N, D]: the layers compared, each averaged over 3 x 3 patches, normalised.
 
-    Images are in [-1, 1]; they are resized to the feature resolution and normalised, as for the final map.
+    Images are in [-1, 1], as large as the method sees them; they are normalised as for the final map.
     """
-    side = model.settings.feature_resolution
-    resized = F.interpolate(images_B3RR.to(model.device), size=(side, side), mode="bilinear", align_corners=True)
-    prepared = model.final_features.normalize(resized).to(model.dtype)
+    prepared = model.final_features.normalize(images_B3RR.to(model.device)).to(model.dtype)
     layers = []
     for tokens in model.final_features(prepared):
         grid = round(tokens.shape[1] ** 0.5)

@@ -58,8 +58,10 @@ class Models:
         return replace(
             self,
             descriptions={
-                key: description.model_copy(update={"settings": description.settings | {"method": "nearest"}})
-                for key, description in self.descriptions.items()
+                key: self.descriptions[key].model_copy(
+                    update={"settings": settings.judged_by("nearest").model_dump(mode="json")}
+                )
+                for key, settings in self.settings().items()
             },
         )
 

@@ -70,11 +70,12 @@ class Memory:
 
     def settings(self, settings: Settings) -> Settings:
         """Settings of the method, whose views are standardised by this memory's good images."""
+        settings = settings.judged_by("nearest")
         views = [
             view.model_copy(update={"good_mean": mean, "good_spread": spread})
             for view, (mean, spread) in zip(settings.views, self.good, strict=True)
         ]
-        return settings.model_copy(update={"method": "nearest", "views": tuple(views)})
+        return settings.model_copy(update={"views": tuple(views)})
 
 
 def build_memory(good: str, bundle: str, model_id: str, storage: Storage, out: str, device: str, seed: int) -> str:
@@ -91,7 +92,7 @@ def build_memory(good: str, bundle: str, model_id: str, storage: Storage, out: s
         GladError: fewer than two readable images in ``good``, one without finite features, or another bundle.
     """
     model = load_bundle(local_bundle(bundle, storage), device, model_id=model_id)
-    s = model.settings.model_copy(update={"method": "nearest"})
+    s = model.settings.judged_by("nearest")
     model = replace(model, settings=s)
     images, left_out = _read(good, s.framings(), storage)
     if len(images) < 2:

@@ -53,9 +53,9 @@ def _finish(job: TrainJob, surveyed: Survey, checkpoint: Any, deliver: Deliver, 
     if is_half(base):
         model.unet.half().float()  # calibrate what will be stored
         model.vae.half().float()
-    views = job.views or model.settings.views
+    settings = model.settings.judged_by("glad")
     levels = {"white_level": surveyed.white_level, "dark_level": surveyed.dark_level}
-    model = replace(model, settings=model.settings.model_copy(update={"views": views, **levels}))
+    model = replace(model, settings=settings.model_copy(update={"views": job.views or settings.views, **levels}))
     choose = "preset" not in read_description(base).provenance  # whose method is the published one
     held_out = list(read_frames(surveyed.held_out, compared_framings(model.settings, choose), job.storage))
     if choose:
@@ -86,7 +86,7 @@ def _finish(job: TrainJob, surveyed: Survey, checkpoint: Any, deliver: Deliver, 
 
 def _memory(job: TrainJob, model: Model) -> list[PatchMemory]:
     """The patches to remember of training pictures, evenly spread, as the method sees them that compares with them."""
-    model = replace(model, settings=model.settings.model_copy(update={"method": "nearest"}))
+    model = replace(model, settings=model.settings.judged_by("nearest"))
     images, good, held = job.images, [], 0
     chosen = [images[index] for index in np.linspace(0, len(images) - 1, min(len(images), MAX_IMAGES)).astype(int)]
     framings = model.settings.framings()

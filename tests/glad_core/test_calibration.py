@@ -105,6 +105,18 @@ def test_the_views_that_separate_are_kept_and_standardised(tiny_bundle, monkeypa
         assert scores_NV.mean(axis=0) == pytest.approx([view.good_mean for view in settings.views], abs=1e-4)
 
 
+def framed(model, images):
+    """Pictures as every method sees them, and what the nearest good patches remember of them."""
+    settings = model.settings.judged_by("nearest")
+    framings = calibration.compared_framings(model.settings, methods=True)
+    seen = [Frames([framing.frame(image) for framing in framings], image.shape[:2]) for image in images]
+    memory = [
+        remember(patch_features(model, to_tensor([framing.frame(image) for image in images])).flatten(0, 1))
+        for framing in settings.framings()
+    ]
+    return seen, memory
+
+
 def test_the_method_that_separates_best_is_chosen(tiny_bundle, monkeypatch) -> None:
     monkeypatch.setattr(calibration, "START_STEPS", (120,))
     monkeypatch.setattr(calibration, "FAST_STEPS", (120,))
@@ -112,7 +124,7 @@ def test_the_method_that_separates_best_is_chosen(tiny_bundle, monkeypatch) -> N
     rng = np.random.default_rng(0)
     board = rng.integers(0, 256, (32, 32, 3))
     good = [(board + rng.integers(0, 2, board.shape)).clip(0, 255).astype(np.uint8) for _ in range(8)]
-    memory = [remember(patch_features(model, to_tensor(good[4:])).flatten(0, 1))]
+    good, (_, memory) = framed(model, good)[0], framed(model, good[4:])
     judged: list[int] = []
     choice = calibration.Calibrator(model, on_image=judged.append).calibrate(good[:4], memory=memory)
     assert sum(judged) == calibration.judged_images(good[:4], model.settings, methods=True)
@@ -123,10 +135,13 @@ def test_the_method_that_separates_best_is_chosen(tiny_bundle, monkeypatch) -> N
     assert choice.settings.method == "nearest"
     assert choice.settings.threshold == pytest.approx(choice.scores.max())
     # From such a bundle a new training starts with the steps again.
-    again = replace(model, settings=choice.settings, memory=memory)
-    assert calibration.Calibrator(again).calibrate(good[:4]).settings.method == "glad"
+    again = replace(model, settings=choice.settings, memory=[memory[view] for view in choice.views])
+    whole = [Frames(picture.frames[:1], picture.size) for picture in good[:4]]
+    assert calibration.Calibrator(again).calibrate(whole).settings.method == "glad"
     # The gate of `glad retrain` judges either model by its own method.
-    assert compare_models(again, model, good[:4], 3, margin=0.0).new == 1.0
+    sides = [framing.side for framing in all_framings(again.settings, model.settings)]
+    both = [Frames([{32: p.frames[0], 16: p.frames[1]}[side] for side in sides], p.size) for p in good[:4]]
+    assert compare_models(again, model, both, 3, margin=0.0).new == 1.0
 
 
 @pytest.mark.parametrize(("adaptive", "chosen"), [(0.84, "nearest good patches"), (0.86, "adaptive steps")])
@@ -135,7 +150,7 @@ def test_the_good_patches_judge_unless_another_way_is_clearly_better(tiny_bundle
     monkeypatch.setattr(calibration, "FAST_STEPS", (120,))
     model = load_bundle(tiny_bundle)
     good = list(np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8))
-    memory = [remember(patch_features(model, to_tensor(good)).flatten(0, 1))]
+    good, memory = framed(model, good)
     found = iter([adaptive, 0.7, 0.75, 0.8])  # in the order of the table
     monkeypatch.setattr(
         calibration.Calibrator,
@@ -151,33 +166,30 @@ def test_good_patches_are_compared_at_the_resolution_of_the_features(tiny_bundle
     monkeypatch.setattr(calibration, "FAST_STEPS", (120,))
     model = load_bundle(tiny_bundle)
     model = replace(model, settings=model.settings.model_copy(update={"feature_resolution": 64}))
-    seen = model.settings.model_copy(update={"method": "nearest"})
+    seen = model.settings.judged_by("nearest")
     assert [framing.side for framing in calibration.compared_framings(model.settings, methods=True)] == [32, 64]
     assert [framing.side for framing in calibration.compared_framings(seen, methods=False)] == [32]
+    assert [framing.side for framing in seen.framings()] == [64, 32]  # half of it shows large regions better
     rng = np.random.default_rng(0)
-    pictures = []
-    for _ in range(8):
-        stripes = np.repeat(np.tile([0, 255], 32)[None, :, None], 64, 0) + rng.integers(0, 2, (64, 64, 3))
-        frames = [
-            framing.frame(stripes.clip(0, 255).astype(np.uint8)) for framing in all_framings(model.settings, seen)
-        ]
-        assert frames[0].std() < 20 < 100 < frames[1].std()
-        pictures.append(Frames(frames, (64, 64)))
-    judge = replace(model, settings=seen)
-    memory = [remember(patch_features(judge, to_tensor([picture.frames[1] for picture in pictures[4:]])).flatten(0, 1))]
+    stripes = np.repeat(np.tile([0, 255], 32)[None, :, None], 64, 0)
+    images = [(stripes + rng.integers(0, 2, (64, 64, 3))).clip(0, 255).astype(np.uint8) for _ in range(8)]
+    pictures, (_, memory) = framed(model, images)[0], framed(model, images[4:])
+    assert pictures[0].frames[0].std() < 20 < 100 < pictures[0].frames[1].std()
     judged: list[int] = []
     choice = calibration.Calibrator(model, on_image=judged.append).calibrate(pictures[:4], memory=memory)
     assert sum(judged) == calibration.judged_images(pictures[:4], model.settings, methods=True)
     judge = replace(model, settings=seen, memory=memory)
-    (stripes, plain) = (
-        score_pictures(judge, [Frames([image], (64, 64))], ["widget"], ["a"], 8, 0).item()
-        for image in (pictures[0].frames[1], np.full((64, 64, 3), 128, np.uint8))
+    grey = np.full((64, 64, 3), 128, np.uint8)
+    (striped, plain) = (
+        score_pictures(judge, [Frames([f.frame(image) for f in seen.framings()], (64, 64))], ["widget"], ["a"], 8, 0)
+        for image in (images[0], grey)
     )
-    assert plain > 2 * stripes
-    # A smaller picture than the method sees is refused, not enlarged in silence.
-    with pytest.raises(GladError, match=r"expected uint8 64x64x3, got uint8 \(32"):
-        score_pictures(judge, [Frames([pictures[0].frames[0]], (64, 64))], ["widget"], ["a"], 8, 0)
-    assert choice.settings.framings()[0].side == (64 if choice.settings.method == "nearest" else 32)
+    assert plain[0, 0] > 2 * striped[0, 0]
+    # A picture of another size than the method sees is refused, not enlarged in silence.
+    with pytest.raises(GladError, match=r"expected uint8 32x32x3 or 64x64x3, got uint8 \(48"):
+        score_pictures(judge, [Frames([grey[:48, :48], grey[:32, :32]], (64, 64))], ["widget"], ["a"], 8, 0)
+    assert choice.settings.method == "nearest"
+    assert {framing.side for framing in choice.settings.framings()} <= {64, 32}
 
 
 def test_an_anomaly_is_seen_in_every_view_and_nothing_else_differs(tiny_bundle) -> None:

@@ -21,10 +21,10 @@ def test_what_is_stored_is_read(tmp_path: Path) -> None:
     ("name", "tensor"),
     [
         ("extra", torch.zeros(1)),
-        ("remembered.2", torch.zeros(5, 3)),
-        ("remembered.1", torch.zeros(5, 4)),
-        ("remembered.1", torch.zeros(5)),
-        ("remembered.1", torch.zeros(0, 3)),
+        ("good_patches.2", torch.zeros(5, 3)),
+        ("good_patches.1", torch.zeros(5, 4)),
+        ("good_patches.1", torch.zeros(5)),
+        ("good_patches.1", torch.zeros(0, 3)),
         ("whitening.0", torch.zeros(3, 3)),
     ],
 )

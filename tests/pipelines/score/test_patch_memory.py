@@ -16,7 +16,7 @@ from pipelines.score.patch_memory import build_memory, read_memory
 
 STORAGE = Storage()
 GOOD = torch.tensor([[0.0, 1.0]])
-MEMORY = {"remembered.0": torch.zeros(2, 3), "whitening.0": torch.zeros(4, 3), "good": GOOD, "scores": GOOD[0]}
+MEMORY = {"good_patches.0": torch.zeros(2, 3), "whitening.0": torch.zeros(4, 3), "good": GOOD, "scores": GOOD[0]}
 
 
 @pytest.fixture
@@ -33,10 +33,11 @@ def build(tiny_bundle, photos, tmp_path):
 
 def test_what_is_built_is_read(build) -> None:
     memory = read_memory(build(), STORAGE)
-    ((patches, whitening),) = memory.patches
-    assert whitening.shape == (4 * 32 + 1, 4 * 32)
-    assert patches.shape == (10 * 16, 4 * 32)  # of twelve photos two are held out
-    assert memory.good == [(0.0, 1.0)]  # nothing to standardise
+    assert len(memory.patches) == len(memory.good) == 2  # the whole, and at half the side
+    assert {kept.whitening.shape for kept in memory.patches} == {(4 * 32 + 1, 4 * 32)}
+    # Of twelve photos two are held out.
+    assert [kept.patches.shape for kept in memory.patches] == [(10 * 16, 4 * 32), (10 * 4, 4 * 32)]
+    assert all(spread > 0 for _, spread in memory.good)
     assert memory.threshold is None  # too few for one
     assert [memory.p_value(score, None) for score in (0.0, 1e9)] == [1.0, 1 / 3]
 
@@ -75,7 +76,7 @@ def test_another_bundle_than_the_jobs_is_refused(build) -> None:
         build(model_id="0123456789abcdef")
 
 
-@pytest.mark.parametrize("call", [0, 1, 2])  # two batches to remember, one held out
+@pytest.mark.parametrize("call", [0, 1, 2, 3, 5])  # two batches of each view to remember, one held out
 def test_good_images_without_finite_features_are_named(call, build, photos, monkeypatch, tmp_path) -> None:
     real, calls = nearest.patch_features, []
 
@@ -89,7 +90,7 @@ def test_good_images_without_finite_features_are_named(call, build, photos, monk
     monkeypatch.setattr(nearest, "patch_features", overflows)
     with pytest.raises(GladError, match=rf"not finite for 1 good images, such as \S*{photos}"):
         build()
-    assert calls == [8, 2, 1][: call + 1]
+    assert calls == [8, 2, 8, 2, 1, 1][: call + 1]
     assert not (tmp_path / "memory.safetensors").exists()
 
 
@@ -99,14 +100,14 @@ def test_good_images_without_finite_features_are_named(call, build, photos, monk
         b"",
         b"x" * 100,
         save({"other": torch.zeros(2, 3)}),
-        save({"remembered.0": torch.zeros(2, 3)}),
-        save({"remembered.0": torch.zeros(3), "good": GOOD}),
-        save({"remembered.1": torch.zeros(2, 3), "good": GOOD}),
-        save({"remembered.0": torch.full((2, 3), np.nan), "good": GOOD}),
-        save({"remembered.0": torch.zeros(2, 3), "good": torch.zeros(0, 2)}),
-        save({"remembered.0": torch.zeros(2, 3), "good": torch.full((1, 2), np.nan)}),
-        save({"remembered.0": torch.zeros(2, 3), "good": GOOD, "threshold": torch.full((1,), np.inf)}),
-        save({"remembered.0": torch.zeros(2, 3), "good": GOOD, "threshold": torch.zeros(2)}),
+        save({"good_patches.0": torch.zeros(2, 3)}),
+        save({"good_patches.0": torch.zeros(3), "good": GOOD}),
+        save({"good_patches.1": torch.zeros(2, 3), "good": GOOD}),
+        save({"good_patches.0": torch.full((2, 3), np.nan), "good": GOOD}),
+        save({"good_patches.0": torch.zeros(2, 3), "good": torch.zeros(0, 2)}),
+        save({"good_patches.0": torch.zeros(2, 3), "good": torch.full((1, 2), np.nan)}),
+        save({"good_patches.0": torch.zeros(2, 3), "good": GOOD, "threshold": torch.full((1,), np.inf)}),
+        save({"good_patches.0": torch.zeros(2, 3), "good": GOOD, "threshold": torch.zeros(2)}),
         save(MEMORY | {"scores": torch.zeros(2, 2)}),
         save(MEMORY | {"scores": torch.tensor(1.0)}),
         save(MEMORY | {"scores": torch.tensor([np.nan])}),
@@ -128,10 +129,9 @@ def test_views_have_memories_and_standards_of_their_own(tiny_bundle, photos, tmp
     out = str(tmp_path / "memory")
     build_memory(str(photos), str(bundle), model_id, STORAGE, out, "cpu", seed=0)
     memory = read_memory(out, STORAGE)
-    assert [kept.patches.shape[1] for kept in memory.patches] == [4 * 32] * 2
-    assert len(memory.patches[1].patches) > len(
-        memory.patches[0].patches
-    )  # photos of 40 x 36 and more are several tiles of 32 x 32
+    assert [kept.patches.shape[1] for kept in memory.patches] == [4 * 32] * 3
+    whole, half, tiles = (len(kept.patches) for kept in memory.patches)
+    assert half < whole < tiles  # photos of 40 x 36 and more are several tiles of 32 x 32
     standardised = memory.settings(settings)
     assert [(view.good_mean, view.good_spread) for view in standardised.views] == memory.good
     assert all(spread > 0 for _, spread in memory.good)
