@@ -37,9 +37,9 @@ def test_a_run_is_the_same_if_nothing_that_decides_its_bundle_changes(job: Train
     assert len(run_ids | {run_id}) == len(changes) + 2
 
 
-def test_threads_leave_the_part_of_a_core_to_others(job: TrainJob) -> None:
+def test_a_part_of_a_core_is_worth_a_thread(job: TrainJob) -> None:
     threads = {cpus: replace(job, cpus=cpus).threads for cpus in (0.5, 0.75, 1.5, 3.5, 8.0)}
-    assert threads == {0.5: 1, 0.75: 1, 1.5: 1, 3.5: 3, 8.0: 8}
+    assert threads == {0.5: 1, 0.75: 1, 1.5: 2, 3.5: 4, 8.0: 8}
     assert replace(job, cpus=5.0, gpus=1.0).threads == 1  # the others make its batches
 
 
