@@ -16,7 +16,7 @@ from glad_core.bundle.weights import read_shapes, read_tensors
 from glad_core.errors import GladError
 
 # The patches were called otherwise while pictures were compared at other scales: such memories are refused.
-STORED = ("good_patches", "whitening")
+PATCHES, WHITENING = "good_patches", "whitening"
 
 
 class PatchMemory(NamedTuple):
@@ -28,8 +28,8 @@ class PatchMemory(NamedTuple):
 
 def memory_tensors(memory: Sequence[PatchMemory]) -> dict[str, Tensor]:
     """The memory of every view as it is stored; the patches in float16."""
-    stored = {f"{STORED[0]}.{view}": kept.patches.half().cpu() for view, kept in enumerate(memory)}
-    return stored | {f"{STORED[1]}.{view}": kept.whitening.cpu() for view, kept in enumerate(memory)}
+    stored = {f"{PATCHES}.{view}": kept.patches.half().cpu() for view, kept in enumerate(memory)}
+    return stored | {f"{WHITENING}.{view}": kept.whitening.cpu() for view, kept in enumerate(memory)}
 
 
 def memory_of(tensors: Mapping[str, Tensor], views: int) -> list[PatchMemory]:
@@ -39,7 +39,7 @@ def memory_of(tensors: Mapping[str, Tensor], views: int) -> list[PatchMemory]:
         GladError: these tensors are something else.
     """
     _check({name: tuple(tensor.shape) for name, tensor in tensors.items()}, views)
-    named = [(tensors[f"{STORED[0]}.{view}"], tensors[f"{STORED[1]}.{view}"]) for view in range(views)]
+    named = [(tensors[f"{PATCHES}.{view}"], tensors[f"{WHITENING}.{view}"]) for view in range(views)]
     return [PatchMemory(patches.float(), whitening.float()) for patches, whitening in named]
 
 
@@ -58,7 +58,7 @@ def read_memory(file: Path, views: int, device: str | torch.device) -> list[Patc
 
 
 def _check(shapes: Mapping[str, tuple[int, ...]], views: int) -> None:
-    names = {f"{part}.{view}" for part in STORED for view in range(views)}
-    pairs = [(shapes.get(f"{STORED[0]}.{view}", ()), shapes.get(f"whitening.{view}")) for view in range(views)]
+    names = {f"{part}.{view}" for part in (PATCHES, WHITENING) for view in range(views)}
+    pairs = [(shapes.get(f"{PATCHES}.{view}", ()), shapes.get(f"{WHITENING}.{view}")) for view in range(views)]
     if shapes.keys() != names or any(len(a) != 2 or 0 in a or b != (a[1] + 1, a[1]) for a, b in pairs):
         raise GladError(f"not the good patches of {views} views")
