@@ -146,18 +146,44 @@ def test_the_method_that_separates_best_is_chosen(tiny_bundle, monkeypatch) -> N
 
 @pytest.mark.parametrize(("adaptive", "chosen"), [(0.84, "nearest good patches"), (0.86, "adaptive steps")])
 def test_the_good_patches_judge_unless_another_way_is_clearly_better(tiny_bundle, monkeypatch, adaptive, chosen):
+    model, good, memory = few_steps(tiny_bundle, monkeypatch, 4)
+    found = iter([0.8, 0.75, 0.7, adaptive])  # the table's order, from its end
+    monkeypatch.setattr(calibration.Calibrator, "_best_views", lambda *arguments: found_with(next(found), arguments))
+    assert calibration.Calibrator(model).choose(good, memory=memory).name == chosen
+
+
+def test_a_way_behind_the_good_patches_on_half_of_the_pictures_is_tested_no_further(tiny_bundle, monkeypatch):
+    model, good, memory = few_steps(tiny_bundle, monkeypatch, 16)
+    found = iter([0.8, 0.81, 0.82, 0.79, 0.7])
+    tested = []
+
+    def best_views(*arguments):
+        tested.append(len(arguments[-1]))
+        return found_with(next(found), arguments)
+
+    monkeypatch.setattr(calibration.Calibrator, "_best_views", best_views)
+    qualities = calibration.Calibrator(model).choose(good, memory=memory).qualities
+    assert {name: quality.auroc for name, quality in qualities.items()} == {
+        "adaptive steps": 0.7,
+        "fixed steps": 0.79,
+        "a single step": 0.82,
+        "nearest good patches": 0.8,
+    }
+    assert tested == [16, 8, 16, 8, 8]  # nearest, single, fixed, adaptive
+
+
+def few_steps(tiny_bundle, monkeypatch, count):
+    """A model with one candidate for T, random good pictures and a memory of them."""
     monkeypatch.setattr(calibration, "START_STEPS", (120,))
     monkeypatch.setattr(calibration, "FAST_STEPS", (120,))
     model = load_bundle(tiny_bundle)
-    good = list(np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8))
-    good, memory = framed(model, good)
-    found = iter([adaptive, 0.7, 0.75, 0.8])  # in the order of the table
-    monkeypatch.setattr(
-        calibration.Calibrator,
-        "_best_views",
-        lambda _, settings, *__: ([0], calibration.Quality(next(found), 1.0), settings),
-    )
-    assert calibration.Calibrator(model).choose(good, memory=memory).name == chosen
+    images = list(np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8))
+    return model, *framed(model, images)
+
+
+def found_with(auroc, arguments):
+    _, settings, *_ = arguments
+    return calibration.Found([0], calibration.Quality(auroc, 1.0), settings)
 
 
 def test_good_patches_are_compared_at_the_resolution_of_the_features(tiny_bundle, monkeypatch) -> None:
