@@ -1,18 +1,24 @@
-"""A tiny training run in one process, for tests of the loop, the losses, the worker and the job."""
+"""Tiny training runs in one process, for tests of the loop, the losses, the worker and the job."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from glad_core.bundle.model import Model
+from cluster.storage import Storage
+from glad_core.bundle.model import Model, load_bundle
 from glad_core.training import samples
 from glad_core.training.loop import TrainState, fine_tune
 from glad_core.training.losses import AtpLoss, Rows, to_pixels
 from glad_core.training.recipe import Recipe
+from glad_core.views import Framing
+from pipelines.train.good_images import GoodImage
+from pipelines.train.kept_frames import read_frames
 
 RECIPE = Recipe(steps=6, batch_size=4, learning_rate=1e-3, lr_schedule="cosine", ema_decay=0.9)
 RNG = np.random.default_rng(0)
@@ -45,3 +51,16 @@ def train(state: TrainState, recipe: Recipe, limit: int = 10**6, part: samples.P
     """Train on `IMAGES` from the state's step on, at most ``limit`` steps; returns their losses."""
     batches = make_batches(recipe, first_step=state.step, part=part)
     return [step.loss for step in islice(fine_tune(state, batches, recipe), limit)]
+
+
+def as_glad_train(dataset: Path, base: Path, steps: int) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """The UNet's weights and losses of `glad train` on category ``part``, without Ray or any interruption."""
+    model = load_bundle(base)
+    recipe = Recipe(steps=steps, batch_size=2, learning_rate=1e-4)
+    files = {path.name: str(path) for path in (dataset / "part/train/good").iterdir()}
+    held_out = min(files, key=lambda name: hashlib.sha256(name.encode()).digest())
+    fit = [GoodImage(files[name], "part") for name in sorted(files) if name != held_out]
+    images = [frames.frames[0] for frames in read_frames(fit, (Framing("squash", 32),), Storage())]
+    state = TrainState.start(make_atp_loss(model, images, at_a_time=2), recipe)
+    losses = [step.loss for step in fine_tune(state, make_batches(recipe, images), recipe)]
+    return model.unet.state_dict(), losses

@@ -1,8 +1,8 @@
 """The README's blocks marked `sh` do what they say: typed into an empty folder as they stand, on real Ray.
 
-A `glad.yaml` there makes the training short and the model tiny, and the pictures are few; the commands know nothing of
-it. They run in this process, as a Ray session for each would take a minute; so they have to be plain `glad` lines,
-nothing of a shell.
+A `glad.yaml` there makes the training short, the model tiny and the views one (a tiny model would cut a board into
+hundreds of tiles), and the pictures are few; the commands know nothing of it. They run in this process, as a Ray
+session for each would take a minute; so they have to be plain `glad` lines, nothing of a shell.
 """
 
 import re
@@ -32,7 +32,7 @@ def test_the_own_dataset_of_the_readme(tmp_path, tiny_bundle, ray_session, monke
     assert usual["test_good"] + len(DEFECTS) * usual["per_defect"] == 60, "the README counts them"
     few = partial(make_demo_data, train_good=12, test_good=4, per_defect=2)
     monkeypatch.setattr("pipelines.demo.boards.make_demo_data", few)
-    short = {"train": {"base": str(tiny_bundle), "steps": 2, "batch-size": 4}}
+    short = {"train": {"base": str(tiny_bundle), "steps": 2, "batch-size": 4, "views": "squash"}}
     Path("glad.yaml").write_text(yaml.safe_dump(short))
     for line in lines:
         assert re.fullmatch(r"glad [\w ./-]+", line), f"more than a command and its words: {line}"

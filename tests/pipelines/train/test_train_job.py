@@ -1,6 +1,5 @@
 """`glad train` as a user runs it: real Ray Train, a tiny bundle, real files."""
 
-import hashlib
 import io
 import queue
 import shutil
@@ -11,21 +10,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from safetensors.torch import load_file
-from tiny_training import make_atp_loss, make_batches
 from typer.testing import CliRunner
 
-from cluster.storage import Storage
 from glad_core.bundle.glad_json import read_description, update_settings, verify
 from glad_core.bundle.model import load_bundle
 from glad_core.bundle.settings import Settings
-from glad_core.training.loop import TrainState, fine_tune
-from glad_core.training.recipe import Recipe
-from glad_core.views import Framing
 from pipelines.cli.main import app
 from pipelines.train import job
-from pipelines.train.good_images import GoodImage
-from pipelines.train.kept_frames import read_frames
 from pipelines.train.survey import Survey
 
 
@@ -38,23 +29,6 @@ def invoke(*arguments: object) -> str:
     outcome = CliRunner().invoke(app, [*map(str, arguments)])
     assert outcome.exit_code == 0, outcome.output
     return outcome.stdout
-
-
-def weights(folder: Path, part: str = "unet/diffusion_pytorch_model") -> dict:
-    return load_file(folder / f"{part}.safetensors")
-
-
-def in_one_process(dataset: Path, base: Path, steps: int) -> tuple[dict, list[float]]:
-    """The weights and losses of the very same run without Ray, an interruption or a second worker."""
-    model = load_bundle(base)
-    recipe = Recipe(steps=steps, batch_size=2, learning_rate=1e-4)
-    files = {path.name: str(path) for path in (dataset / "part/train/good").iterdir()}
-    held_out = min(files, key=lambda name: hashlib.sha256(name.encode()).digest())
-    fit = [GoodImage(files[name], "part") for name in sorted(files) if name != held_out]
-    images = [frames.frames[0] for frames in read_frames(fit, (Framing("squash", 32),), Storage())]
-    state = TrainState.start(make_atp_loss(model, images, at_a_time=2), recipe)
-    history = [step.loss for step in fine_tune(state, make_batches(recipe, images), recipe)]
-    return model.unet.state_dict(), history
 
 
 def test_what_the_survey_of_the_pictures_found_is_said(monkeypatch):
@@ -71,68 +45,48 @@ def test_what_the_survey_of_the_pictures_found_is_said(monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_workers_train_what_one_does(tmp_path, dataset, tiny_bundle, ray_session):
-    invoke(*command(dataset, tiny_bundle, tmp_path / "two", 5, "--workers", 2))
-    expected, losses = in_one_process(dataset, tiny_bundle, 5)
-    two, base = weights(tmp_path / "two"), weights(tiny_bundle)
-    assert pq.read_table(tmp_path / "two.training.parquet")["loss"].to_pylist() == pytest.approx(losses, rel=1e-3)
-    # AdamW's first steps are of size lr however small the gradient, so rounding reverses some of them.
-    change = np.mean([float((expected[name] - base[name]).abs().mean()) for name in base])
-    difference = np.mean([float((expected[name] - two[name]).abs().mean()) for name in base])
-    assert difference < 0.05 * change
-
-
-@pytest.mark.slow
-def test_one_model_for_several_categories(tmp_path, dataset, tiny_bundle, ray_session):
-    out = tmp_path / "both"
-    invoke(*command(dataset, tiny_bundle, out, 5, category="all"))
+def test_one_model_for_several_categories_that_judges_tiles(tmp_path, tiny_bundle, ray_session):
+    rng = np.random.default_rng(4)
+    for name in ("part", "other"):
+        good = tmp_path / "set" / name / "train/good"
+        good.mkdir(parents=True)
+        (tmp_path / "set" / name / "test").mkdir()
+        for number in range(4):
+            Image.fromarray(rng.integers(90, 160, (64, 96, 3), dtype=np.uint8)).save(good / f"{number}.png")
+    base, out = tmp_path / "base", tmp_path / "both"
+    shutil.copytree(tiny_bundle, base)
+    # A bundle from a preset keeps its adaptive steps; the nearest good patches have no reconstruction.
+    update_settings(base, Settings.parse(read_description(base).settings, ""), {"preset": "mvtec-ad"})
+    tiles = ["--views", "tiles", "--scale", 0.5, "--overlap", 0]
+    invoke(*command(tmp_path / "set", base, out, 5, *tiles, category="all"))
     description = verify(out)
     assert description.category == "other,part"
     assert set(description.settings["thresholds"]) == {"other", "part"}
+    assert description.settings["picture_size"] == [64, 96]
+    (view,) = description.settings["views"]
+    assert (view["kind"], view["scale"], view["overlap"]) == ("tiles", 0.5, 0)
     model = load_bundle(out)
     assert not (model.prompts["other"] == model.prompts["part"]).all()
 
     archive = tmp_path / "archive"
-    rng = np.random.default_rng(3)
-    for folder in ("part", "other", "unknown"):
-        (archive / folder).mkdir(parents=True)
-        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(archive / folder / "a.png")
-    invoke("score", archive, "--model", out, "--out", tmp_path / "run", "--actors", 1)
-    rows = {row["category"]: row for row in pq.read_table(tmp_path / "run" / "results").to_pylist()}
-    assert set(rows) == {"other", "part"}
-    for category, row in rows.items():
-        assert row["threshold"] == pytest.approx(description.settings["thresholds"][category])
-        assert row["p_value"] == pytest.approx(model.p_value(row["score"], category))
+    picture = rng.integers(0, 256, (100, 50, 3), dtype=np.uint8)
+    for name in ("part/a", "part/moved/b", "other/a", "unknown/a"):
+        (archive / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(archive / f"{name}.png")
+    invoke("score", archive, "--model", out, "--out", tmp_path / "run", "--reconstructions", "--actors", 1)
+    found = pq.read_table(tmp_path / "run" / "results").to_pylist()
+    rows = {Path(row["uri"]).relative_to(archive).as_posix(): row for row in found}
+    assert set(rows) == {"part/a.png", "part/moved/b.png", "other/a.png"}
+    for row in rows.values():
+        assert row["threshold"] == pytest.approx(description.settings["thresholds"][row["category"]])
+        assert row["p_value"] == pytest.approx(model.p_value(row["score"], row["category"]))
+        assert len(row["tiles"]) == 2
+        assert np.asarray(Image.open(io.BytesIO(row["reconstruction"]))).shape == (50, 25, 3)
+    for name in ("score", "stop_step", "anomaly_map", "steps", "tiles"):  # the same picture: the same verdict
+        assert rows["part/a.png"][name] == rows["part/moved/b.png"][name]
     (error,) = pq.read_table(tmp_path / "run" / "errors").to_pylist()
     assert error["error_type"] == "no_model"
     assert "unknown" in error["message"]
-
-
-@pytest.mark.slow
-def test_tiles_are_trained_on_and_judged(tmp_path, tiny_bundle, ray_session):
-    rng = np.random.default_rng(4)
-    good = tmp_path / "set/part/train/good"
-    good.mkdir(parents=True)
-    for number in range(6):
-        Image.fromarray(rng.integers(90, 160, (64, 96, 3), dtype=np.uint8)).save(good / f"{number}.png")
-    base, out = tmp_path / "base", tmp_path / "tiles"
-    shutil.copytree(tiny_bundle, base)
-    # A bundle from a preset keeps its adaptive steps; the nearest good patches have no reconstruction.
-    update_settings(base, Settings.parse(read_description(base).settings, ""), {"preset": "mvtec-ad"})
-    invoke(*command(tmp_path / "set", base, out, 1, "--views", "tiles", "--scale", 0.5, "--overlap", 0))
-    assert verify(out).settings["picture_size"] == [64, 96]
-    (view,) = verify(out).settings["views"]
-    assert (view["kind"], view["scale"], view["overlap"]) == ("tiles", 0.5, 0)
-    archive = tmp_path / "archive"
-    for name in ("a", "moved/b"):  # the same picture: the same verdict
-        (archive / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((100, 50, 3), 120, np.uint8)).save(archive / f"{name}.png")
-    invoke("score", archive, "--model", out, "--out", tmp_path / "run", "--reconstructions", "--actors", 1)
-    one, other = pq.read_table(tmp_path / "run/results").to_pylist()
-    for name in ("score", "stop_step", "anomaly_map", "steps", "tiles"):
-        assert one[name] == other[name]
-    assert len(one["tiles"]) == 2
-    assert np.asarray(Image.open(io.BytesIO(one["reconstruction"]))).shape == (50, 25, 3)
 
 
 def refused(outcome, *words):
