@@ -24,7 +24,7 @@ from throughput import boards
 
 from cluster.storage import Storage
 from glad_core.bundle.model import Model, load_bundle
-from glad_core.calibration import SELECTION_IMAGES, START_STEPS, Calibrator
+from glad_core.calibrated_steps import SELECTION_IMAGES, START_STEPS, StepCalibrator
 from glad_core.decoding.picture import decode
 from glad_core.engine.base import run
 from glad_core.engine.engine import Engine
@@ -86,7 +86,7 @@ def automatic_against_best(
     good = [pixels[example.uri] for example in train]
     table: dict[str, float] = {}
     for start_step in start_steps:
-        automatic = Calibrator(model, start_steps=(start_step,)).choose_steps(good)
+        automatic = StepCalibrator(model, start_steps=(start_step,)).choose_steps(good)
         for factor in FACTORS:
             settings = automatic.model_copy(update={"delta": automatic.delta * factor})
             value = image_metrics(scores(replace(model, settings=settings), requests), labels)["AUROC"]

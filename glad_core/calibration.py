@@ -1,56 +1,32 @@
-"""The start step T, δ and the decision threshold, from good images and synthetic anomalies alone.
+"""Method, views and decision threshold beside the denoising steps, from good images and synthetic anomalies alone.
 
-The released code chose these by hand on the test set; here the test set is never used.
-
-Shapes: N images, S steps, R the bundle's resolution.
+Shapes: N images, V views, R the bundle's resolution.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Container, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from glad_core.bundle.good_scores import kept
 from glad_core.bundle.memory import PatchMemory
 from glad_core.bundle.model import Model
 from glad_core.bundle.settings import Method, Profile, Settings
-from glad_core.engine.chain import Chain
-from glad_core.engine.search import fit_guess, largest_fall
-from glad_core.foreground import ForegroundMode
+from glad_core.calibrated_steps import SELECTION_IMAGES, Label, StepCalibrator, evenly, judged_for_steps
 from glad_core.image_metrics import image_metrics
-from glad_core.judge import map_at_full_size
-from glad_core.pictures import (
-    all_framings,
-    anomalous_pictures,
-    as_pictures,
-    judge_all,
-    score_pictures,
-    seen_by,
-    tiles_of,
-    with_anomalies,
-)
-from glad_core.pixel_metrics import PixelCounts
+from glad_core.pictures import all_framings, anomalous_pictures, as_pictures, score_pictures, seen_by, tiles_of
 from glad_core.stitch import combined_score, standards
 from glad_core.threshold import conformal_quantile
-from glad_core.verdict import Detection
 from glad_core.views import Frames, Framing
 
-# The published settings walk 30 timesteps at a time (T = 750, S = 25) and stop searching at 350 / 750 of T.
-STRIDE = 30
-MIN_STEP_SHARE = 350 / 750
-START_STEPS = (250, 500, 750)  # the candidates for T: between more of them so few images decide by chance
-FAST_STEPS = (100, 200, 300)  # and for the only step of profile `fast`
 STEP_TILES = 40  # the steps are chosen on so many tiles, or one for each picture
 TEST_TILES = 200  # methods and views are compared on about as many, good ones
 NEAREST_TILES = 600  # and those of the nearest good patches, which cost a tenth
-SELECTION_IMAGES = 16  # T is chosen on this many good images; δ and the threshold then use all
-UNREACHABLE_DELTA = 1e4
 # AUROC by which a single view must be better than all of them. Synthetic anomalies are small and say little of what is
 # only seen on the whole picture; a view left out is a kind of defect that nobody sees.
 VIEWS_MARGIN = 0.02
@@ -58,13 +34,6 @@ VIEWS_MARGIN = 0.02
 # 16 good pictures and 16 with anomalies an AUROC of .77 varies by .08 from chance alone.
 METHODS_MARGIN = 0.05
 ADAPTIVE, NEAREST = "adaptive steps", "nearest good patches"
-
-
-class Label(NamedTuple):
-    """Category and name of an image to calibrate on."""
-
-    category: str
-    name: str
 
 
 class Quality(NamedTuple):
@@ -102,58 +71,8 @@ class Choice(NamedTuple):
     good_scores: dict[str, list[float]]
 
 
-@dataclass(frozen=True)
-class Calibrator:
-    """Chooses settings of a model from good images that were not used in training.
-
-    Args:
-        model: the bundle; settings that are not chosen here stay as they are.
-        profile: of the new settings.
-        foreground_mode: where on an image synthetic anomalies may lie.
-        start_steps: the candidates for T; None: `START_STEPS`, or `FAST_STEPS` for profile `fast`.
-        batch_size: images in flight.
-        seed: of the noise and the anomalies.
-        on_image: called with 1 after every image judged.
-    """
-
-    model: Model
-    profile: Profile = "exact"
-    foreground_mode: ForegroundMode = 3
-    start_steps: Sequence[int] | None = None
-    batch_size: int = 8
-    seed: int = 0
-    on_image: Callable[[int], None] = lambda count: None
-
-    def choose_steps(
-        self, good: Sequence[np.ndarray], categories: Sequence[str] | None = None, names: Sequence[str] | None = None
-    ) -> Settings:
-        """The model's settings with T, S, min_step and δ chosen for these good images; the threshold stays.
-
-        δ is the 95 % quantile, over good images, of the largest step score that they reach before min_step, so few good
-        images exceed it. The largest fall of a step score along the chain becomes the bound of the guarded search; its
-        guess of where δ was exceeded is fitted to the good images and to some of them with anomalies (`search`).
-        Profile `fast` has no steps to compare: only T is chosen.
-
-        Args:
-            good: uint8 [R, R, 3] each.
-            categories: of the images, if the bundle is for several.
-            names: of the images, for messages.
-
-        Raises:
-            NotFinite: the model gives an image no finite score.
-        """
-        labels = self._labels(good, categories, names)
-        # Evenly spread, so that every category takes part.
-        picked = _evenly(len(good), SELECTION_IMAGES)
-        few, few_labels = [good[index] for index in picked], [labels[index] for index in picked]
-        settings = self._with_best_start(few, few_labels)
-        if self.profile == "fast":
-            return settings
-        walked = self._walk(settings, good, labels)
-        anomalous, _ = with_anomalies(few, self.foreground_mode, self.seed)
-        both = walked + self._walk(settings, anomalous, few_labels)
-        guess = fit_guess(_step_scores(both), np.array([detection.departures for detection in both]))
-        return _with_delta(settings, _step_scores(walked)).model_copy(update={"score_guess": guess})
+class Calibrator(StepCalibrator):
+    """Chooses settings of a model from good pictures that were not used in training."""
 
     def choose(
         self,
@@ -239,13 +158,16 @@ class Calibrator:
         pictures: Sequence[Frames],
         labels: Sequence[Label],
     ) -> dict[str, Found]:
-        """How well each method separates. One behind the nearest good patches on half of its pictures gets no more."""
+        """How well each method separates.
+
+        One that is not clearly better than the nearest good patches on half of its pictures is tested no further.
+        """
         found: dict[str, Found] = {}
         for name, settings in reversed(methods.items()):
             picked = _tested(pictures, settings)
             if name != NEAREST and _halved(picked, methods):
                 found[name] = self._best_views(settings, framings, pictures, labels, picked[::2])
-                if found[name].quality.auroc <= found[NEAREST].quality.auroc:
+                if found[name].quality.auroc <= found[NEAREST].quality.auroc + METHODS_MARGIN:
                     self.on_image(2 * sum(_count(settings, pictures[index]) for index in picked))
                     continue
             found[name] = self._best_views(settings, framings, pictures, labels, picked)
@@ -292,64 +214,6 @@ class Calibrator:
         model = replace(self.model, settings=settings)
         return score_pictures(model, pictures, categories, names, self.batch_size, self.seed, self.on_image)
 
-    def _with_best_start(self, good: Sequence[np.ndarray], labels: Sequence[Label]) -> Settings:
-        """Settings with the candidate T that best separates good images from the same images with anomalies."""
-        anomalous, masks = with_anomalies(good, self.foreground_mode, self.seed)
-        quality: dict[int, float] = {}
-        for start_step in self.start_steps or (FAST_STEPS if self.profile == "fast" else START_STEPS):
-            settings = self._with_start(start_step)
-            if self.profile == "exact":
-                walked = self._walk(settings, good, labels)
-                settings = _with_delta(settings, _step_scores(walked))
-                judged_good = self._stopped(settings, walked, good, labels)
-            else:
-                judged_good = self._judge(settings, good, labels)
-            judged_anomalous = self._judge(settings, anomalous, labels)
-            quality[start_step] = _separation(settings, judged_good, judged_anomalous, masks)
-        return self._with_start(max(quality, key=quality.__getitem__))
-
-    def _with_start(self, start_step: int) -> Settings:
-        """The model's settings with this T, and the S and min_step that belong to it; δ is not yet chosen."""
-        values = self.model.settings.model_dump() | {"profile": self.profile, "start_step": start_step}
-        values |= {"score_fall": None, "score_guess": None}
-        if self.profile == "fast":
-            return Settings(**values | {"inference_steps": 1, "min_step": 0, "delta": 0.0})
-        values |= {
-            "inference_steps": max(1, round(start_step / STRIDE)),
-            "min_step": round(start_step * MIN_STEP_SHARE),
-        }
-        return Settings(**values)
-
-    def _walk(self, settings: Settings, images: Sequence[np.ndarray], labels: Sequence[Label]) -> list[Detection]:
-        """Verdicts on images that are compared at every step down to min_step, and never stop before it."""
-        unstopped = settings.model_copy(update={"delta": UNREACHABLE_DELTA, "score_fall": None, "score_guess": None})
-        return self._judge(unstopped, images, labels)
-
-    def _stopped(
-        self, settings: Settings, walked: list[Detection], images: Sequence[np.ndarray], labels: Sequence[Label]
-    ) -> list[Detection]:
-        """The verdicts with δ. Images that never exceed it walk as they did: only the others are judged again."""
-        delta = Chain.of(settings, len(self.model.alphas)).delta
-        above = [index for index, most in enumerate(_step_scores(walked).max(axis=1)) if most > delta]
-        self.on_image(len(images) - len(above))
-        if not above:
-            return walked
-        again = self._judge(settings, [images[index] for index in above], [labels[index] for index in above])
-        verdicts = dict(enumerate(walked)) | dict(zip(above, again, strict=True))
-        return list(verdicts.values())
-
-    def _judge(self, settings: Settings, images: Sequence[np.ndarray], labels: Sequence[Label]) -> list[Detection]:
-        model = replace(self.model, settings=settings)
-        categories, names = zip(*labels, strict=True)
-        return judge_all(model, images, categories, names, self.batch_size, self.seed, self.on_image)
-
-    def _labels(
-        self, images: Sequence[np.ndarray | Frames], categories: Sequence[str] | None, names: Sequence[str] | None
-    ) -> list[Label]:
-        """The label of every image; the model's category and a number where none is given."""
-        categories = categories or [self.model.category] * len(images)
-        return list(map(Label, categories, names or map("image {}".format, range(len(images)))))
-
 
 def compared_framings(settings: Settings, methods: bool) -> tuple[Framing, ...]:
     """How pictures are framed that `Calibrator.choose` is to compare ``methods`` on, or GLAD's views alone."""
@@ -372,9 +236,7 @@ def judged_images(
     glad, nearest = settings.judged_by("glad"), settings.judged_by("nearest")
     counts, cheap_counts = ([_count(each, picture) for picture in pictures] for each in (glad, nearest))
     tiles = min(sum(counts), max(len(counts), STEP_TILES))
-    few = min(tiles, SELECTION_IMAGES)
-    single = 2 * few * len(FAST_STEPS)
-    steps = single if profile == "fast" else 3 * few * len(START_STEPS) + tiles + few
+    steps = judged_for_steps(tiles, profile)
     if steps_only:
         return steps
     tested = _tested(pictures, glad)
@@ -383,7 +245,7 @@ def judged_images(
     if methods:
         if _halved(tested, [NEAREST]):
             tests += 2 * sum(counts[index] for index in tested[::2])
-        return steps + single + 3 * tests + cheap + max(sum(counts), sum(cheap_counts))
+        return steps + judged_for_steps(tiles, "fast") + 3 * tests + cheap + max(sum(counts), sum(cheap_counts))
     return steps + sum(counts) + (tests if len(settings.views) > 1 else 0)
 
 
@@ -394,33 +256,17 @@ def _tested(pictures: Sequence[Frames], settings: Settings) -> list[int]:
     """
     tiles = sum(_count(settings, picture) for picture in pictures)
     most = NEAREST_TILES if settings.method == "nearest" else TEST_TILES
-    return _evenly(len(pictures), max(SELECTION_IMAGES, most * len(pictures) // tiles))
+    return evenly(len(pictures), max(SELECTION_IMAGES, most * len(pictures) // tiles))
 
 
 def _halved(picked: Sequence[int], methods: Container[str]) -> bool:
-    """Whether half of the picked pictures are enough to see that a method is behind the nearest good patches."""
+    """Whether half of the picked pictures are enough to see that a method will not be clearly better."""
     return NEAREST in methods and len(picked) >= SELECTION_IMAGES
 
 
 def _count(settings: Settings, picture: Frames) -> int:
     """Tiles of a picture in all views."""
     return sum(len(framing.places(*picture.size)) for framing in settings.framings())
-
-
-def _evenly(count: int, most: int) -> list[int]:
-    """At most ``most`` of the indices below ``count``, evenly spread."""
-    return [round(index) for index in np.linspace(0, count - 1, min(count, most))]
-
-
-def _some_tiles(
-    pictures: Sequence[Frames], labels: Sequence[Label], settings: Settings
-) -> tuple[list[np.ndarray], list[Label]]:
-    """Tiles of all views, `STEP_TILES` or as many as pictures, evenly spread, and their labels."""
-    tiles = [
-        (tile, label) for picture, label in zip(tiles_of(pictures, settings), labels, strict=True) for tile in picture
-    ]
-    chosen = [tiles[index] for index in _evenly(len(tiles), max(len(pictures), STEP_TILES))]
-    return [tile for tile, _ in chosen], [label for _, label in chosen]
 
 
 def _of_method(model: Model, method: Method) -> Model:
@@ -447,27 +293,12 @@ def _quality(scores: np.ndarray, truth: np.ndarray) -> Quality:
     return Quality(image_metrics(scores, truth)["AUROC"], float(anomalous.mean() - good.mean()) / spread)
 
 
-def _step_scores(walked: Sequence[Detection]) -> np.ndarray:
-    """Step scores [N, S] of images that were compared at every step."""
-    return np.array([[score for _, score in detection.steps] for detection in walked])
-
-
-def _with_delta(settings: Settings, scores_NS: np.ndarray) -> Settings:
-    delta = float(np.quantile(scores_NS.max(axis=1), 0.95))
-    return settings.model_copy(update={"delta": delta, "score_fall": largest_fall(scores_NS)})
-
-
-def _separation(settings: Settings, good: list[Detection], anomalous: list[Detection], masks_NRR: np.ndarray) -> float:
-    """Image AUROC plus pixel AP of synthetic anomalies among good images; without a mask the AUROC alone."""
-    scores = np.array([detection.score for detection in good + anomalous])
-    labels = np.array([0] * len(good) + [1] * len(anomalous))
-    auroc = image_metrics(scores, labels)["AUROC"]
-    maps = torch.stack([map_at_full_size(settings, detection) for detection in anomalous])
-    masks = torch.from_numpy(masks_NRR)[:, None].float()
-    masks = torch.nn.functional.interpolate(masks, size=maps.shape[-2:], mode="nearest")[:, 0]
-    if not masks.any():
-        return auroc
-    pixels = PixelCounts()
-    for anomaly_map, mask in zip(maps.numpy(), masks.numpy(), strict=True):
-        pixels.add(anomaly_map, mask)
-    return auroc + pixels.metrics()["P-AP"]
+def _some_tiles(
+    pictures: Sequence[Frames], labels: Sequence[Label], settings: Settings
+) -> tuple[list[np.ndarray], list[Label]]:
+    """Tiles of all views, `STEP_TILES` or as many as pictures, evenly spread, and their labels."""
+    tiles = [
+        (tile, label) for picture, label in zip(tiles_of(pictures, settings), labels, strict=True) for tile in picture
+    ]
+    chosen = [tiles[index] for index in evenly(len(tiles), max(len(pictures), STEP_TILES))]
+    return [tile for tile, _ in chosen], [label for _, label in chosen]

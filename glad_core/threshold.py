@@ -8,6 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import binom
 
+TARGET_FPR = 0.05  # where nobody chose another
+FAR_MORE, RARE = 3.0, 0.001  # times the images that a threshold allows, and no chance: they are not like the good ones
+
 
 def images_needed(target_fpr: float, confidence: float | None = None) -> int:
     """How many good images a false-positive rate α needs.
@@ -43,3 +46,11 @@ def confident_threshold(scores: Sequence[float] | np.ndarray, target_fpr: float,
     while binom.cdf(k, n, target_fpr) <= 1 - confidence:
         k += 1
     return float(np.sort(np.asarray(scores, dtype=np.float64))[-k])
+
+
+def far_more(exceeding: int, count: int, target_fpr: float) -> bool:
+    """Whether more of ``count`` images exceed a threshold than if all were like the good images behind it.
+
+    More than `FAR_MORE` times as many as its target allows, and by chance with a probability below `RARE`.
+    """
+    return exceeding > FAR_MORE * target_fpr * count and bool(binom.sf(exceeding - 1, count, target_fpr) < RARE)

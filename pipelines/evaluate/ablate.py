@@ -17,7 +17,7 @@ from cluster import session
 from cluster.storage import Storage, absolute, join
 from glad_core.bundle.glad_json import Description, with_settings
 from glad_core.bundle.settings import Settings
-from glad_core.calibration import STRIDE
+from glad_core.calibrated_steps import STRIDE
 from glad_core.errors import GladError
 from pipelines.archive.layouts import read_dataset
 from pipelines.evaluate.tables import COLUMNS, average, published

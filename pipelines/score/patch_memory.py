@@ -26,7 +26,7 @@ from glad_core.engine import nearest
 from glad_core.errors import GladError
 from glad_core.images import to_tensor
 from glad_core.stitch import combined_score, standards, tile_requests, view_scores
-from glad_core.threshold import conformal_quantile, images_needed
+from glad_core.threshold import TARGET_FPR, conformal_quantile, images_needed
 from glad_core.verdict import NotFinite, finite
 from glad_core.views import Framing
 from pipelines.archive.fetch import AT_HAND, fetch, neighbours
@@ -39,7 +39,6 @@ MAX_BYTES = 2 * 2**30  # of their frames
 MAX_TILES = 2000  # of a view, from which the memory is chosen
 BATCH = 8  # images per call of the networks
 HELD_OUT_SHARE = 0.2  # of the images, for the threshold
-TARGET_FPR = 0.05
 
 
 @dataclass(frozen=True)

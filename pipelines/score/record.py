@@ -123,8 +123,24 @@ def print_end(location: str, counts: Counts, console: Console) -> None:
             lines = [*_errors_by_kind(run), *_worst(run)] if counts.scored + counts.errors <= MOST_READ else []
     except (GladError, StorageError) as error:
         lines = [f"the results cannot be read just now: {error}"]
+    lines += _unlike_training(run, counts)
     lines.append(f"next: glad report {shlex.quote(location)}")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _unlike_training(run: Run, counts: Counts) -> list[str]:
+    """A line if far more images are anomalous than thresholds allow of good ones, as most of an archive are."""
+    from glad_core.threshold import TARGET_FPR, far_more  # scipy takes a second, and only the end needs it
+
+    rates = [TARGET_FPR] if run.record.get("request", {}).get("good") else []
+    rates += [model["calibration"]["target_fpr"] for model in run.record["models"].values() if model.get("calibration")]
+    if counts.anomalies is None or not rates or not far_more(counts.anomalies, counts.scored, max(rates)):
+        return []
+    return [
+        f"{counts.anomalies} of {counts.scored} images are anomalous; of good ones the threshold allows "
+        f"{max(rates):.1%}: if most of them look good, light, camera or product are not as in training; `glad drift` "
+        "compares with an earlier run, and training or `glad calibrate` with such pictures mends it"
+    ]
 
 
 def _errors_by_kind(run: Run) -> list[str]:

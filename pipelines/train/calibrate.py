@@ -17,7 +17,6 @@ import pyarrow.dataset as pads
 import torch
 from rich.console import Console
 from rich.markup import escape
-from scipy.stats import binom
 
 from cluster import session
 from cluster.storage import Storage, StorageError, absolute, join
@@ -30,7 +29,7 @@ from glad_core.decoding.picture import ImageError, decode
 from glad_core.engine.process import set_up
 from glad_core.errors import GladError
 from glad_core.foreground import ForegroundMode
-from glad_core.threshold import confident_threshold, conformal_quantile, images_needed
+from glad_core.threshold import confident_threshold, conformal_quantile, far_more, images_needed
 from glad_core.views import Frames
 from pipelines.archive.fetch import fetch, neighbours
 from pipelines.archive.sources import list_source
@@ -46,7 +45,6 @@ from pipelines.train.side_by_side import count_judged, run_side_by_side
 
 NAME = "calibrate"  # of the one job whose progress is shown
 STEP_IMAGES = 40  # images that the denoising steps are chosen on
-FAR_MORE, RARE = 3.0, 0.001  # times the alarms that a threshold allows, and no chance: a run is not of good images
 
 
 @dataclass(frozen=True)
@@ -366,7 +364,7 @@ def _check_good(scores: list[float], threshold: float | None, target_fpr: float,
     if threshold is None:
         return
     exceeding = sum(score > threshold for score in scores)
-    if exceeding > FAR_MORE * target_fpr * len(scores) and binom.sf(exceeding - 1, len(scores), target_fpr) < RARE:
+    if far_more(exceeding, len(scores), target_fpr):
         raise GladError(
             f"{exceeding} of {len(scores)} images{_of(category)} exceed the present threshold {threshold:.4g}, which "
             f"allows {target_fpr:.1%} of good ones: are there defects among them, or has the camera changed? Look at "

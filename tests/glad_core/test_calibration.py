@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from glad_core import adaptive, calibration, pictures
+from glad_core import adaptive, calibrated_steps, calibration, pictures
 from glad_core.bundle.model import load_bundle
 from glad_core.bundle.settings import View
 from glad_core.engine.nearest import patch_features, remember
@@ -18,7 +18,7 @@ from glad_core.views import Frames
 
 
 def test_calibration_sets_the_steps_and_the_threshold_from_good_images(tiny_bundle, monkeypatch) -> None:
-    monkeypatch.setattr(calibration, "START_STEPS", (120, 240))
+    monkeypatch.setattr(calibrated_steps, "START_STEPS", (120, 240))
     model = load_bundle(tiny_bundle)
     rng = np.random.default_rng(0)
     good = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(5)]
@@ -39,14 +39,14 @@ def test_calibration_sets_the_steps_and_the_threshold_from_good_images(tiny_bund
 
 
 def test_the_fast_profile_has_no_steps_and_a_threshold_of_its_own(tiny_bundle, monkeypatch) -> None:
-    monkeypatch.setattr(calibration, "START_STEPS", (120,))
+    monkeypatch.setattr(calibrated_steps, "START_STEPS", (120,))
     model = load_bundle(tiny_bundle)
     rng = np.random.default_rng(0)
     good = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(4)]
     judged: list[int] = []
     settings = calibration.Calibrator(model, "fast", on_image=judged.append).calibrate(good).settings
     assert sum(judged) == calibration.judged_images(good, settings, "fast")
-    assert settings.start_step in calibration.FAST_STEPS
+    assert settings.start_step in calibrated_steps.FAST_STEPS
     assert (settings.profile, settings.inference_steps, settings.delta) == ("fast", 1, 0)
     (result,) = detect(load_bundle(tiny_bundle, settings=settings), [Request("0", good[0])])
     assert (result.steps, result.stop_step, result.stop_reason) == ([], None, "none")
@@ -58,7 +58,7 @@ def test_the_fast_profile_has_no_steps_and_a_threshold_of_its_own(tiny_bundle, m
 @pytest.mark.parametrize("profile", ["exact", "fast"])
 def test_images_without_a_finite_score_are_named(profile, tiny_bundle, monkeypatch) -> None:
     """One of six images overflows: no settings come of the others alone."""
-    monkeypatch.setattr(calibration, "START_STEPS", (120,))
+    monkeypatch.setattr(calibrated_steps, "START_STEPS", (120,))
     model = load_bundle(tiny_bundle)
     rng = np.random.default_rng(0)
     good = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(6)]
@@ -81,7 +81,7 @@ def test_images_without_a_finite_score_are_named(profile, tiny_bundle, monkeypat
 
 
 def test_the_views_that_separate_are_kept_and_standardised(tiny_bundle, monkeypatch) -> None:
-    monkeypatch.setattr(calibration, "START_STEPS", (120,))
+    monkeypatch.setattr(calibrated_steps, "START_STEPS", (120,))
     model = load_bundle(tiny_bundle)
     model = replace(model, settings=model.settings.model_copy(update={"views": (View(), View(kind="tiles"))}))
     rng = np.random.default_rng(0)
@@ -118,8 +118,8 @@ def framed(model, images):
 
 
 def test_the_method_that_separates_best_is_chosen(tiny_bundle, monkeypatch) -> None:
-    monkeypatch.setattr(calibration, "START_STEPS", (120,))
-    monkeypatch.setattr(calibration, "FAST_STEPS", (120,))
+    monkeypatch.setattr(calibrated_steps, "START_STEPS", (120,))
+    monkeypatch.setattr(calibrated_steps, "FAST_STEPS", (120,))
     model = load_bundle(tiny_bundle)
     rng = np.random.default_rng(0)
     board = rng.integers(0, 256, (32, 32, 3))
@@ -152,9 +152,9 @@ def test_the_good_patches_judge_unless_another_way_is_clearly_better(tiny_bundle
     assert calibration.Calibrator(model).choose(good, memory=memory).name == chosen
 
 
-def test_a_way_behind_the_good_patches_on_half_of_the_pictures_is_tested_no_further(tiny_bundle, monkeypatch):
+def test_a_way_not_clearly_better_on_half_of_the_pictures_is_tested_no_further(tiny_bundle, monkeypatch):
     model, good, memory = few_steps(tiny_bundle, monkeypatch, 16)
-    found = iter([0.8, 0.81, 0.82, 0.79, 0.7])
+    found = iter([0.8, 0.86, 0.82, 0.84, 0.7])
     tested = []
 
     def best_views(*arguments):
@@ -165,7 +165,7 @@ def test_a_way_behind_the_good_patches_on_half_of_the_pictures_is_tested_no_furt
     qualities = calibration.Calibrator(model).choose(good, memory=memory).qualities
     assert {name: quality.auroc for name, quality in qualities.items()} == {
         "adaptive steps": 0.7,
-        "fixed steps": 0.79,
+        "fixed steps": 0.84,
         "a single step": 0.82,
         "nearest good patches": 0.8,
     }
@@ -174,8 +174,8 @@ def test_a_way_behind_the_good_patches_on_half_of_the_pictures_is_tested_no_furt
 
 def few_steps(tiny_bundle, monkeypatch, count):
     """A model with one candidate for T, random good pictures and a memory of them."""
-    monkeypatch.setattr(calibration, "START_STEPS", (120,))
-    monkeypatch.setattr(calibration, "FAST_STEPS", (120,))
+    monkeypatch.setattr(calibrated_steps, "START_STEPS", (120,))
+    monkeypatch.setattr(calibrated_steps, "FAST_STEPS", (120,))
     model = load_bundle(tiny_bundle)
     images = list(np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8))
     return model, *framed(model, images)
@@ -188,8 +188,8 @@ def found_with(auroc, arguments):
 
 def test_good_patches_are_compared_at_the_resolution_of_the_features(tiny_bundle, monkeypatch) -> None:
     """What is only seen at twice the resolution of the VAE: fine stripes, in pictures where it sees plain grey."""
-    monkeypatch.setattr(calibration, "START_STEPS", (120,))
-    monkeypatch.setattr(calibration, "FAST_STEPS", (120,))
+    monkeypatch.setattr(calibrated_steps, "START_STEPS", (120,))
+    monkeypatch.setattr(calibrated_steps, "FAST_STEPS", (120,))
     model = load_bundle(tiny_bundle)
     model = replace(model, settings=model.settings.model_copy(update={"feature_resolution": 64}))
     seen = model.settings.judged_by("nearest")

@@ -11,6 +11,7 @@ from cluster.storage import Storage
 from glad_core.bundle.settings import Settings
 from pipelines.runs.run import Run
 from pipelines.runs.schema import SCORED_SCHEMA
+from pipelines.score import record
 from pipelines.score.actor_plan import ActorPlan
 from pipelines.score.record import methods, print_end, run_record, without_reconstructions
 from pipelines.score.request import Counts, ScoreRequest
@@ -21,9 +22,9 @@ def judged(tmp_path_factory, tiny_bundle):
     return make_judged_run(tmp_path_factory.mktemp("judged run"), tiny_bundle)
 
 
-def ending(judged, scored=60):
+def ending(judged, scored=60, anomalies=24):
     shown = io.StringIO()
-    print_end(judged.run.location, Counts(scored + 1, scored, 24, 1, 0), Console(file=shown, width=40))
+    print_end(judged.run.location, Counts(scored + 1, scored, anomalies, 1, 0), Console(file=shown, width=40))
     return shown.getvalue().splitlines()
 
 
@@ -46,6 +47,25 @@ def test_a_run_ends_with_its_errors_its_worst_images_and_what_comes_next(judged)
     assert [line.split("  ")[-1] for line in lines[2:7]] == worst
     assert all("  anomalous  " in line for line in lines[2:7])
     assert lines[7:] == [f"next: glad report '{judged.run.location}'"]  # a blank is in it
+
+
+@pytest.mark.parametrize(
+    ("calibration", "good", "anomalies", "said"),
+    [
+        ({"target_fpr": 0.05}, None, 12, "12 of 60 images are anomalous; of good ones the threshold allows 5.0%: "),
+        ({"target_fpr": 0.05}, None, 8, None),  # may be chance
+        ({"target_fpr": 0.1}, None, 12, None),
+        (None, "photos/good", 12, "12 of 60 images are anomalous; of good ones the threshold allows 5.0%: "),
+        (None, None, 60, None),  # nothing is known of the threshold
+        ({"target_fpr": 0.05}, None, None, None),  # there is none
+    ],
+)
+def test_far_more_anomalies_than_the_threshold_allows_are_said(calibration, good, anomalies, said):
+    models = {"": {"calibration": calibration}}
+    run = SimpleNamespace(record={"models": models, "request": {"good": good}})
+    found = record._unlike_training(run, Counts(60, 60, anomalies, 0, 0))
+    assert len(found) == (said is not None)
+    assert all(line.startswith(said) for line in found)
 
 
 @pytest.mark.parametrize(

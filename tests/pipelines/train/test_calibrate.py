@@ -10,7 +10,7 @@ from judged_run import THRESHOLDS, make_judged_run
 from typer.testing import CliRunner
 
 from cluster.storage import Storage, StorageError
-from glad_core import calibration
+from glad_core import calibrated_steps
 from glad_core.bundle.glad_json import read_description, verify, write_description
 from glad_core.bundle.model import load_bundle
 from glad_core.errors import GladError
@@ -110,7 +110,7 @@ def test_the_steps_of_several_categories_are_chosen_with_the_prompt_of_each(tmp_
     one = load_bundle(tiny_bundle)
     several = replace(one, prompts=dict.fromkeys(["bottle", "cable"], one.prompt_cond), category="bottle,cable")
     monkeypatch.setattr(calibrate, "load_bundle", lambda *_, **__: several)
-    monkeypatch.setattr(calibration, "FAST_STEPS", (120,))
+    monkeypatch.setattr(calibrated_steps, "FAST_STEPS", (120,))
     for index, name in enumerate(["bottle", "cable"]):
         photo(index, tmp_path / name / "0.png")
     photo(2, tmp_path / "nut" / "0.png")
