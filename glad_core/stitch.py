@@ -1,7 +1,8 @@
 """One verdict per picture, from the verdicts on the tiles of all its views.
 
 A view's score is the published rule (Sec. 3.6) on its blended map. With several views, each is standardised by the good
-pictures of calibration, and the largest counts: a picture is as anomalous as its most anomalous view.
+pictures of calibration, and the largest counts: a picture is as anomalous as its most anomalous view. Its map is the
+mean of the views' maps, in which a view has the more weight the more anomalous the picture is in it.
 
 Shapes: H W the picture, h w its map at token resolution (or at full size, `scoring.full_size_only`).
 """
@@ -20,6 +21,9 @@ from glad_core.verdict import Detection, Request, Tile
 from glad_core.views import Framing, Place, blend, cut, join
 
 Value = TypeVar("Value", float, np.ndarray)
+
+# A view that is one standard deviation of good pictures more anomalous than another has e² times the weight in the map.
+SHARPNESS = 2.0
 
 
 def tile_requests(
@@ -42,9 +46,9 @@ def stitch(
 ) -> Detection:
     """The verdict on a picture from those on its tiles, in the order of `tile_requests`.
 
-    ``anomaly_map`` is that of the view with the most pixels; those of the others are brought to its size, and of each
-    place the largest value is kept. ``steps`` and ``reconstruction`` are those of the deciding view, ``stop_step`` of
-    its worst tile. A picture of one tile that covers it keeps the tile's verdict as it is.
+    ``anomaly_map`` is the weighted mean of the views' maps, at the size of that with the most pixels; the weights are
+    the softmax of the standardised scores times `SHARPNESS`. ``steps`` and ``reconstruction`` are those of the deciding
+    view, ``stop_step`` of its worst tile. A picture of one tile that covers it keeps the tile's verdict as it is.
 
     Args:
         size: H and W of the picture.
@@ -77,7 +81,7 @@ def stitch(
         stop_step=worst.stop_step,
         stop_reason=worst.stop_reason,
         steps=worst.steps,
-        anomaly_map=_largest(maps, maps[finest].shape).astype(np.float16),
+        anomaly_map=_weighted_mean(maps, scores, maps[finest].shape).astype(np.float16),
         reconstruction=rebuilt,
         seconds=sum(tile.seconds for tiles in by_view for tile in tiles),
         full_size=full_sizes[finest],
@@ -128,15 +132,16 @@ def _full_size(settings: Settings, anomaly_map: np.ndarray, found: Sequence[Dete
     return height, width
 
 
-def _largest(maps: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
-    """The largest value of every place, at one size."""
+def _weighted_mean(maps: Sequence[np.ndarray], scores: Sequence[float], shape: tuple[int, int]) -> np.ndarray:
+    """The mean of standardised maps, at one size, weighted by their scores."""
     resized = [
         torch.from_numpy(anomaly_map)
         if anomaly_map.shape == shape
         else scoring.resize_map(torch.from_numpy(anomaly_map)[None], shape)[0]
         for anomaly_map in maps
     ]
-    return torch.stack(resized).amax(dim=0).numpy()
+    weights = (torch.tensor(scores) * SHARPNESS).softmax(dim=0)
+    return (torch.stack(resized) * weights[:, None, None]).sum(dim=0).numpy()
 
 
 def _tiles(

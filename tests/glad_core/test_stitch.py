@@ -5,7 +5,7 @@ import pytest
 
 from glad_core.bundle.settings import Settings, View
 from glad_core.scoring import full_size_map, image_score
-from glad_core.stitch import combined_score, standards, stitch, tile_requests, view_scores
+from glad_core.stitch import _weighted_mean, combined_score, standards, stitch, tile_requests, view_scores
 from glad_core.verdict import Detection
 
 R, D, G = 64, 128, 16
@@ -102,6 +102,13 @@ def test_the_most_anomalous_view_decides():
     assert combined_score(s, raw) == pytest.approx(max(expected))
     assert found.anomaly_map.shape == (50, 75)  # that of the tiles
     assert {tile.view for tile in found.tiles} == {"squash", "tiles"}
+
+
+def test_the_more_anomalous_a_picture_is_in_a_view_the_more_its_map_counts():
+    coarse, fine = np.full((2, 3), 4.0, np.float32), np.zeros((4, 6), np.float32)
+    assert _weighted_mean([coarse, fine], [1.0, 1.0], (4, 6)) == pytest.approx(np.full((4, 6), 2.0))
+    assert _weighted_mean([coarse, fine], [2.0, 1.0], (4, 6)) == pytest.approx(np.full((4, 6), 4 / (1 + np.exp(-2))))
+    assert _weighted_mean([coarse, fine], [1.0, 9.0], (4, 6)) == pytest.approx(np.zeros((4, 6)), abs=1e-5)
 
 
 def test_standards_are_of_several_views_alone():
