@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 from test_faults import start
-from tiny_training import as_glad_train
 from typer.testing import CliRunner
 
 from glad_core.bundle.glad_json import read_description, verify
@@ -100,15 +99,15 @@ def test_a_run_that_loses_its_driver_and_a_worker_ends_bitwise_as_if_nothing_had
     assert description.settings["threshold"] == 0  # the only picture held out, standardised by itself
     assert description.settings["delta"] > 0
     assert description.provenance["base"] == read_description(tiny_bundle).model_id
-    expected, losses = as_glad_train(dataset, tiny_bundle, STEPS)
-    base = weights(tiny_bundle)
+    train(*command(dataset, tiny_bundle, tmp_path / "whole"))
+    expected, base = weights(tmp_path / "whole"), weights(tiny_bundle)
     assert any((expected[name] != base[name]).any() for name in base)
     for name, weight in weights(tmp_path / "killed").items():
         assert (weight == expected[name]).all(), name
 
-    rows = pq.read_table(tmp_path / "killed.training.parquet").to_pylist()
+    rows, whole = (pq.read_table(tmp_path / f"{name}.training.parquet").to_pylist() for name in ("killed", "whole"))
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    assert [row["loss"] for row in rows] == losses
+    assert [row["loss"] for row in rows] == [row["loss"] for row in whole]
     bands = {"loss_t0", "loss_t750", "loss_normal", "loss_abnormal", "images_per_second", "data_wait_share"}
     assert bands <= set(rows[0])
     assert list((tmp_path / "killed.tensorboard").glob("events.out*"))
