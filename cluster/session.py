@@ -27,9 +27,6 @@ QUIET = {
     "RAY_DATA_USE_OBSTORE": "0",  # with a custom endpoint its downloads silently return null
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that outlives the session would start another Ray
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # tasks without GPUs keep CUDA_VISIBLE_DEVICES
-    # Threads of a tensor operation wait for each other asleep. Awake, one beside another busy program keeps the CPU
-    # that the other needs: two threads then trained at a third of the speed, or a tenth of it.
-    "OMP_WAIT_POLICY": "PASSIVE",
 }
 START_SECONDS = (90.0, 300.0)  # for Ray to start on this machine, at the first attempt and at the second
 JOIN_SECONDS = 120.0  # for a running Ray to take this process in

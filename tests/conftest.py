@@ -16,6 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
+# For Ray's processes: tests share their CPUs with others, and a thread that spins while it waits for the other one of a
+# tensor operation keeps the CPU that this one needs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 torch.set_num_threads(1)
 SIDE = 32  # resolution of the tiny bundle
 
