@@ -1,5 +1,6 @@
 """Ray that starts slowly, dies, or is stopped together with the command: real processes, real signals."""
 
+import json
 import os
 import signal
 import subprocess
@@ -115,7 +116,7 @@ def commits(out):
     return len(list((out / "commits").glob("*.json")))
 
 
-def test_a_stopped_job_says_how_far_it_came(score, tmp_path):
+def test_a_stopped_job_says_how_far_it_came_and_continues(score, tmp_path):
     with Command(GLAD, *score) as command:
         command.wait_for(lambda: command.said("starting Ray"))
         os.killpg(command.process.pid, signal.SIGINT)  # as a terminal does
@@ -128,6 +129,10 @@ def test_a_stopped_job_says_how_far_it_came(score, tmp_path):
         assert line.startswith("stopped after ")
         assert line.endswith(" of 200 images; the same command continues")
         assert [line for line in command.lines if "***" in line or "Traceback" in line or "ray" in line] == []
+    with Command(GLAD, *score) as command:
+        command.wait_for(lambda: command.said("resuming after"))
+        assert command.end()[0] == 0
+    assert json.loads((tmp_path / "out/run.json").read_text())["counts"]["scored"] == 200
 
 
 def test_a_job_whose_ray_dies_ends_in_one_line(score, tmp_path):
