@@ -172,16 +172,14 @@ def scored(tmp_path: Path, tiny_bundle) -> tuple[Path, Path, list[dict]]:
 
 @pytest.fixture(scope="session")
 def ray_session():
-    """Ray on this machine with two CPUs, shared by every test that needs it."""
-    import ray
-
+    """Ray on this machine as commands start it, but with two CPUs, shared by every test that needs it."""
     from cluster import session
 
-    os.environ.update(session.QUIET)
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    session.connect()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_OVERRIDE_RESOURCES", json.dumps({"CPU": 2}))
+        session.connect()
     yield
-    ray.shutdown()
+    session.disconnect()
 
 
 def all_cpus_free(seconds=30):

@@ -21,6 +21,7 @@ from cluster import session
 pytestmark = pytest.mark.slow
 IMAGES = 120  # enough that not all of them are with the first actor when it is stopped
 ACTOR = "ray::MapWorker(MapBatches(GladActor"
+LEAN = {"include_dashboard": False, "include_log_monitor": False}  # a head without programs that nobody needs here
 FAKE_HEAD = "f" * 51 + "00000"  # the name Ray's fake machines expect of theirs
 
 
@@ -89,7 +90,7 @@ def test_a_machine_added_takes_work_and_one_lost_loses_none(monkeypatch, tmp_pat
 
     monkeypatch.setenv("RAY_health_check_period_ms", "500")  # a lost machine is noticed in seconds
     out, log, here = tmp_path / "out", tmp_path / "log", psutil.Process()
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0} | LEAN)
     driver = None
     try:
         first = cluster.add_node(num_cpus=1)
@@ -148,6 +149,7 @@ def growing(ray_folder, monkeypatch):
         "port": port,
         "num-cpus": 0,
         "include-dashboard": "false",
+        "include-log-monitor": "false",
         "object-store-memory": 10**8,
         "temp-dir": ray_folder / "r",
         "autoscaling-config": ray_folder / "cluster.yaml",

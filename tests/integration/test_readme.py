@@ -32,7 +32,10 @@ def test_the_own_dataset_of_the_readme(tmp_path, tiny_bundle, ray_session, monke
     assert usual["test_good"] + len(DEFECTS) * usual["per_defect"] == 60, "the README counts them"
     few = partial(make_demo_data, train_good=12, test_good=4, per_defect=2)
     monkeypatch.setattr("pipelines.demo.boards.make_demo_data", few)
-    short = {"train": {"base": str(tiny_bundle), "steps": 2, "batch-size": 4, "views": "squash"}}
+    short = {
+        "train": {"base": str(tiny_bundle), "steps": 2, "batch-size": 4, "views": "squash"},
+        "score": {"actors": 1},
+    }
     Path("glad.yaml").write_text(yaml.safe_dump(short))
     for line in lines:
         assert re.fullmatch(r"glad [\w ./-]+", line), f"more than a command and its words: {line}"

@@ -118,7 +118,7 @@ def test_a_job_that_fails_says_so_and_one_that_is_not_there_too(cluster, tmp_pat
     assert code == 1, out + err
     assert "failed" in out.splitlines()[-1]
     assert "no such file or folder" in out
-    code, _, err = glad(environment, "jobs", "stop", "raysubmit_x", "--address", url)
+    code, _, err = glad(environment, "jobs", "stop", "raysubmit_none-such", "--address", url)
     assert (code, len(err.splitlines())) == (2, 1)
     assert "no such job" in err
 

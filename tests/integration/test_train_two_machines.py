@@ -10,7 +10,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
-from test_cluster_grows import ray_folder, until  # noqa: F401  (a fixture)
+from test_cluster_grows import LEAN, ray_folder, until  # noqa: F401  (the second is a fixture)
 from test_faults import start
 from test_faults_train import EAGER
 from tiny_training import as_glad_train
@@ -34,7 +34,7 @@ def workers(machines):
 def test_a_lost_worker_of_two_on_two_machines_changes_nothing(tmp_path, dataset, tiny_bundle, ray_folder):  # noqa: F811
     from ray.cluster_utils import Cluster
 
-    head = {"num_cpus": 0, "memory": 0, "include_dashboard": False}  # such a head gets no work of ours
+    head = {"num_cpus": 0, "memory": 0} | LEAN  # such a head gets no work of ours
     cluster = Cluster(initialize_head=True, head_node_args=head)
     machines = [cluster.add_node(num_cpus=2) for _ in range(2)]  # room for one worker each
 
