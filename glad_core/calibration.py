@@ -39,11 +39,13 @@ ADAPTIVE, NEAREST = "adaptive steps", "nearest good patches"
 class Quality(NamedTuple):
     """How well good pictures and the same with synthetic anomalies are told apart.
 
-    Image AUROC, and for those that are equal the distance of the two means in standard deviations.
+    Image AUROC, and for those that are equal the distance of the two means in standard deviations; the number of good
+    pictures.
     """
 
     auroc: float
     distance: float
+    pictures: int
 
 
 class Found(NamedTuple):
@@ -111,7 +113,7 @@ class Calibrator(StepCalibrator):
         if len(methods) > 1 or len(adaptive.views) > 1:
             found = remembering._compare(methods, framings, pictures, labels)
         else:
-            found = {ADAPTIVE: Found([0], Quality(0.0, 0.0), adaptive)}
+            found = {ADAPTIVE: Found([0], Quality(0.0, 0.0, 0), adaptive)}
         best = max(found, key=lambda name: found[name].quality)
         if NEAREST in found and found[NEAREST].quality.auroc >= found[best].quality.auroc - METHODS_MARGIN:
             best = NEAREST
@@ -290,7 +292,7 @@ def combined_scores(settings: Settings, scores_NV: np.ndarray) -> np.ndarray:
 def _quality(scores: np.ndarray, truth: np.ndarray) -> Quality:
     good, anomalous = scores[truth == 0], scores[truth == 1]
     spread = math.sqrt((good.var() + anomalous.var()) / 2) or 1.0
-    return Quality(image_metrics(scores, truth)["AUROC"], float(anomalous.mean() - good.mean()) / spread)
+    return Quality(image_metrics(scores, truth)["AUROC"], float(anomalous.mean() - good.mean()) / spread, len(good))
 
 
 def _some_tiles(

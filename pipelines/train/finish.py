@@ -71,7 +71,7 @@ def _finish(job: TrainJob, surveyed: Survey, checkpoint: Any, deliver: Deliver, 
     provenance = _provenance(job, surveyed, read_description(base)) | {"good_scores": choice.good_scores}
     if choose:
         provenance |= _methods(choice)
-        found = ", ".join(f"{name} {quality.auroc:.3f}" for name, quality in choice.qualities.items())
+        found = ", ".join(f"{name} {auroc:.3f} on {n} pictures" for name, (auroc, _, n) in choice.qualities.items())
         if choice.qualities[choice.name] < max(choice.qualities.values()):
             found += f"; none is better by more than {METHODS_MARGIN:g}"
         send_event(
@@ -119,6 +119,7 @@ def _methods(choice: Choice) -> dict[str, Any]:
     return {
         "method": choice.name,
         "methods": {name: quality.auroc for name, quality in choice.qualities.items()},
+        "method_pictures": {name: quality.pictures for name, quality in choice.qualities.items()},
         "method_settings": {name: settings.model_dump(mode="json") for name, settings in choice.compared.items()},
     }
 

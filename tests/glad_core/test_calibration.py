@@ -170,6 +170,7 @@ def test_a_way_not_clearly_better_on_half_of_the_pictures_is_tested_no_further(t
         "nearest good patches": 0.8,
     }
     assert tested == [16, 8, 16, 8, 8]  # nearest, single, fixed, adaptive
+    assert [quality.pictures for quality in qualities.values()] == [8, 8, 16, 16]
 
 
 def few_steps(tiny_bundle, monkeypatch, count):
@@ -182,8 +183,8 @@ def few_steps(tiny_bundle, monkeypatch, count):
 
 
 def found_with(auroc, arguments):
-    _, settings, *_ = arguments
-    return calibration.Found([0], calibration.Quality(auroc, 1.0), settings)
+    _, settings, *_, picked = arguments
+    return calibration.Found([0], calibration.Quality(auroc, 1.0, len(picked)), settings)
 
 
 def test_good_patches_are_compared_at_the_resolution_of_the_features(tiny_bundle, monkeypatch) -> None:
