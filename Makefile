@@ -1,6 +1,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
-BENCHMARKS = calibration chaos demo_figures export inference_memory metrics pipeline report resume retrain s3_requests search simulate throughput training training_memory writers
+# quality.py is not among them: it needs a dataset.
+BENCHMARKS = calibration chaos cluster demo_figures export inference_memory listing metrics pipeline report resume retrain s3_requests search simulate throughput tiles training training_memory writers
 
 .PHONY: help demo check test bench lock docs audit small-model
 .NOTPARALLEL:

@@ -80,9 +80,9 @@ def describe_end(location: str) -> list[str]:
     rough = ", few for a threshold" if held_out < FEW else ""
     lines.append(f"held out for this: {held_out} of {held_out + fitted} good pictures, not trained on{rough}")
     methods: Any = facts.get("methods")
-    if methods:
-        best = max(methods.values())
-        lines.append(f"quality on them: AUROC {best:.3f} against synthetic defects (1 is perfect, 0.5 is chance)")
+    if methods:  # of which the chosen one need not be the best: another has to be clearly better
+        quality = methods[facts["method"]]
+        lines.append(f"quality on them: AUROC {quality:.3f} against synthetic defects (1 is perfect, 0.5 is chance)")
     return [*lines, f"next: glad score PICTURES --model {shlex.quote(location)} --out RESULTS"]
 
 

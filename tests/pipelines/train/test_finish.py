@@ -1,3 +1,5 @@
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -10,6 +12,7 @@ from glad_core.training.loop import TrainState, fine_tune
 from glad_core.views import Framing
 from pipelines.train.finish import with_weights
 from pipelines.train.good_images import GoodImage
+from pipelines.train.job import describe_end
 from pipelines.train.kept_frames import read_frames
 from pipelines.train.plan import TrainRequest, plan_job
 from pipelines.train.worker import make_loss
@@ -50,3 +53,14 @@ def test_a_unet_for_several_categories_brings_their_prompts(tiny_bundle) -> None
     assert all(not parameter.any() for parameter in after.unet.parameters())
     assert torch.equal(after.prompts["nut"], prompts[:1])
     assert torch.equal(after.prompts["bolt"], prompts[1:])
+
+
+def test_the_quality_said_at_the_end_is_that_of_the_chosen_way(tiny_bundle, tmp_path):
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    facts = json.loads((bundle / "glad.json").read_text())
+    facts["provenance"] |= {"method": "nearest good patches"}
+    facts["provenance"] |= {"methods": {"fixed steps": 0.8, "nearest good patches": 0.78}}
+    (bundle / "glad.json").write_text(json.dumps(facts))
+    assert [line for line in describe_end(str(bundle)) if line.startswith("quality")] == [
+        "quality on them: AUROC 0.780 against synthetic defects (1 is perfect, 0.5 is chance)"
+    ]
