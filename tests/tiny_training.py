@@ -58,8 +58,8 @@ def as_glad_train(dataset: Path, base: Path, steps: int) -> tuple[dict[str, torc
     model = load_bundle(base)
     recipe = Recipe(steps=steps, batch_size=2, learning_rate=1e-4)
     files = {path.name: str(path) for path in (dataset / "part/train/good").iterdir()}
-    held_out = min(files, key=lambda name: hashlib.sha256(name.encode()).digest())
-    fit = [GoodImage(files[name], "part") for name in sorted(files) if name != held_out]
+    by_hash = sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest())
+    fit = [GoodImage(files[name], "part") for name in sorted(by_hash[len(files) // 3 :])]  # the others are held out
     images = [frames.frames[0] for frames in read_frames(fit, (Framing("squash", 32),), Storage())]
     state = TrainState.start(make_atp_loss(model, images, at_a_time=2), recipe)
     losses = [step.loss for step in fine_tune(state, make_batches(recipe, images), recipe)]

@@ -24,6 +24,7 @@ from glad_core.decoding.opened import pages
 from glad_core.decoding.picture import ImageError, decode
 from glad_core.engine import nearest
 from glad_core.errors import GladError
+from glad_core.held_out import held_out_count
 from glad_core.images import to_tensor
 from glad_core.stitch import combined_score, standards, tile_requests, view_scores
 from glad_core.threshold import TARGET_FPR, conformal_quantile, images_needed
@@ -99,7 +100,7 @@ def build_memory(good: str, bundle: str, model_id: str, storage: Storage, out: s
             f"{good}: {len(images)} readable good images; at least two are needed, better 50" + _listed(left_out)
         )
     order = np.random.default_rng(seed).permutation(len(images))
-    held_out = max(1, round(len(images) * HELD_OUT_SHARE))
+    held_out = held_out_count(len(images), HELD_OUT_SHARE)
     fit = [images[index] for index in order[held_out:]]
     patches = remember(model, fit, seed)
     scores = [_scores(model, patches, images[index]) for index in order[:held_out]]

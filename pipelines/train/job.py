@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 
@@ -32,8 +32,6 @@ from pipelines.train.plan import TrainRequest, claim_work, plan_job, with_resour
 from pipelines.train.side_by_side import run_side_by_side, send_event
 from pipelines.train.spec import FATAL, IDENTITY, Deliver, Outcome, TrainJob, clear_work
 from pipelines.train.survey import Survey, survey
-
-FEW = 20  # held-out pictures: with fewer, the threshold for a rate of 5 % is a guess
 
 
 def train(request: TrainRequest, console: Console) -> str:
@@ -68,19 +66,23 @@ def train(request: TrainRequest, console: Console) -> str:
 
 def describe_end(location: str) -> list[str]:
     """What ends the command: the bundle's threshold, how well it separates, what was held out, and what to do next."""
+    from glad_core.threshold import images_needed  # scipy takes a second, and only the end needs it
+
     description = describe(location, Storage.from_environment())
-    settings, facts = Settings.parse(description.settings, location), description.provenance
-    held_out, fitted = facts.get("held_out_images", 0), facts.get("good_images", 0)
+    settings, facts = Settings.parse(description.settings, location), cast(dict[str, Any], description.provenance)
+    held_out, fitted, target = (facts.get(name, 0) for name in ("held_out_images", "good_images", "target_fpr"))
     lines = [f"bundle {description.model_id} in {location}, for {description.category}"]
     if settings.threshold is not None:
-        share = facts.get("target_fpr", 0)
+        share = max(target, 1 / (held_out + 1))  # of so many scores the largest is exceeded that often
         lines.append(f"threshold {settings.threshold:.4g}, which about {share:.1%} of good pictures will exceed")
     if settings.thresholds:
         lines.append("thresholds: " + ", ".join(f"{name} {value:.4g}" for name, value in settings.thresholds.items()))
-    rough = ", few for a threshold" if held_out < FEW else ""
+    few = bool(target) and held_out < images_needed(target)
+    rough = f"; for {target:.1%} it takes {images_needed(target)}: give more good pictures" if few else ""
     lines.append(f"held out for this: {held_out} of {held_out + fitted} good pictures, not trained on{rough}")
-    methods: Any = facts.get("methods")
-    if methods:  # of which the chosen one need not be the best: another has to be clearly better
+    if methods := facts.get(
+        "methods"
+    ):  # of which the chosen one need not be the best: another has to be clearly better
         quality = methods[facts["method"]]
         lines.append(f"quality on them: AUROC {quality:.3f} against synthetic defects (1 is perfect, 0.5 is chance)")
     return [*lines, f"next: glad score PICTURES --model {shlex.quote(location)} --out RESULTS"]

@@ -12,6 +12,7 @@ from cluster.storage import Storage
 from glad_core.decoding.opened import ImageError, pages
 from glad_core.decoding.picture import decode
 from glad_core.errors import GladError
+from glad_core.held_out import held_out_count
 from glad_core.views import Frames, Framing
 from pipelines.archive.fetch import Row, fetch, neighbours
 from pipelines.train.good_images import GoodImage
@@ -62,9 +63,10 @@ class Survey:
 def survey(candidates: dict[str, list[GoodImage]], resolution: int, storage: Storage, most_bytes: int = 0) -> Survey:
     """Decode every image once, in Ray tasks, as one square each; ``most_bytes`` of the squares are kept.
 
-    Held out is a tenth of each category, at least one image and at most 40, in runs of consecutive names: photos taken
-    one after the other often show the same piece, and one of a remembered piece says little about new ones. The choice
-    of the runs depends on names, so that most stay on their side when images are added at the end.
+    Held out is a tenth of each category, more if there are few (`held_out_count`) and at most 40, in runs of
+    consecutive names: photos taken one after the other often show the same piece, and one of a remembered piece says
+    little about new ones. The choice of the runs depends on names, so that most stay on their side when images are
+    added at the end.
 
     Raises:
         GladError: fewer than two readable images in a category.
@@ -85,7 +87,7 @@ def survey(candidates: dict[str, list[GoodImage]], resolution: int, storage: Sto
         if len(usable) < 2:
             reason = next((f"; {uri}: {why}" for uri, why in skipped), "")
             raise GladError(f"{category}: {len(usable)} readable good images; at least two are needed{reason}")
-        count = min(HELD_OUT_MAX, max(1, round(len(usable) * HELD_OUT_SHARE)))
+        count = min(HELD_OUT_MAX, held_out_count(len(usable), HELD_OUT_SHARE))
         order = _by_runs(usable, max(1, count // RUNS))
         held_out += order[:count]
         fit += sorted(order[count:], key=lambda image: image.uri)

@@ -96,7 +96,7 @@ def test_a_run_that_loses_its_driver_and_a_worker_ends_bitwise_as_if_nothing_had
 
     description = verify(tmp_path / "killed")
     assert description.category == "part"
-    assert description.settings["threshold"] == 0  # the only picture held out, standardised by itself
+    assert description.settings["threshold"] > 0
     assert description.settings["delta"] > 0
     assert description.provenance["base"] == read_description(tiny_bundle).model_id
     train(*command(dataset, tiny_bundle, tmp_path / "whole"))

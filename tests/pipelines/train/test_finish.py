@@ -64,3 +64,24 @@ def test_the_quality_said_at_the_end_is_that_of_the_chosen_way(tiny_bundle, tmp_
     assert [line for line in describe_end(str(bundle)) if line.startswith("quality")] == [
         "quality on them: AUROC 0.780 against synthetic defects (1 is perfect, 0.5 is chance)"
     ]
+
+
+@pytest.mark.parametrize(
+    ("held_out", "target", "said"),
+    [
+        (
+            8,
+            0.05,
+            ["which about 11.1% of good", "8 of 24 good pictures, not trained on; for 5.0% it takes 19: give more"],
+        ),
+        (19, 0.05, ["which about 5.0% of good", "19 of 35 good pictures, not trained on\n"]),
+        (19, 0.01, ["which about 5.0% of good", "for 1.0% it takes 99"]),
+    ],
+)
+def test_what_a_threshold_of_few_pictures_promises(tiny_bundle, tmp_path, held_out, target, said):
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    facts = json.loads((bundle / "glad.json").read_text())
+    facts["provenance"] |= {"held_out_images": held_out, "good_images": 16, "target_fpr": target}
+    (bundle / "glad.json").write_text(json.dumps(facts))
+    shown = "\n".join(describe_end(str(bundle)))
+    assert all(words in shown for words in said), shown

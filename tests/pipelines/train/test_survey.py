@@ -47,9 +47,9 @@ def names(images: list[GoodImage]) -> set[str]:
     return {image.uri.rpartition("/")[2] for image in images}
 
 
-@pytest.mark.parametrize(("count", "held_out"), [(2, 1), (14, 1), (30, 3), (1000, HELD_OUT_MAX)])
+@pytest.mark.parametrize(("count", "held_out"), [(2, 1), (14, 4), (30, 10), (100, 19), (300, 30), (1000, HELD_OUT_MAX)])
 @pytest.mark.usefixtures("unreadable")
-def test_a_tenth_is_held_out(count: int, held_out: int) -> None:
+def test_a_tenth_is_held_out_and_more_of_few(count: int, held_out: int) -> None:
     surveyed = survey({"nut": images(count)}, 32, STORAGE)
     assert len(surveyed.held_out) == held_out
     assert len(surveyed.fit) == count - held_out
@@ -82,7 +82,7 @@ def test_names_decide_what_is_held_out() -> None:
 @pytest.mark.usefixtures("unreadable")
 def test_every_category_has_images_held_out() -> None:
     surveyed = survey({"nut": images(30), "bolt": images(5, "/b", "bolt")}, 32, STORAGE)
-    assert [image.category for image in surveyed.held_out] == ["nut"] * 3 + ["bolt"]
+    assert [image.category for image in surveyed.held_out] == ["nut"] * 10 + ["bolt"]
 
 
 def test_unreadable_images_are_skipped(unreadable: set[str]) -> None:
