@@ -77,13 +77,13 @@ def describe_end(location: str) -> list[str]:
         lines.append(f"threshold {settings.threshold:.4g}, which about {share:.1%} of good pictures will exceed")
     if settings.thresholds:
         lines.append("thresholds: " + ", ".join(f"{name} {value:.4g}" for name, value in settings.thresholds.items()))
-    few = bool(target) and held_out < images_needed(target)
-    rough = f"; for {target:.1%} it takes {images_needed(target)}: give more good pictures" if few else ""
+    behind = min(map(len, facts.get("good_scores", {}).values()), default=held_out)  # the threshold of fewest pictures
+    few = bool(target) and behind < images_needed(target)
+    each = " of each category" if settings.thresholds else ""
+    rough = f"; for {target:.1%} it takes {images_needed(target)}{each}: give more good pictures" if few else ""
     lines.append(f"held out for this: {held_out} of {held_out + fitted} good pictures, not trained on{rough}")
-    if methods := facts.get(
-        "methods"
-    ):  # of which the chosen one need not be the best: another has to be clearly better
-        quality = methods[facts["method"]]
+    if "methods" in facts:
+        quality = facts["methods"][facts["method"]]  # not always the best: another has to be clearly better
         lines.append(f"quality on them: AUROC {quality:.3f} against synthetic defects (1 is perfect, 0.5 is chance)")
     return [*lines, f"next: glad score PICTURES --model {shlex.quote(location)} --out RESULTS"]
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,18 +13,13 @@ import psutil
 import pytest
 from conftest import make_bucket, photo
 
+from cluster.local_ray import free_ports
 from cluster.storage import Storage
 from glad_core.bundle.glad_json import read_description
 from pipelines.models.find import describe
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +35,14 @@ def cluster(s3_server):
             "OMP_NUM_THREADS": "1",
             "PATH": f"{BIN}:{os.environ['PATH']}",
         }
-        dashboard = free_port()
+        dashboard, agent, client = free_ports(3)  # none that an outgoing connection could take in the meantime
         options = {
             "port": 0,
             "num-cpus": 2,
             "temp-dir": f"{name}/r",
             "dashboard-port": dashboard,
-            "dashboard-agent-listen-port": free_port(),
-            "ray-client-server-port": free_port(),
+            "dashboard-agent-listen-port": agent,
+            "ray-client-server-port": client,
         }
         words = [f"--{option}={value}" for option, value in options.items()]
         log = Path(name) / "log"
@@ -61,7 +55,7 @@ def cluster(s3_server):
             )
         try:
             url = f"http://127.0.0.1:{dashboard}"
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 300
             while subprocess.run([BIN / "glad", "jobs", "list", "--address", url], env=environment).returncode:
                 assert head.poll() is None, log.read_text()
                 assert time.monotonic() < deadline, log.read_text()

@@ -67,21 +67,24 @@ def test_the_quality_said_at_the_end_is_that_of_the_chosen_way(tiny_bundle, tmp_
 
 
 @pytest.mark.parametrize(
-    ("held_out", "target", "said"),
+    ("held_out", "target", "scores", "said"),
     [
         (
             8,
             0.05,
-            ["which about 11.1% of good", "8 of 24 good pictures, not trained on; for 5.0% it takes 19: give more"],
+            {},
+            ["which about 11.1% of good", "8 of 24 good pictures, not trained on; for 5.0% it takes 19: give"],
         ),
-        (19, 0.05, ["which about 5.0% of good", "19 of 35 good pictures, not trained on\n"]),
-        (19, 0.01, ["which about 5.0% of good", "for 1.0% it takes 99"]),
+        (19, 0.05, {}, ["which about 5.0% of good", "19 of 35 good pictures, not trained on\n"]),
+        (19, 0.01, {}, ["which about 5.0% of good", "for 1.0% it takes 99"]),
+        (19, 0.05, {"nut": [0.1] * 6, "bolt": [0.1] * 13}, ["which about 5.0% of good", "for 5.0% it takes 19"]),
     ],
 )
-def test_what_a_threshold_of_few_pictures_promises(tiny_bundle, tmp_path, held_out, target, said):
+def test_what_a_threshold_of_few_pictures_promises(tiny_bundle, tmp_path, held_out, target, scores, said):
     bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     facts = json.loads((bundle / "glad.json").read_text())
     facts["provenance"] |= {"held_out_images": held_out, "good_images": 16, "target_fpr": target}
+    facts["provenance"] |= {"good_scores": scores} if scores else {}
     (bundle / "glad.json").write_text(json.dumps(facts))
-    shown = "\n".join(describe_end(str(bundle)))
+    shown = "\n".join(describe_end(str(bundle))) + "\n"
     assert all(words in shown for words in said), shown
