@@ -109,8 +109,20 @@ def smooth(maps_BHW: Tensor, sigma: float) -> Tensor:
     """Gaussian blur cut at 4σ (49 taps at the published σ = 6), reflected border; σ = 0 does not blur."""
     if sigma == 0:
         return maps_BHW
-    taps = 2 * int(4 * sigma + 0.5) + 1
-    return TF.gaussian_blur(maps_BHW[:, None], [taps, taps], [sigma, sigma])[:, 0]
+    reach = int(4 * sigma + 0.5)
+    kernel, (height, width) = [2 * reach + 1] * 2, maps_BHW.shape[-2:]
+    if min(height, width) > reach:
+        return TF.gaussian_blur(maps_BHW[:, None], kernel, [sigma, sigma])[:, 0]
+    # The map of a strip or a small picture: torchvision reflects it once, which does not reach.
+    wide = maps_BHW[:, _reflected(height, reach)][:, :, _reflected(width, reach)]
+    return TF.gaussian_blur(wide[:, None], kernel, [sigma, sigma])[:, 0, reach:-reach, reach:-reach]
+
+
+def _reflected(length: int, reach: int) -> Tensor:
+    """Indices of an axis and of ``reach`` places beyond either end, reflected as often as it takes."""
+    period = max(1, 2 * (length - 1))
+    index = torch.arange(-reach, length + reach) % period
+    return torch.minimum(index, period - index)
 
 
 def full_size_map(
@@ -148,7 +160,7 @@ def _enlarge(tokens: int, length: int, sigma: float) -> Tensor:
         return resized.T
     reach = int(4 * sigma + 0.5)
     taps = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
-    padded = F.pad(resized[None], (reach, reach), mode="reflect")[0]
+    padded = resized[:, _reflected(length, reach)]
     return F.conv1d(padded[:, None], (taps / taps.sum())[None, None])[:, 0].T
 
 

@@ -1,5 +1,7 @@
+import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 
 from glad_core import scoring
 from glad_core.bundle.settings import Settings
@@ -77,3 +79,17 @@ def test_a_large_map_in_bands_is_the_map_in_one_piece(sigma, monkeypatch):
     torch.testing.assert_close(scoring.full_size_map(tokens[None], settings, (72, 248)), whole, atol=1e-5, rtol=1e-5)
     assert scoring.score_of_map(tokens.numpy(), settings, (72, 248)) == pytest.approx(score, abs=1e-5)
     assert score == pytest.approx(float(scoring.image_score(whole, 50)))
+
+
+@pytest.mark.parametrize("size", [(72, 248), (24, 9), (1, 60), (60, 1), (2, 3), (1, 1)])
+def test_maps_of_strips_and_small_pictures_are_smoothed_too(size, monkeypatch):
+    """As SciPy's filter does, whose border `mirror` is the reflection, repeated."""
+    values = np.random.default_rng(0).random(size)
+    expected = gaussian_filter(values, 6.0, mode="mirror", truncate=4.0)
+    found = scoring.smooth(torch.from_numpy(values)[None], 6.0)[0].numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    settings = Settings(feature_resolution=64, resolution=64, blur_sigma=6.0, image_score_top_k=50)
+    tokens = torch.from_numpy(values).float()
+    score = scoring.score_of_map(tokens.numpy(), settings, size)
+    monkeypatch.setattr(scoring, "LARGE", 0)
+    assert scoring.score_of_map(tokens.numpy(), settings, size) == pytest.approx(score, abs=1e-5)

@@ -114,3 +114,12 @@ def test_the_more_anomalous_a_picture_is_in_a_view_the_more_its_map_counts():
 def test_standards_are_of_several_views_alone():
     assert standards(np.array([[1.0], [3.0]])) == [(0.0, 1.0)]
     assert standards(np.array([[1.0, 5.0], [3.0, 5.0]])) == [(2.0, 1.0), (5.0, 1.0)]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (7, 900), (900, 7)])
+@pytest.mark.parametrize("view", [View(kind="fit"), View(kind="tiles"), View(kind="tiles", scale=0.1)])
+def test_strips_and_specks_have_a_verdict_too(size, view):
+    """Their maps are narrower than the filter that smooths them."""
+    found = verdict(settings(View(good_mean=0.1), view), np.zeros((*size, 3), np.uint8))
+    assert np.isfinite(found.score)
+    assert min(found.anomaly_map.shape) >= 1
