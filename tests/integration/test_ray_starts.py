@@ -128,7 +128,9 @@ def test_a_stopped_job_says_how_far_it_came_and_continues(score, tmp_path):
         assert code == 143
         assert line.startswith("stopped after ")
         assert line.endswith(" of 200 images; the same command continues")
-        assert [line for line in command.lines if "***" in line or "Traceback" in line or "(raylet)" in line] == []
+        # A busy machine may need the second start.
+        lines = [line for line in command.lines if not line.startswith("Ray did not start: ")]
+        assert [line for line in lines if "***" in line or "Traceback" in line or "ray" in line] == []
     with Command(GLAD, *score) as command:
         command.wait_for(lambda: command.said("resuming after"))
         assert command.end()[0] == 0
