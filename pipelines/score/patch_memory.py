@@ -113,7 +113,8 @@ def build_memory(good: str, bundle: str, model_id: str, storage: Storage, out: s
     if len(combined) >= images_needed(TARGET_FPR):
         tensors["threshold"] = torch.tensor([conformal_quantile(combined, TARGET_FPR)], dtype=torch.float64)
     storage.write(out, save(tensors))
-    return f"{len(images)} good images, {held_out} of them for the threshold" + _listed(left_out)
+    few = "" if "threshold" in tensors else f", too few for one: give {3 * images_needed(TARGET_FPR)}"
+    return f"{len(images)} good images, {held_out} of them for the threshold{few}" + _listed(left_out)
 
 
 def remember(model: Model, images: Sequence[Good], seed: int) -> list[PatchMemory]:

@@ -78,10 +78,11 @@ def describe_end(location: str) -> list[str]:
     if settings.thresholds:
         lines.append("thresholds: " + ", ".join(f"{name} {value:.4g}" for name, value in settings.thresholds.items()))
     behind = min(map(len, facts.get("good_scores", {}).values()), default=held_out)  # the threshold of fewest pictures
-    few = bool(target) and behind < images_needed(target)
-    each = " of each category" if settings.thresholds else ""
-    rough = f"; for {target:.1%} it takes {images_needed(target)}{each}: give more good pictures" if few else ""
-    lines.append(f"held out for this: {held_out} of {held_out + fitted} good pictures, not trained on{rough}")
+    held = f"held out for this: {held_out} of {held_out + fitted} good pictures, not trained on"
+    if target and behind < (needed := images_needed(target)):  # no training holds out what a small target needs
+        each = " of each category" if settings.thresholds else ""
+        held += f"; for {target:.1%} it takes {needed}{each}: `glad calibrate` with as many others sets the threshold"
+    lines.append(held)
     if "methods" in facts:
         quality = facts["methods"][facts["method"]]  # not always the best: another has to be clearly better
         lines.append(f"quality on them: AUROC {quality:.3f} against synthetic defects (1 is perfect, 0.5 is chance)")

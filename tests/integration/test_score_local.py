@@ -219,7 +219,9 @@ def test_the_nearest_neighbour_yardstick_runs_through_the_same_job(tmp_path, pho
     remembered = sorted(row["score"] for row in rows if "/left/" in row["uri"])[:4]
     assert max(remembered) < min(row["score"] for row in rows if "/right/" in row["uri"])
     assert json.loads((tmp_path / "run" / "run.json").read_text())["method"] == "nearest"
-    assert f"{photos / 'left'}: 6 good images, 2 of them for the threshold\n" in outcome.stdout
+    assert (
+        f"{photos / 'left'}: 6 good images, 2 of them for the threshold, too few for one: give 57\n" in outcome.stdout
+    )
     calibrated = ["calibrate", "--run", tmp_path / "run", "--model", tiny_bundle, "--out", tmp_path / "x"]
     refused = CliRunner().invoke(app, [*map(str, calibrated), "--threshold-only"])
     assert "was judged by images of --good, not by a bundle: score without --good" in refused.stderr

@@ -57,7 +57,7 @@ def test_what_is_left_out_of_the_good_images_is_counted_by_kind(tiny_bundle, pho
         return build_memory(str(good), str(tiny_bundle), model_id, STORAGE, str(tmp_path / "m"), "cpu", seed=0)
 
     line = build()
-    assert line.startswith("13 good images, 4 of them for the threshold; left out: 2 ")
+    assert line.startswith("13 good images, 4 of them for the threshold, too few for one: give 57; left out: 2 ")
     assert sorted(line.partition("left out: ")[2].split(", ")) == [
         "1 empty",
         "1 hidden files or folders",

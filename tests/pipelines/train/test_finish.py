@@ -73,11 +73,16 @@ def test_the_quality_said_at_the_end_is_that_of_the_chosen_way(tiny_bundle, tmp_
             8,
             0.05,
             {},
-            ["which about 11.1% of good", "8 of 24 good pictures, not trained on; for 5.0% it takes 19: give"],
+            ["which about 11.1% of good", "8 of 24 good pictures, not trained on; for 5.0% it takes 19: `glad"],
         ),
         (19, 0.05, {}, ["which about 5.0% of good", "19 of 35 good pictures, not trained on\n"]),
         (19, 0.01, {}, ["which about 5.0% of good", "for 1.0% it takes 99"]),
-        (19, 0.05, {"nut": [0.1] * 6, "bolt": [0.1] * 13}, ["which about 5.0% of good", "for 5.0% it takes 19"]),
+        (
+            19,
+            0.05,
+            {"nut": [0.1] * 6, "bolt": [0.1] * 13},
+            ["which about 5.0% of good", "for 5.0% it takes 19 of each category"],
+        ),
     ],
 )
 def test_what_a_threshold_of_few_pictures_promises(tiny_bundle, tmp_path, held_out, target, scores, said):
@@ -85,6 +90,7 @@ def test_what_a_threshold_of_few_pictures_promises(tiny_bundle, tmp_path, held_o
     facts = json.loads((bundle / "glad.json").read_text())
     facts["provenance"] |= {"held_out_images": held_out, "good_images": 16, "target_fpr": target}
     facts["provenance"] |= {"good_scores": scores} if scores else {}
+    facts["settings"]["thresholds"] = dict.fromkeys(scores, 1.0)
     (bundle / "glad.json").write_text(json.dumps(facts))
     shown = "\n".join(describe_end(str(bundle))) + "\n"
     assert all(words in shown for words in said), shown
