@@ -86,30 +86,36 @@ class StepCalibrator:
         # Evenly spread, so that every category takes part.
         picked = evenly(len(good), SELECTION_IMAGES)
         few, few_labels = [good[index] for index in picked], [labels[index] for index in picked]
-        settings = self._with_best_start(few, few_labels)
+        settings, walked = self._with_best_start(few, few_labels)
         if self.profile == "fast":
             return settings
-        walked = self._walk(settings, good, labels)
+        others = sorted(set(range(len(good))) - set(picked))
+        walked = walked + self._walk(settings, [good[index] for index in others], [labels[index] for index in others])
         anomalous, _ = with_anomalies(few, self.foreground_mode, self.seed)
         both = walked + self._walk(settings, anomalous, few_labels)
         guess = fit_guess(_step_scores(both), np.array([detection.departures for detection in both]))
         return _with_delta(settings, _step_scores(walked)).model_copy(update={"score_guess": guess})
 
-    def _with_best_start(self, good: Sequence[np.ndarray], labels: Sequence[Label]) -> Settings:
-        """Settings with the candidate T that best separates good images from the same images with anomalies."""
+    def _with_best_start(self, good: Sequence[np.ndarray], labels: Sequence[Label]) -> tuple[Settings, list[Detection]]:
+        """Settings with the candidate T that best separates good images from the same images with anomalies.
+
+        And the verdicts on the good images with it, compared at every step.
+        """
         anomalous, masks = with_anomalies(good, self.foreground_mode, self.seed)
         quality: dict[int, float] = {}
+        verdicts: dict[int, list[Detection]] = {}
         for start_step in self.start_steps or (FAST_STEPS if self.profile == "fast" else START_STEPS):
             settings = self._with_start(start_step)
             if self.profile == "exact":
-                walked = self._walk(settings, good, labels)
+                walked = verdicts[start_step] = self._walk(settings, good, labels)
                 settings = _with_delta(settings, _step_scores(walked))
                 judged_good = self._stopped(settings, walked, good, labels)
             else:
-                judged_good = self._judge(settings, good, labels)
+                judged_good = verdicts[start_step] = self._judge(settings, good, labels)
             judged_anomalous = self._judge(settings, anomalous, labels)
             quality[start_step] = _separation(settings, judged_good, judged_anomalous, masks)
-        return self._with_start(max(quality, key=quality.__getitem__))
+        best = max(quality, key=quality.__getitem__)
+        return self._with_start(best), verdicts[best]
 
     def _with_start(self, start_step: int) -> Settings:
         """The model's settings with this T, and the S and min_step that belong to it; δ is not yet chosen."""
@@ -143,7 +149,7 @@ class StepCalibrator:
 
     def _judge(self, settings: Settings, images: Sequence[np.ndarray], labels: Sequence[Label]) -> list[Detection]:
         model = replace(self.model, settings=settings)
-        categories, names = zip(*labels, strict=True)
+        categories, names = [label.category for label in labels], [label.name for label in labels]
         return judge_all(model, images, categories, names, self.batch_size, self.seed, self.on_image)
 
     def _labels(
@@ -157,7 +163,7 @@ class StepCalibrator:
 def judged_for_steps(tiles: int, profile: Profile) -> int:
     """At most how many images `StepCalibrator.choose_steps` judges that gets so many."""
     few = min(tiles, SELECTION_IMAGES)
-    return 2 * few * len(FAST_STEPS) if profile == "fast" else 3 * few * len(START_STEPS) + tiles + few
+    return 2 * few * len(FAST_STEPS) if profile == "fast" else 3 * few * len(START_STEPS) + tiles
 
 
 def evenly(count: int, most: int) -> list[int]:
