@@ -26,8 +26,9 @@ from conftest import find_weed, make_bucket, serve_s3
 
 from cluster import s3, session
 from cluster.storage import Storage
-from pipelines.archive import listing
-from pipelines.archive.listing import Archive, list_remotely, split, write_manifest
+from pipelines.archive import pieces
+from pipelines.archive.listing import list_remotely, write_manifest
+from pipelines.archive.pieces import Archive, split
 
 WRITERS = 8
 LATENCY, PAGE = 0.08, 10  # seconds of a LIST, and keys in its answer
@@ -61,16 +62,16 @@ def flat(storage: Storage, folder: Path, objects: int) -> dict[str, float]:
     source = fill(storage, objects, 1, "flat")
     client = s3.client
     s3.client = lambda connection: FarServer(client(connection))  # type: ignore[assignment]
-    listing.LOOSE_FILES = PAGE
+    pieces.LOOSE_FILES = PAGE
     archive, figures, ids = Archive(f"{source}/000", None, storage, False), {}, []
     for name in ("one_task", "ranges"):
         started = time.perf_counter()
-        pieces = split(archive, in_ranges=name == "ranges")
+        parts = split(archive, in_ranges=name == "ranges")
         if name == "ranges":
             figures["flat_split_ranges"] = time.perf_counter() - started
         with ThreadPoolExecutor(WRITERS) as pool:
             tasks = [
-                pool.submit(write_manifest, archive, piece, n, str(folder / name)) for n, piece in enumerate(pieces)
+                pool.submit(write_manifest, archive, piece, n, str(folder / name)) for n, piece in enumerate(parts)
             ]
         ids.append([key for task in tasks for key in task.result()[1].tolist()])
         figures[f"flat_seconds_{name}"] = time.perf_counter() - started

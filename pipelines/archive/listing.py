@@ -1,77 +1,34 @@
-"""The archive as a manifest in Parquet: listed once by many tasks, read again stretch by stretch.
+"""The archive listed once, by many tasks, into a manifest.
 
-A folder tree is opened level by level until there are enough folders. Consecutive folders, and the files between them,
-then form one task each; a large flat prefix on S3 is cut into ranges of its keys. A task writes its rows in parts of
-`PART_ROWS` and returns their number. These numbers, kept in plan.json, give every image its position in the whole. The
-order is that of a single walk, however many tasks run at a time.
+Each task gets a piece of the archive (`pieces`), writes its rows in parts (`manifest`) and returns their number. These
+numbers, kept in plan.json, give every image its position in the whole. The order is that of a single walk, however many
+tasks run at a time.
 """
 
 from __future__ import annotations
 
-import io
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from cluster import session
-from cluster.storage import Entry, Storage, StorageError, UnorderedError, absolute, clear_errors, is_s3, join, spelled
+from cluster.storage import Storage, StorageError, UnorderedError, absolute, join, spelled
 from glad_core.errors import GladError
+from pipelines.archive import manifest
 from pipelines.archive.earlier import Earlier, key_of, new_rows
-from pipelines.archive.key_ranges import cut
+from pipelines.archive.pieces import Archive, Part, files_of, split
 from pipelines.archive.rows import OUTSIDE, LeftOut, Row
-from pipelines.archive.sources import Tree, advice_on, list_source, tree_rows, trees_of, with_categories
+from pipelines.archive.sources import advice_on, list_source, tree_rows, trees_of, with_categories
 from pipelines.archive.uri_list import LIST_SUFFIXES
 
-PART_ROWS = 512  # rows per manifest file
-REPEATING = ["category", "shard", "stage", "error_type", "message"]  # columns whose values come again
 ID_BYTES = 16  # of an image_id, which is their hexadecimal form
-FOLDERS = 64  # a tree is opened until it has this many folders, and cut into at most this many tasks
-LOOSE_FILES = 1000  # directly in a folder (a page of S3's listing); a folder with more is not opened
-PAGES = 10  # of `LOOSE_FILES` each; a folder on S3 with more is cut into ranges of keys
-OPENERS = 16  # folders opened, or parts of a manifest read, at a time
-STRETCH = 16 * PART_ROWS  # rows of a manifest that are read in one go
 TASK_CPUS = 0.25  # of a listing or decoding task, which waits on storage most of the time
-
-MANIFEST_SCHEMA = pa.schema(
-    [
-        ("image_id", pa.string()),
-        ("uri", pa.string()),
-        ("size", pa.int64()),  # bytes; null if a list of URIs named the image
-        ("version", pa.string()),  # of the file when it was listed, see `storage.Entry`; null as above, or without one
-        ("category", pa.string()),
-        ("shard", pa.string()),  # the tar file an image lies in, and its first byte there
-        ("offset", pa.int64()),
-        ("stage", pa.string()),  # set if listing itself failed
-        ("error_type", pa.string()),
-        ("message", pa.string()),
-        ("position", pa.int64()),  # among the rows of its task, from 0
-    ]
-)
-# A file: path below the tree's folder, size, version and problem, as in an `Entry`. A folder has no size; instead of
-# version and problem, the key below it after which it is listed, and the last one (S3 only; None: no bound). A plain
-# tuple is sent to a task in a seventh of the time of a named one.
-Part = tuple[Tree, str, int | None, str | None, str | None]
-
-
-@dataclass(frozen=True)
-class Archive:
-    """The arguments of `sources.list_source`; ``source`` is absolute. ``known`` are the models' categories."""
-
-    source: str
-    category: str | None
-    storage: Storage
-    several: bool
-    known: tuple[str, ...] = ()
 
 
 class Counts(NamedTuple):
@@ -140,7 +97,7 @@ def _list_pieces(
     listing: Any = ray.remote(num_cpus=TASK_CPUS, num_returns=2)(write_manifest)
     counting: Any = ray.remote(num_cpus=TASK_CPUS, num_returns=2)(_beside)
     checking: Any = ray.remote(num_cpus=TASK_CPUS)(count_repeated)
-    remembering: Any = ray.remote(num_cpus=TASK_CPUS)(read_earlier)
+    remembering: Any = ray.remote(num_cpus=TASK_CPUS)(manifest.read_earlier)
     tasks: list[Any] = []
     try:
         pieces = ray.get(opening.remote(archive, in_ranges))
@@ -194,55 +151,6 @@ def _check_counts(archive: Archive, counts: Sequence[Counts], repeated: int, aga
         )
 
 
-def read_earlier(folders: Sequence[tuple[str, Sequence[int]]], storage: Storage) -> Earlier:
-    """The images of earlier listings. Args and errors as of `read_manifest`, for each."""
-    stretches = [
-        (folder, listed, first, min(first + STRETCH, sum(listed)))
-        for folder, listed in folders
-        for first in range(0, sum(listed), STRETCH)
-    ]
-
-    def read(stretch: tuple[str, Sequence[int], int, int]) -> Earlier:
-        return Earlier.of(read_manifest(*stretch, storage))
-
-    with ThreadPoolExecutor(OPENERS) as pool:
-        return Earlier.joined(list(pool.map(read, stretches)))
-
-
-def split(archive: Archive, in_ranges: bool = True) -> list[list[Part] | None]:
-    """The archive in pieces for one task each, in order; a single None if it cannot be split into folders.
-
-    Args:
-        in_ranges: cut large flat prefixes on S3 into ranges of keys.
-    """
-    trees = trees_of(archive.source, archive.category, archive.storage, archive.several)
-    if trees is None:
-        return [None]
-    parts: list[Part] = [(tree, "", None, None, None) for tree in trees]
-    whole: set[Part] = set()
-    with ThreadPoolExecutor(OPENERS) as pool:
-        while True:
-            closed = [part for part in parts if part[2] is None and part not in whole]
-            if not closed or sum(part[2] is None for part in parts) >= FOLDERS:
-                break
-            opened = dict(zip(closed, pool.map(lambda part: _open(part, archive.storage), closed), strict=True))
-            whole.update(part for part in closed if opened[part] == [part])
-            parts = [below for part in parts for below in (opened.get(part, (part,)) if part[2] is None else (part,))]
-    if in_ranges:
-        parts = _in_ranges(parts, whole, archive.storage)
-    folders_per_piece = -(-max(1, sum(part[2] is None for part in parts)) // FOLDERS)
-    pieces: list[list[Part] | None] = []
-    piece: list[Part] = []
-    folders = 0
-    for part in parts:
-        if part[2] is None and folders == folders_per_piece:
-            pieces.append(piece)
-            piece, folders = [], 0
-        folders += part[2] is None
-        piece.append(part)
-    return [*pieces, piece]
-
-
 def _beside(archive: Archive) -> tuple[int, str | None]:
     return count_outside(archive), advice_on(archive.source, archive.category, archive.storage)
 
@@ -260,47 +168,6 @@ def count_outside(archive: Archive) -> int:
         return 0
     tests = tuple(f"{tree.folder.removeprefix(source).strip('/')}/" for tree in trees)
     return sum(not file.path.startswith(tests) for file in storage.entries(source, hidden=True))
-
-
-def _in_ranges(parts: list[Part], flat: set[Part], storage: Storage) -> list[Part]:
-    """The parts, with the large ones of the ``flat`` folders on S3 in ranges of keys, `FOLDERS` in all."""
-    cuttable = [part for part in parts if part in flat and is_s3(part[0].folder)]
-    if not cuttable:
-        return parts
-    ranges = 1 + (FOLDERS - sum(part[2] is None for part in parts)) // len(cuttable)
-
-    def pieces(part: Part) -> list[Part]:
-        found = cut(_below(*part[:2])[0], storage, ranges, PAGES * LOOSE_FILES)
-        return [(*part[:3], after, last) for after, last in found]
-
-    with ThreadPoolExecutor(OPENERS) as pool:
-        by_range = dict(zip(cuttable, pool.map(pieces, cuttable), strict=True))
-    return [piece for part in parts for piece in by_range.get(part, [part])]
-
-
-def _open(closed: Part, storage: Storage) -> list[Part]:
-    """The files and folders directly in a folder; the folder itself if it holds many files or cannot be opened."""
-    tree, folder = closed[:2]
-    location, prefix = _below(tree, folder)
-    parts: list[Part] = []
-    files = 0
-    try:
-        for entry in storage.level(location, prefix):
-            files += entry.size is not None
-            # An S3 key may hold two slashes in a row: the path between them names nothing.
-            if files > LOOSE_FILES or entry.path == prefix:
-                return [closed]
-            parts.append((tree, *entry))
-    except StorageError:
-        if is_s3(location):
-            raise
-        return [closed]  # the task that lists it says why
-    return parts
-
-
-def _below(tree: Tree, folder: str) -> tuple[str, str]:
-    """The location of a folder, and what comes before the names in it to make paths below the tree's folder."""
-    return (join(tree.folder, folder), f"{folder}/") if folder else (tree.folder, "")
 
 
 def write_manifest(
@@ -324,17 +191,15 @@ def write_manifest(
     ids = bytearray()
     unknown = errors = 0
     for part in range(10**6):
-        batch = list(islice(rows, PART_ROWS))
+        batch = list(islice(rows, manifest.PART_ROWS))
         if not batch:
             break
-        for position, row in enumerate(batch, part * PART_ROWS):
+        for position, row in enumerate(batch, part * manifest.PART_ROWS):
             row["position"] = position
             errors += row.get("error_type") is not None
             unknown += bool(archive.known) and row.get("error_type") is None and row["category"] not in archive.known
         ids += bytes.fromhex("".join([row["image_id"] for row in batch]))
-        stream = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(batch, schema=MANIFEST_SCHEMA), stream, use_dictionary=REPEATING)
-        archive.storage.write(_part(folder, number, part), stream.getvalue())
+        manifest.write_part(folder, number, part, batch, archive.storage)
     counts = Counts(
         rows=len(ids) // ID_BYTES,
         duplicates=left_out.duplicates,
@@ -348,14 +213,9 @@ def write_manifest(
 
 
 def _piece_rows(piece: Sequence[Part], archive: Archive, left_out: LeftOut) -> Iterator[Row]:
-    def files(part: Part) -> Iterable[Entry]:
-        if part[2] is not None:
-            return (Entry(*part[1:]),)
-        location, prefix = _below(*part[:2])
-        return archive.storage.entries(location, prefix=prefix, after=part[3], last=part[4], hidden=True)
-
-    rows = (row for part in piece for row in tree_rows(part[0], files(part), archive.storage, left_out))
-    return with_categories(rows, archive.source, archive.category, archive.storage) if archive.several else rows
+    storage = archive.storage
+    rows = (row for part in piece for row in tree_rows(part[0], files_of(part, storage), storage, left_out))
+    return with_categories(rows, archive.source, archive.category, storage) if archive.several else rows
 
 
 def _unique(rows: Iterable[Row], left_out: LeftOut) -> Iterator[Row]:
@@ -378,38 +238,3 @@ def count_repeated(*ids: np.ndarray) -> int:
         return 0
     every.sort()
     return int(np.count_nonzero(every[1:] == every[:-1]))
-
-
-def read_manifest(folder: str, listed: Sequence[int], first: int, last: int, storage: Storage) -> pa.Table:
-    """The manifest's rows from position ``first`` to before ``last``; their ``position`` is that in the whole.
-
-    Args:
-        listed: number of rows from each listing task.
-
-    Raises:
-        GladError: a part is damaged.
-        StorageError: a part is missing or cannot be read.
-    """
-    tables = []
-    for number, (end, rows) in enumerate(zip(accumulate(listed), listed, strict=True)):
-        start = end - rows
-        low, high = max(first, start) - start, min(last, end) - start
-        for part in range(low // PART_ROWS, -(-high // PART_ROWS) if low < high else 0):
-            file = _part(folder, number, part)
-            begins = part * PART_ROWS
-            try:
-                with clear_errors(file, storage):
-                    table = pq.read_table(pa.BufferReader(storage.read(file)), schema=MANIFEST_SCHEMA)
-            except pa.ArrowInvalid:
-                table = MANIFEST_SCHEMA.empty_table()
-            if len(table) != min(PART_ROWS, rows - begins):
-                raise GladError(f"{file}: damaged; give --overwrite to list the archive anew")
-            table = table.slice(max(0, low - begins), min(high, begins + PART_ROWS) - max(low, begins))
-            column = table.schema.get_field_index("position")
-            tables.append(table.set_column(column, "position", pc.add(table["position"], start)))
-    return pa.concat_tables(tables)
-
-
-def _part(folder: str, number: int, part: int) -> str:
-    """The file of a part: task ``number``'s rows from `PART_ROWS` times ``part`` on."""
-    return join(folder, f"part-{number:02d}{part:06d}.parquet")

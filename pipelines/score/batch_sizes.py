@@ -9,7 +9,7 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from glad_core.bundle.settings import Settings
-from pipelines.archive.listing import PART_ROWS
+from pipelines.archive.manifest import PART_ROWS
 from pipelines.runs.claim import SHARDS, Plan
 from pipelines.score.actor_plan import ActorPlan
 from pipelines.score.request import Maps

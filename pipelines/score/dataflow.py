@@ -14,7 +14,8 @@ from cluster.storage import StorageError
 from glad_core.errors import GladError
 from glad_core.views import Framing
 from pipelines.archive.decode import Reading, fetch_and_decode
-from pipelines.archive.listing import TASK_CPUS, read_manifest
+from pipelines.archive.listing import TASK_CPUS
+from pipelines.archive.manifest import read_manifest
 from pipelines.models.find import Models
 from pipelines.runs.claim import MOST_ROWS, Plan
 from pipelines.runs.commits import Written

@@ -23,7 +23,8 @@ from glad_core.bundle.model import load_bundle
 from glad_core.errors import GladError
 from pipelines.archive.decode import UNJUDGED
 from pipelines.archive.layouts import read_dataset
-from pipelines.archive.listing import Archive, count_outside
+from pipelines.archive.listing import count_outside
+from pipelines.archive.pieces import Archive
 from pipelines.archive.rows import LeftOut
 from pipelines.archive.sources import list_source
 from pipelines.archive.uris import path_of

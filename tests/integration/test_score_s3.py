@@ -10,7 +10,7 @@ from conftest import make_bucket
 from typer.testing import CliRunner
 
 from cluster.storage import Storage
-from pipelines.archive import listing
+from pipelines.archive import listing, manifest, pieces
 from pipelines.archive.sources import list_source
 from pipelines.cli.main import app
 
@@ -136,9 +136,9 @@ def test_pieces_of_a_bucket_are_one_walk(s3, archive, tmp_path, monkeypatch):
     assert all(row["version"] == s3.entry(row.get("shard") or row["uri"]).version for row in rows)
     assert all(row["version"].startswith('"') for row in rows)  # an ETag
     for folders in (1, 3, 64):
-        monkeypatch.setattr(listing, "FOLDERS", folders)
-        request = listing.Archive("s3://archive", None, s3, False)
-        out, pieces = tmp_path / str(folders), listing.split(request)
-        counts = [listing.write_manifest(request, piece, n, str(out))[0].rows for n, piece in enumerate(pieces)]
-        found = listing.read_manifest(str(out), counts, 0, 13, s3)["image_id"].to_pylist()
+        monkeypatch.setattr(pieces, "FOLDERS", folders)
+        request = pieces.Archive("s3://archive", None, s3, False)
+        out, parts = tmp_path / str(folders), pieces.split(request)
+        counts = [listing.write_manifest(request, piece, n, str(out))[0].rows for n, piece in enumerate(parts)]
+        found = manifest.read_manifest(str(out), counts, 0, 13, s3)["image_id"].to_pylist()
         assert found == [row["image_id"] for row in list_source("s3://archive", None, s3)]

@@ -10,7 +10,7 @@ from cluster.storage import Storage, StorageError
 from glad_core.images import resize
 from pipelines.archive import fetch as fetch_module
 from pipelines.archive.decode import DECODED_SCHEMA, Reading, fetch_and_decode
-from pipelines.archive.listing import MANIFEST_SCHEMA
+from pipelines.archive.manifest import MANIFEST_SCHEMA
 
 
 def test_the_stage_returns_every_row_and_never_raises(tmp_path, monkeypatch):

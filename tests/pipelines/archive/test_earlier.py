@@ -12,7 +12,9 @@ from conftest import photo
 from cluster.storage import Storage
 from pipelines.archive import earlier
 from pipelines.archive.earlier import BEING_WRITTEN, CHANGED, Earlier, key_of
-from pipelines.archive.listing import MANIFEST_SCHEMA, Archive, read_earlier, read_manifest, write_manifest
+from pipelines.archive.listing import write_manifest
+from pipelines.archive.manifest import MANIFEST_SCHEMA, read_earlier, read_manifest
+from pipelines.archive.pieces import Archive
 
 STORAGE = Storage()
 LONG_AGO = time.time() - 3600

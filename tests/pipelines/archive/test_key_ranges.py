@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 
 from cluster import s3, s3_listing
 from cluster.storage import Storage, UnorderedError
-from pipelines.archive import listing
+from pipelines.archive import listing, pieces
 from pipelines.archive.key_ranges import split_points
-from pipelines.archive.listing import Archive, split, write_manifest
+from pipelines.archive.listing import write_manifest
+from pipelines.archive.manifest import read_manifest
+from pipelines.archive.pieces import Archive, split
 
 CHARACTERS = st.sampled_from("aAb09/-. %+~ü中Ａ\ue000\U0001f600\U0010ffff\n") | st.characters(exclude_categories=["Cs"])
 KEYS = st.sets(st.text(CHARACTERS, max_size=6), max_size=60)
@@ -148,13 +150,13 @@ def test_a_server_of_another_order_is_noticed(keys, server, monkeypatch):
 def test_a_server_of_another_order_is_listed_in_one_piece(monkeypatch):
     calls = []
 
-    def pieces(archive, folder, earlier, in_ranges=True):
+    def list_pieces(archive, folder, earlier, in_ranges=True):
         calls.append(in_ranges)
         if in_ranges:
             raise UnorderedError("out of order")
         return "all"
 
-    monkeypatch.setattr(listing, "_list_pieces", pieces)
+    monkeypatch.setattr(listing, "_list_pieces", list_pieces)
     assert listing.list_remotely("s3://b/flat", None, Storage(), "/nowhere", False) == "all"
     assert calls == [True, False]
 
@@ -166,15 +168,15 @@ def test_a_flat_prefix_on_a_server_is_many_pieces_with_the_rows_of_one(s3_server
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda name: storage.write(f"s3://flat/all/{name}", b"x"), names))
     for name, value in (("LOOSE_FILES", 20), ("PAGES", 2), ("FOLDERS", 12)):
-        monkeypatch.setattr(listing, name, value)
+        monkeypatch.setattr(pieces, name, value)
     archive = Archive("s3://flat/all", None, storage, False)
-    pieces = split(archive)
-    assert 8 <= len(pieces) <= 12
+    many = split(archive)
+    assert 8 <= len(many) <= 12
     (one,) = split(archive, in_ranges=False)
     rows = []
-    for folder, parts in (("many", pieces), ("one", [one])):
+    for folder, parts in (("many", many), ("one", [one])):
         counts = [write_manifest(archive, part, n, str(tmp_path / folder))[0].rows for n, part in enumerate(parts)]
-        rows.append(listing.read_manifest(str(tmp_path / folder), counts, 0, sum(counts), storage))
+        rows.append(read_manifest(str(tmp_path / folder), counts, 0, sum(counts), storage))
     assert len(rows[0]) == len(names)
     assert rows[0].equals(rows[1])
 

@@ -13,7 +13,9 @@ from glad_core.decoding.picture import decode_image, is_image
 from glad_core.errors import GladError
 from pipelines.archive.fetch import fetch
 from pipelines.archive.layouts import category_folders, choose_category, good_images, read_dataset
-from pipelines.archive.listing import Archive, read_manifest, split, write_manifest
+from pipelines.archive.listing import write_manifest
+from pipelines.archive.manifest import read_manifest
+from pipelines.archive.pieces import Archive, split
 from pipelines.archive.sources import advice_on, list_source
 from pipelines.cli.main import app
 

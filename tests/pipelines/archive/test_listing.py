@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from cluster.storage import Storage
 from glad_core.errors import GladError
-from pipelines.archive import listing
-from pipelines.archive.listing import MANIFEST_SCHEMA, Archive, count_repeated, read_manifest, split, write_manifest
+from pipelines.archive import listing, manifest, pieces
+from pipelines.archive.listing import count_repeated, write_manifest
+from pipelines.archive.manifest import MANIFEST_SCHEMA, read_manifest
+from pipelines.archive.pieces import Archive, split
 from pipelines.archive.sources import list_source
 
 STORAGE = Storage()
@@ -29,7 +31,7 @@ def listed(archive, folder):
     return [counts[number][0].rows for number, _ in pieces], sum(count.duplicates for count, _ in counts.values())
 
 
-def manifest(folder, counts, *stretch):
+def read(folder, counts, *stretch):
     return read_manifest(str(folder), counts, *(stretch or (0, sum(counts))), STORAGE)
 
 
@@ -47,12 +49,13 @@ def test_pieces_together_are_one_walk_with_positions(tmp_path_factory, files, fo
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(name.encode())
     with pytest.MonkeyPatch.context() as patched:
-        for name, value in (("FOLDERS", folders), ("LOOSE_FILES", loose), ("PART_ROWS", 4)):
-            patched.setattr(listing, name, value)
+        patched.setattr(pieces, "FOLDERS", folders)
+        patched.setattr(pieces, "LOOSE_FILES", loose)
+        patched.setattr(manifest, "PART_ROWS", 4)
         archive = Archive(str(root), None, STORAGE, several)
         counts, duplicates = listed(archive, out)
-        table = manifest(out, counts)
-        middle = manifest(out, counts, sum(counts) // 3, sum(counts) - sum(counts) // 4)
+        table = read(out, counts)
+        middle = read(out, counts, sum(counts) // 3, sum(counts) - sum(counts) // 4)
     assert len(counts) <= folders
     assert duplicates == 0
     rows = list(list_source(str(root), None, STORAGE, several))
@@ -70,7 +73,7 @@ def test_a_wide_tree_becomes_many_pieces_and_a_flat_folder_stays_one(tmp_path, m
     wide = split(Archive(str(tmp_path), None, STORAGE, False))
     assert len(wide) == 50  # of four folders each
     assert all(len(piece) == 4 for piece in wide)
-    monkeypatch.setattr(listing, "LOOSE_FILES", 3)
+    monkeypatch.setattr(pieces, "LOOSE_FILES", 3)
     (tmp_path / "flat").mkdir()
     for number in range(5):
         (tmp_path / "flat" / f"{number}.png").write_bytes(b"x")
@@ -79,7 +82,7 @@ def test_a_wide_tree_becomes_many_pieces_and_a_flat_folder_stays_one(tmp_path, m
 
 
 def test_a_list_is_in_parts_without_duplicates(tmp_path, monkeypatch):
-    monkeypatch.setattr(listing, "PART_ROWS", 3)
+    monkeypatch.setattr(manifest, "PART_ROWS", 3)
     (tmp_path / "list.txt").write_text("".join(f"{n % 7}.png\n" for n in range(10)))
     out = tmp_path / "manifest"
     assert listed(Archive(str(tmp_path / "list.txt"), None, STORAGE, False), out) == ([7], 3)
@@ -105,10 +108,10 @@ def test_the_manifest_holds_the_version_of_every_file_that_was_listed(tmp_path):
         tar.addfile(tarfile.TarInfo("0.png"), io.BytesIO())
     versions = [str((root / name).stat().st_mtime_ns) for name in ("0.tar", "1.png")]
     counts, _ = listed(Archive(str(root), None, STORAGE, False), tmp_path / "manifest")
-    assert manifest(tmp_path / "manifest", counts)["version"].to_pylist() == versions
+    assert read(tmp_path / "manifest", counts)["version"].to_pylist() == versions
     (root / "list.txt").write_text("0.tar\n1.png\n")  # of an image in a list only its name is known
     counts, _ = listed(Archive(str(root / "list.txt"), None, STORAGE, False), tmp_path / "list")
-    assert manifest(tmp_path / "list", counts)["version"].to_pylist() == [versions[0], None]
+    assert read(tmp_path / "list", counts)["version"].to_pylist() == [versions[0], None]
     (single,) = list_source(str(root / "1.png"), None, STORAGE)
     assert single["version"] == versions[1]
 
@@ -116,8 +119,8 @@ def test_the_manifest_holds_the_version_of_every_file_that_was_listed(tmp_path):
 def test_a_manifest_of_an_earlier_release_is_read(tmp_path):
     table = pa.Table.from_pylist([{"image_id": "0" * 32, "position": 0}], schema=MANIFEST_SCHEMA)
     pq.write_table(table.drop_columns("version"), tmp_path / "part-00000000.parquet")
-    assert manifest(tmp_path, [1]).schema.equals(MANIFEST_SCHEMA)
-    assert manifest(tmp_path, [1])["version"].to_pylist() == [None]
+    assert read(tmp_path, [1]).schema.equals(MANIFEST_SCHEMA)
+    assert read(tmp_path, [1])["version"].to_pylist() == [None]
 
 
 def test_ids_that_come_twice_are_counted_across_tasks():
@@ -145,7 +148,7 @@ def test_an_image_that_a_list_names_in_two_spellings_is_listed_once(tmp_path):
     counts, _ = write_manifest(
         Archive(str(tmp_path / "list.txt"), None, STORAGE, False), None, 0, str(tmp_path / "manifest")
     )
-    uris = manifest(tmp_path / "manifest", [counts.rows])["uri"].to_pylist()
+    uris = read(tmp_path / "manifest", [counts.rows])["uri"].to_pylist()
     assert uris == [f"{tmp_path}/a.png", f"{tmp_path}/b.png", f"tar://m.png::{tmp_path}/t.tar", *spellings[-2:]]
     assert counts.duplicates == 5
 
@@ -190,4 +193,4 @@ def test_a_damaged_manifest_is_one_line(tmp_path, content):
     else:
         part.write_bytes(data[: len(data) // 2] if content == "half" else content)
     with pytest.raises(GladError, match=r"part-00000000.parquet: damaged; give --overwrite"):
-        manifest(tmp_path / "manifest", counts)
+        read(tmp_path / "manifest", counts)

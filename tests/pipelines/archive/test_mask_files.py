@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from cluster.storage import Storage
 from pipelines.archive.layouts import good_images, read_dataset, read_whole
-from pipelines.archive.listing import Archive, count_outside
+from pipelines.archive.listing import count_outside
+from pipelines.archive.pieces import Archive
 from pipelines.archive.rows import MASKS, LeftOut
 from pipelines.archive.sources import list_source
 from pipelines.cli.main import app

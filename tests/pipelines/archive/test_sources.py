@@ -11,7 +11,9 @@ import pytest
 from cluster.storage import Storage, StorageError
 from glad_core.errors import GladError
 from pipelines.archive.fetch import fetch
-from pipelines.archive.listing import MANIFEST_SCHEMA, Archive, count_outside, split, write_manifest
+from pipelines.archive.listing import count_outside, write_manifest
+from pipelines.archive.manifest import MANIFEST_SCHEMA
+from pipelines.archive.pieces import Archive, split
 from pipelines.archive.rows import LeftOut
 from pipelines.archive.sources import advice_on, list_source
 

@@ -11,7 +11,7 @@ import pytest
 from glad_core.bundle.settings import Settings
 from glad_core.errors import GladError
 from glad_core.scoring import full_size_map
-from pipelines.archive.listing import MANIFEST_SCHEMA
+from pipelines.archive.manifest import MANIFEST_SCHEMA
 from pipelines.runs.run import Run
 from pipelines.runs.schema import ERRORS_SCHEMA, RESULTS_SCHEMA
 

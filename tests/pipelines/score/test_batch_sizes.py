@@ -5,7 +5,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.archive.listing import PART_ROWS
+from pipelines.archive.manifest import PART_ROWS
 from pipelines.runs.claim import Plan, draft
 from pipelines.score.actor_plan import ActorPlan
 from pipelines.score.batch_sizes import LEAST_STORE, MAX_TASKS, SHARD_BYTES, Images, batch_sizes, rows_and_shards
