@@ -1,5 +1,6 @@
 """What tests share: a tiny random bundle, a folder of small photos, one Ray session and one S3 server per test run."""
 
+import io
 import json
 import os
 import shutil
@@ -106,6 +107,19 @@ def photo(index, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     small.resize((40 + index, 36), Image.Resampling.BICUBIC).save(path)
     return path
+
+
+def encode(image, format="PNG", **options):
+    """The bytes of a picture's file."""
+    stream = io.BytesIO()
+    image.save(stream, format, **options)
+    return stream.getvalue()
+
+
+def picture(height=24, width=40):
+    """Two gradients and their sum, uint8 [H, W, 3]."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([x * 255 // (width - 1), y * 255 // (height - 1), (x + y) * 2], -1).astype(np.uint8)
 
 
 @pytest.fixture(scope="session")

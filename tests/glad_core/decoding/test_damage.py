@@ -5,8 +5,8 @@ import zlib
 
 import numpy as np
 import pytest
+from conftest import encode
 from PIL import Image
-from test_picture import encode
 
 from glad_core.decoding import damage
 from glad_core.decoding.picture import ImageError, decode_image

@@ -4,23 +4,13 @@ import zlib
 
 import numpy as np
 import pytest
+from conftest import encode, picture
 from PIL import Image
 
 from glad_core.decoding.opened import orientation, pages
 from glad_core.decoding.picture import ImageError, decode, decode_image, is_image
 from glad_core.images import resize, to_tensor
 from glad_core.views import Framing
-
-
-def encode(image, format="PNG", **options):
-    stream = io.BytesIO()
-    image.save(stream, format, **options)
-    return stream.getvalue()
-
-
-def picture(height=24, width=40):
-    y, x = np.mgrid[:height, :width]
-    return np.stack([x * 255 // (width - 1), y * 255 // (height - 1), (x + y) * 2], -1).astype(np.uint8)
 
 
 @pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "PPM"])

@@ -3,8 +3,8 @@ import os
 import numpy as np
 import pyarrow as pa
 import pytest
+from conftest import encode, picture
 from PIL import Image
-from test_picture import encode, picture
 
 from cluster.storage import Storage, StorageError
 from glad_core.images import resize

@@ -6,8 +6,8 @@ import threading
 
 import numpy as np
 import pytest
+from conftest import encode, picture
 from PIL import Image
-from test_picture import encode, picture
 
 from glad_core.decoding import damage
 from glad_core.decoding.picture import ImageError, decode
