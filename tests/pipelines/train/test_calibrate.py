@@ -16,7 +16,7 @@ from glad_core.bundle.model import load_bundle
 from glad_core.errors import GladError
 from glad_core.threshold import conformal_quantile
 from pipelines.cli.main import app
-from pipelines.train import calibrate
+from pipelines.train import calibrate, choose_steps, thresholds
 
 
 def run(*arguments):
@@ -36,7 +36,7 @@ def test_a_bundle_is_calibrated_on_good_images(tmp_path: Path, tiny_bundle, ray_
     for index in range(5):
         photo(index, photos / f"{index}.png")
     # The steps are chosen on the cluster, where the GPUs are; its processes import the module anew, without this.
-    monkeypatch.setattr("pipelines.train.calibrate.Calibrator", lambda *_, **__: pytest.fail("in the calling process"))
+    monkeypatch.setattr(choose_steps, "Calibrator", lambda *_, **__: pytest.fail("in the calling process"))
     out = tmp_path / "calibrated"
     outcome = run("calibrate", photos, "--model", tiny_bundle, "--out", out, "--target-fpr", 0.2)
     assert outcome.exit_code == 0, outcome.output
@@ -76,10 +76,10 @@ def test_a_bundle_is_calibrated_on_good_images(tmp_path: Path, tiny_bundle, ray_
 def test_a_run_full_of_alarms_is_not_one_of_good_images() -> None:
     scores = [0.1] * 19 + [0.4] * 41
     with pytest.raises(GladError, match=r"41 of 60 images exceed the present threshold 0\.306, which allows 1\.0%"):
-        calibrate._check_good(scores, 0.306, 0.01)
-    calibrate._check_good(scores, None, 0.01)  # nothing to compare with
-    calibrate._check_good([0.1] * 58 + [0.4] * 2, 0.306, 0.01)  # two alarms may be chance
-    calibrate._check_good([0.1] * 900 + [0.4] * 100, 0.306, 0.05)  # twice as many: other light, not other images
+        thresholds.check_good(scores, 0.306, 0.01)
+    thresholds.check_good(scores, None, 0.01)  # nothing to compare with
+    thresholds.check_good([0.1] * 58 + [0.4] * 2, 0.306, 0.01)  # two alarms may be chance
+    thresholds.check_good([0.1] * 900 + [0.4] * 100, 0.306, 0.05)  # twice as many: other light, not other images
 
 
 def test_each_of_several_categories_has_a_threshold_and_good_scores_of_its_own(tmp_path, tiny_bundle) -> None:
@@ -109,16 +109,16 @@ def test_each_of_several_categories_has_a_threshold_and_good_scores_of_its_own(t
 def test_the_steps_of_several_categories_are_chosen_with_the_prompt_of_each(tmp_path, tiny_bundle, monkeypatch) -> None:
     one = load_bundle(tiny_bundle)
     several = replace(one, prompts=dict.fromkeys(["bottle", "cable"], one.prompt_cond), category="bottle,cable")
-    monkeypatch.setattr(calibrate, "load_bundle", lambda *_, **__: several)
+    monkeypatch.setattr(choose_steps, "load_bundle", lambda *_, **__: several)
     monkeypatch.setattr(calibrated_steps, "FAST_STEPS", (120,))
     for index, name in enumerate(["bottle", "cable"]):
         photo(index, tmp_path / name / "0.png")
     photo(2, tmp_path / "nut" / "0.png")
-    rows = calibrate._good_images(str(tmp_path), several.category, Storage())
+    rows = choose_steps.good_images(str(tmp_path), several.category, Storage())
     assert [row["category"] for row in rows] == ["bottle", "cable"]
     with pytest.raises(GladError, match="no image of screw,wood, which the bundle is for"):
-        calibrate._good_images(str(tmp_path), "screw,wood", Storage())
-    settings, skipped = calibrate.steps_from(
+        choose_steps.good_images(str(tmp_path), "screw,wood", Storage())
+    settings, skipped = choose_steps.steps_from(
         rows, str(tiny_bundle), one.model_id, Storage(), False, "fast", 3, 0, SimpleQueue()
     )
     assert settings.start_step == 120
