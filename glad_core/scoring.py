@@ -5,7 +5,7 @@ Shapes: B batch, N = g·g tokens, D embedding width, R side of the map.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import Literal
 
@@ -13,12 +13,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
 from glad_core.bundle.settings import Settings
 
 Match = Literal["anywhere", "window", "sum"]
-LARGE = 2**24  # values of a map that is smoothed in one piece
+LARGE = 2**24  # values of a picture's map that are held at a time: at 100 megapixels they would take gigabytes
 
 
 def token_distance(
@@ -107,49 +106,22 @@ def add_pixel_distance(maps_BHW: Tensor, distance_BHW: Tensor, v: float, *, scop
 
 def smooth(maps_BHW: Tensor, sigma: float) -> Tensor:
     """Gaussian blur cut at 4σ (49 taps at the published σ = 6), reflected border; σ = 0 does not blur."""
-    if sigma == 0:
-        return maps_BHW
-    reach = int(4 * sigma + 0.5)
-    kernel, (height, width) = [2 * reach + 1] * 2, maps_BHW.shape[-2:]
-    if min(height, width) > reach:
-        return TF.gaussian_blur(maps_BHW[:, None], kernel, [sigma, sigma])[:, 0]
-    # The map of a strip or a small picture: torchvision reflects it once, which does not reach.
-    wide = maps_BHW[:, _reflected(height, reach)][:, :, _reflected(width, reach)]
-    return TF.gaussian_blur(wide[:, None], kernel, [sigma, sigma])[:, 0, reach:-reach, reach:-reach]
+    return maps_BHW if sigma == 0 else _enlarged(maps_BHW, maps_BHW.shape[-2:], sigma)
 
 
-def _reflected(length: int, reach: int) -> Tensor:
-    """Indices of an axis and of ``reach`` places beyond either end, reflected as often as it takes."""
-    period = max(1, 2 * (length - 1))
-    index = torch.arange(-reach, length + reach) % period
-    return torch.minimum(index, period - index)
+def full_size_map(maps_Bgg: Tensor, settings: Settings, size: tuple[int, int] | None = None) -> Tensor:
+    """The map that the image score is taken from: a token map resized to ``size`` (None: D x D) and smoothed."""
+    return _enlarged(maps_Bgg, size or (settings.feature_resolution,) * 2, settings.blur_sigma)
 
 
-def full_size_map(
-    maps_Bgg: Tensor, settings: Settings, size: tuple[int, int] | None = None, quick: bool = False
-) -> Tensor:
-    """The map that the image score is taken from: a token map resized to ``size`` (None: D x D) and smoothed.
+def _enlarged(maps_Bgg: Tensor, size: tuple[int, ...], sigma: float) -> Tensor:
+    """Maps resized as by `resize_map` and blurred.
 
-    ``quick`` gives the same but for rounding, several times faster: to be looked at, not to be scored.
+    Both are linear along either axis, so this is a product of three matrices: the blur of a map at full size by
+    torchvision, whose kernel is a square, takes almost as long as a small model's features.
     """
-    size = size or (settings.feature_resolution, settings.feature_resolution)
-    if quick or size[0] * size[1] > LARGE:
-        return torch.stack([torch.cat(list(_bands(one, settings, size))) for one in maps_Bgg])
-    return smooth(resize_map(maps_Bgg, size), settings.blur_sigma)
-
-
-def _bands(map_gg: Tensor, settings: Settings, size: tuple[int, int]) -> Iterator[Tensor]:
-    """The rows of `full_size_map`, `LARGE` values at a time: at 100 megapixels a blur in one piece takes gigabytes.
-
-    Resizing and blurring are linear along either axis, so a band is a product of three matrices.
-    """
-    down, across = (
-        _enlarge(tokens, length, settings.blur_sigma).to(map_gg.dtype)
-        for tokens, length in zip(map_gg.shape, size, strict=True)
-    )
-    half = map_gg @ across.T
-    for rows in down.split(max(1, LARGE // size[1])):
-        yield rows @ half
+    down, across = (_enlarge(*sides, sigma).to(maps_Bgg) for sides in zip(maps_Bgg.shape[-2:], size, strict=True))
+    return down @ (maps_Bgg @ across.T)
 
 
 @lru_cache(maxsize=8)
@@ -164,6 +136,13 @@ def _enlarge(tokens: int, length: int, sigma: float) -> Tensor:
     return F.conv1d(padded[:, None], (taps / taps.sum())[None, None])[:, 0].T
 
 
+def _reflected(length: int, reach: int) -> Tensor:
+    """Indices of an axis and of ``reach`` places beyond either end, reflected as often as it takes."""
+    period = max(1, 2 * (length - 1))
+    index = torch.arange(-reach, length + reach) % period
+    return torch.minimum(index, period - index)
+
+
 def full_size_only(settings: Settings) -> bool:
     """Whether the map has terms of pixel resolution (v, foreground) and cannot be stored at token resolution."""
     return settings.pixel_weight_v > 0 or settings.foreground_mode != 3
@@ -174,11 +153,10 @@ def score_of_map(map_hw: np.ndarray, settings: Settings, size: tuple[int, int]) 
     whole = torch.from_numpy(map_hw)
     if full_size_only(settings):
         return float(image_score(whole[None], settings.image_score_top_k))
-    if size[0] * size[1] <= LARGE:
-        return float(image_score(full_size_map(whole[None], settings, size), settings.image_score_top_k))
-    largest = torch.empty(0)
-    for band in _bands(whole, settings, size):
-        values = torch.cat([largest, band.flatten()])
+    down, across = (_enlarge(*sides, settings.blur_sigma) for sides in zip(whole.shape, size, strict=True))
+    half, largest = whole @ across.T, torch.empty(0)
+    for rows in down.split(max(1, LARGE // size[1])):
+        values = torch.cat([largest, (rows @ half).flatten()])
         largest = values.topk(min(settings.image_score_top_k, len(values))).values
     return float(largest.mean())
 

@@ -88,12 +88,27 @@ def _coreset(candidates: Tensor, generator: torch.Generator) -> Tensor:
     squares = flat.square().sum(dim=1)
     kept = torch.zeros(REMEMBERED, dtype=torch.long, device=flat.device)
     distance = torch.full_like(squares, torch.inf)
-    for index in range(1, REMEMBERED):
-        last = kept[index - 1]
-        # |a - b|² by one product of matrix and vector: several times as fast as from the differences.
-        distance = torch.minimum(distance, squares + squares[last] - 2 * (flat @ flat[last]))
-        kept[index] = distance.argmax()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two are no faster in such short steps, and beside busy programs four times as slow
+    try:
+        for index in range(1, REMEMBERED):
+            last = kept[index - 1]
+            # |a - b|² by one product of matrix and vector: several times as fast as from the differences.
+            distance = torch.minimum(distance, squares + squares[last] - 2 * (flat @ flat[last]))
+            kept[index] = distance.argmax()
+    finally:
+        torch.set_num_threads(threads)
     return candidates[kept]
+
+
+def _distances(queries_ND: Tensor, patches_PD: Tensor) -> Tensor:
+    """Distance of every query to its nearest patch, [N].
+
+    |q - p|² / 2 less |q|² / 2 is least for the nearest patch, and is one product of matrices with an offset;
+    `torch.cdist` forms all distances before the least is taken.
+    """
+    rest_NP = torch.addmm(patches_PD.square().sum(dim=1) / 2, queries_ND, patches_PD.T, alpha=-1)
+    return (2 * rest_NP.amin(dim=1) + queries_ND.square().sum(dim=1)).clamp(min=0).sqrt()
 
 
 class NearestEngine(Queue):
@@ -121,7 +136,7 @@ def detect_nearest(model: Model, memory: PatchMemory, requests: Sequence[Request
     patches, whitening = (part.to(model.device) for part in memory)
     images = whiten(patch_features(model, to_tensor([request.image for request in requests])), whitening)
     # One image at a time, so that only its distances are in memory.
-    nearest = torch.stack([torch.cdist(image, patches).amin(dim=1) for image in images])
+    nearest = torch.stack([_distances(image, patches) for image in images])
     grid = round(nearest.shape[1] ** 0.5)
     token_maps = nearest.unflatten(1, (grid, grid))
     scores = scoring.image_score(

@@ -86,7 +86,7 @@ class Judged:
     @cached_property
     def map(self) -> np.ndarray:
         """Its map at full size, float32 [h, w]; 0 where an older version wrote no finite number."""
-        return np.nan_to_num(self.run.full_map(self.row, quick=True), nan=0, posinf=0, neginf=0)
+        return np.nan_to_num(self.run.full_map(self.row), nan=0, posinf=0, neginf=0)
 
     @cached_property
     def regions(self) -> list[Region]:

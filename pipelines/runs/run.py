@@ -147,11 +147,8 @@ class Run:
         models = self.record["models"].items()
         return frozenset(key for key, model in models if len(model["settings"].get("views") or ()) > 1)
 
-    def full_map(self, row: dict[str, Any], quick: bool = False) -> np.ndarray:
-        """A result's anomaly map at full size, float32 [h, w]; one of token resolution is enlarged as for the score.
-
-        ``quick``: as `full_size_map`.
-        """
+    def full_map(self, row: dict[str, Any]) -> np.ndarray:
+        """A result's anomaly map at full size, float32 [h, w]; one of token resolution is enlarged as for the score."""
         settings = self.settings_of(row["category"])
         shape = (row["map_height"], row["map_width"])
         full = [row.get(name) for name in ("full_height", "full_width")]
@@ -165,7 +162,7 @@ class Run:
 
         from glad_core.scoring import full_size_map
 
-        return full_size_map(torch.from_numpy(anomaly_map)[None], settings, size, quick)[0].numpy()
+        return full_size_map(torch.from_numpy(anomaly_map)[None], settings, size)[0].numpy()
 
     def problem_of_files(self, record: dict[str, Any]) -> str | None:
         """What is wrong with the files of results/ and errors/, if they are not those that run.json counted."""

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
+from torchvision.transforms.v2 import functional as TF
 
 from glad_core import scoring
 from glad_core.bundle.settings import Settings
@@ -68,15 +69,15 @@ def test_float16_on_a_cpu_has_the_bits_of_the_float16_product():
 
 
 @pytest.mark.parametrize("sigma", [0.0, 2.0, 6.0])
-def test_a_large_map_in_bands_is_the_map_in_one_piece(sigma, monkeypatch):
+def test_a_map_is_resized_and_blurred_as_by_torchvision_and_scored_band_by_band_alike(sigma, monkeypatch):
     settings = Settings(feature_resolution=64, resolution=64, blur_sigma=sigma, image_score_top_k=50)
     tokens = torch.rand(9, 31, generator=torch.Generator().manual_seed(0))
     whole = scoring.full_size_map(tokens[None], settings, (72, 248))
     score = scoring.score_of_map(tokens.numpy(), settings, (72, 248))
-    quick = scoring.full_size_map(tokens[None], settings, (72, 248), quick=True)
-    torch.testing.assert_close(quick, whole, atol=1e-5, rtol=1e-5)
+    resized = scoring.resize_map(tokens[None], (72, 248))
+    blurred = TF.gaussian_blur(resized, [2 * int(4 * sigma + 0.5) + 1] * 2, [sigma] * 2) if sigma else resized
+    torch.testing.assert_close(whole, blurred, atol=1e-5, rtol=1e-5)
     monkeypatch.setattr(scoring, "LARGE", 1000)
-    torch.testing.assert_close(scoring.full_size_map(tokens[None], settings, (72, 248)), whole, atol=1e-5, rtol=1e-5)
     assert scoring.score_of_map(tokens.numpy(), settings, (72, 248)) == pytest.approx(score, abs=1e-5)
     assert score == pytest.approx(float(scoring.image_score(whole, 50)))
 
