@@ -85,7 +85,10 @@ def describe_end(location: str) -> list[str]:
     lines.append(held)
     if "methods" in facts:
         quality = facts["methods"][facts["method"]]  # not always the best: another has to be clearly better
-        lines.append(f"quality on them: AUROC {quality:.3f} against synthetic defects (1 is perfect, 0.5 is chance)")
+        lines.append(
+            f"quality on them: AUROC {quality:.3f} (1 is perfect, 0.5 is chance) against synthetic defects, which are "
+            "often smaller and fainter than real ones"
+        )
     return [*lines, f"next: glad score PICTURES --model {shlex.quote(location)} --out RESULTS"]
 
 

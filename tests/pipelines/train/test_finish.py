@@ -62,7 +62,8 @@ def test_the_quality_said_at_the_end_is_that_of_the_chosen_way(tiny_bundle, tmp_
     facts["provenance"] |= {"methods": {"fixed steps": 0.8, "nearest good patches": 0.78}}
     (bundle / "glad.json").write_text(json.dumps(facts))
     assert [line for line in describe_end(str(bundle)) if line.startswith("quality")] == [
-        "quality on them: AUROC 0.780 against synthetic defects (1 is perfect, 0.5 is chance)"
+        "quality on them: AUROC 0.780 (1 is perfect, 0.5 is chance) against synthetic defects, which are often smaller "
+        "and fainter than real ones"
     ]
 
 
