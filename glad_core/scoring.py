@@ -120,12 +120,12 @@ def _enlarged(maps_Bgg: Tensor, size: tuple[int, ...], sigma: float) -> Tensor:
     Both are linear along either axis, so this is a product of three matrices: the blur of a map at full size by
     torchvision, whose kernel is a square, takes almost as long as a small model's features.
     """
-    down, across = (_enlarge(*sides, sigma).to(maps_Bgg) for sides in zip(maps_Bgg.shape[-2:], size, strict=True))
+    down, across = (_axis_matrix(*sides, sigma).to(maps_Bgg) for sides in zip(maps_Bgg.shape[-2:], size, strict=True))
     return down @ (maps_Bgg @ across.T)
 
 
 @lru_cache(maxsize=8)
-def _enlarge(tokens: int, length: int, sigma: float) -> Tensor:
+def _axis_matrix(tokens: int, length: int, sigma: float) -> Tensor:
     """The matrix [length, tokens] that resizes one axis with aligned corners and smooths it."""
     resized = F.interpolate(torch.eye(tokens)[None], size=length, mode="linear", align_corners=True)[0]
     if sigma == 0:
@@ -153,7 +153,7 @@ def score_of_map(map_hw: np.ndarray, settings: Settings, size: tuple[int, int]) 
     whole = torch.from_numpy(map_hw)
     if full_size_only(settings):
         return float(image_score(whole[None], settings.image_score_top_k))
-    down, across = (_enlarge(*sides, settings.blur_sigma) for sides in zip(whole.shape, size, strict=True))
+    down, across = (_axis_matrix(*sides, settings.blur_sigma) for sides in zip(whole.shape, size, strict=True))
     half, largest = whole @ across.T, torch.empty(0)
     for rows in down.split(max(1, LARGE // size[1])):
         values = torch.cat([largest, (rows @ half).flatten()])

@@ -38,10 +38,10 @@ MANIFEST_SCHEMA = pa.schema(
 )
 
 
-def write_part(folder: str, number: int, part: int, rows: Sequence[Row], storage: Storage) -> None:
+def write_part(folder: str, number: int, part: int, rows: list[Row], storage: Storage) -> None:
     """Write part ``part`` of listing task ``number``, at most `PART_ROWS` rows."""
     stream = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=MANIFEST_SCHEMA), stream, use_dictionary=REPEATING)
+    pq.write_table(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA), stream, use_dictionary=REPEATING)
     storage.write(_part(folder, number, part), stream.getvalue())
 
 
