@@ -52,7 +52,7 @@ UNET_RECIPE = Recipe(
 )
 # The defaults of `glad train` for this model, for a laptop's CPU.
 FINE_TUNING = {
-    "steps": 400,
+    "steps": 300,
     "batch_size": 16,
     "optimizer": "muon",
     "learning_rate": 0.01,
