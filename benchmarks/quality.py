@@ -45,14 +45,17 @@ def measure(way: str, bundle: Path, data: Path, folder: Path) -> dict[str, float
     found = folder / f"{WAYS[way]}.json"
     if not found.exists():
         description = read_description(bundle)
-        settings = Settings.parse(description.provenance["method_settings"][way], "")  # type: ignore[typeddict-item]
-        model, more = folder / f"{WAYS[way]}-bundle", []
-        if settings.method == "nearest":
-            # Only the chosen way's patches are in the bundle: they are chosen anew, from all good pictures.
-            settings = settings.judged_by("glad")
-            more = ["--method", "nearest", "--good", data / "train/good"]
-        if not model.exists():
-            write_variant(str(bundle), with_settings(description, settings, {}), str(model), Storage())
+        facts: Any = description.provenance
+        model, more = bundle, []
+        if way != facts["method"]:  # else the bundle is as `glad train` made it
+            settings = Settings.parse(facts["method_settings"][way], "")
+            if settings.method == "nearest":
+                # Only the chosen way's patches are in the bundle: they are chosen anew, from all good pictures.
+                settings = settings.judged_by("glad")
+                more = ["--method", "nearest", "--good", data / "train/good"]
+            model = folder / f"{WAYS[way]}-bundle"
+            if not model.exists():
+                write_variant(str(bundle), with_settings(description, settings, {}), str(model), Storage())
         run = folder / WAYS[way]
         glad("score", data, "--model", model, "--out", run, *more)
         (metrics,) = json.loads(glad("evaluate", run, "--dataset", data, "--json")).values()
