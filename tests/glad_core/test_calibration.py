@@ -29,7 +29,7 @@ def test_calibration_sets_the_steps_and_the_threshold_from_good_images(tiny_bund
     assert sum(judged) == calibration.judged_images(good, settings)
     assert settings.start_step in (120, 240)
     assert settings.inference_steps == settings.start_step // 30
-    assert settings.min_step == round(settings.start_step * 350 / 750)
+    assert settings.min_step == round(settings.start_step * 2 / 3)
     assert settings.delta > 0
     assert settings.score_fall is not None
     assert settings.score_guess is not None
