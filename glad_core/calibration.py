@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from glad_core.bundle.good_scores import kept
-from glad_core.bundle.memory import PatchMemory
 from glad_core.bundle.model import Model
 from glad_core.bundle.settings import Method, Profile, Settings
 from glad_core.calibrated_steps import SELECTION_IMAGES, Label, StepCalibrator, evenly, judged_for_steps
+from glad_core.good_patches import GoodPatches
 from glad_core.image_metrics import image_metrics
 from glad_core.pictures import all_framings, anomalous_pictures, as_pictures, score_pictures, seen_by, tiles_of
 from glad_core.stitch import combined_score, standards
@@ -57,7 +57,7 @@ class Found(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What calibration chose: settings, the good pictures' scores [N], the indices of the views kept.
+    """What calibration chose: settings, good pictures' scores [N] and their categories, the indices of the views kept.
 
     ``good_scores`` are those scores as a bundle keeps them beside its thresholds; empty without a threshold.
     ``name`` is the method in words, ``qualities`` those of all methods that were compared, ``compared`` the settings
@@ -66,6 +66,7 @@ class Choice(NamedTuple):
 
     settings: Settings
     scores: np.ndarray
+    categories: Sequence[str]
     views: list[int]
     name: str
     qualities: dict[str, Quality]
@@ -81,18 +82,19 @@ class Calibrator(StepCalibrator):
         good: Sequence[np.ndarray | Frames],
         categories: Sequence[str] | None = None,
         names: Sequence[str] | None = None,
-        memory: Sequence[PatchMemory] = (),
+        patches: GoodPatches | None = None,
     ) -> Choice:
         """The method, its steps and its views that separate best: `choose_steps` on tiles, and the alternatives to it.
 
         Of several views all are kept, each standardised by the good pictures, unless a single one tells good pictures
-        from the same with synthetic anomalies clearly better. With a ``memory`` the adaptive steps are compared with as
+        from the same with synthetic anomalies clearly better. With ``patches`` the adaptive steps are compared with as
         many fixed ones, with a single one and with the nearest good patches, each through its best views. The patches
-        are chosen unless one of the others is clearly better.
+        are chosen unless one of the others is clearly better. The scores are then those of ``patches``, of which there
+        are more.
 
         Args:
             good: arrays [R, R, 3], or pictures with a frame for each of `compared_framings`.
-            memory: good patches of every view, of pictures other than ``good``.
+            patches: of every view; none of those remembered are of ``good``.
 
         Raises:
             NotFinite: as `choose_steps`.
@@ -100,15 +102,16 @@ class Calibrator(StepCalibrator):
         labels, pictures = self._labels(good, categories, names), as_pictures(good)
         steps = replace(self, model=_of_method(self.model, "glad"))
         glad = steps.model.settings
-        framings = compared_framings(glad, methods=bool(memory))
+        framings = compared_framings(glad, methods=patches is not None)
         tiles, tile_labels = _some_tiles(seen_by(glad, framings, pictures), labels, glad)
         adaptive = steps.choose_steps(tiles, *map(list, zip(*tile_labels, strict=True)))
         methods = {ADAPTIVE: adaptive}
-        if memory:
+        if patches is not None:
             methods["fixed steps"] = adaptive.model_copy(update={"delta": 0.0, "score_fall": None, "score_guess": None})
             single = replace(steps, profile="fast")
             methods["a single step"] = single.choose_steps(tiles, *map(list, zip(*tile_labels, strict=True)))
             methods[NEAREST] = adaptive.judged_by("nearest")
+        memory = patches.memory if patches is not None else []
         remembering = replace(self, model=replace(self.model, memory=memory))
         if len(methods) > 1 or len(adaptive.views) > 1:
             found = remembering._compare(methods, framings, pictures, labels)
@@ -118,11 +121,16 @@ class Calibrator(StepCalibrator):
         if NEAREST in found and found[NEAREST].quality.auroc >= found[best].quality.auroc - METHODS_MARGIN:
             best = NEAREST
         views = found[best].views
-        scores_NV = remembering._score(methods[best], seen_by(methods[best], framings, pictures), labels)[:, views]
+        kinds = [label.category for label in labels]
+        if best == NEAREST and patches is not None:
+            scores_NV, kinds = patches.scores(self.seed, self.on_image), [picture.group for picture in patches.pictures]
+        else:
+            scores_NV = remembering._score(methods[best], seen_by(methods[best], framings, pictures), labels)
+        scores_NV = scores_NV[:, views]
         settings = _of_views(methods[best], views, scores_NV)
         qualities = {name: found[name].quality for name in methods}
         compared = {name: found[name].settings for name in methods}
-        return Choice(settings, combined_scores(settings, scores_NV), views, best, qualities, compared, {})
+        return Choice(settings, combined_scores(settings, scores_NV), kinds, views, best, qualities, compared, {})
 
     def calibrate(
         self,
@@ -130,7 +138,7 @@ class Calibrator(StepCalibrator):
         categories: Sequence[str] | None = None,
         target_fpr: float = 0.05,
         names: Sequence[str] | None = None,
-        memory: Sequence[PatchMemory] = (),
+        patches: GoodPatches | None = None,
     ) -> Choice:
         """`choose`, and the threshold from the same pictures.
 
@@ -141,8 +149,8 @@ class Calibrator(StepCalibrator):
         Raises:
             NotFinite: as `choose_steps`.
         """
-        choice = self.choose(good, categories, names, memory)
-        kinds = np.array([label.category for label in self._labels(good, categories, names)])
+        choice = self.choose(good, categories, names, patches)
+        kinds = np.array(choice.categories)
         thresholds: dict[str, Any] = {"threshold": conformal_quantile(choice.scores, target_fpr)}
         scores = {"": choice.scores}
         if self.model.prompts:
@@ -228,12 +236,9 @@ def judged_images(
     settings: Settings,
     profile: Profile = "exact",
     steps_only: bool = False,
-    methods: bool = False,
+    patches: GoodPatches | None = None,
 ) -> int:
-    """At most how many tiles `Calibrator.calibrate` judges, or `Calibrator.choose_steps` images, for a progress bar.
-
-    ``methods``: the alternatives are compared too.
-    """
+    """At most how many tiles `Calibrator.calibrate` judges, or `Calibrator.choose_steps` images, for a progress bar."""
     pictures = as_pictures(good)
     glad, nearest = settings.judged_by("glad"), settings.judged_by("nearest")
     counts, cheap_counts = ([_count(each, picture) for picture in pictures] for each in (glad, nearest))
@@ -244,10 +249,10 @@ def judged_images(
     tested = _tested(pictures, glad)
     tests = 2 * sum(counts[index] for index in tested)
     cheap = 2 * sum(cheap_counts[index] for index in _tested(pictures, nearest))
-    if methods:
+    if patches is not None:
         if _halved(tested, [NEAREST]):
             tests += 2 * sum(counts[index] for index in tested[::2])
-        return steps + judged_for_steps(tiles, "fast") + 3 * tests + cheap + max(sum(counts), sum(cheap_counts))
+        return steps + judged_for_steps(tiles, "fast") + 3 * tests + cheap + max(sum(counts), patches.tiles())
     return steps + sum(counts) + (tests if len(settings.views) > 1 else 0)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,18 +49,25 @@ def patch_features(model: Model, images_B3RR: Tensor) -> Tensor:
     return torch.cat(layers, dim=2) / len(layers) ** 0.5
 
 
-def remember(patches_PD: Tensor, seed: int = 0) -> PatchMemory:
+def remember(patches_PD: Tensor, seed: int = 0, moments: Moments | None = None) -> tuple[PatchMemory, Tensor]:
     """Choose the memory of good patches: a greedy k-centre coreset, so every good patch has a near one in it.
 
     At most `CANDIDATES` random patches are considered and `REMEMBERED` kept. Distances are taken after a random
     projection, as in PatchCore. What is kept has the precision that it is stored in.
+
+    Args:
+        moments: of the patches, if they are known.
+
+    Returns:
+        The memory, and the rows of ``patches_PD`` that it holds, int64 [M] on the CPU.
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(patches_PD), generator=generator)[:CANDIDATES]
     candidates = patches_PD[chosen.to(patches_PD.device)]
-    whitening = _whitening(candidates)
-    candidates = whiten(candidates, whitening)
-    return PatchMemory(_coreset(candidates, generator).half().float(), whitening)
+    whitening_D1D = whitening(moments or Moments.of(candidates)).to(candidates.device)
+    candidates = whiten(candidates, whitening_D1D)
+    kept = _coreset(candidates, generator)
+    return PatchMemory(candidates[kept].half().float(), whitening_D1D), chosen[kept.cpu()]
 
 
 def whiten(features: Tensor, whitening_D1D: Tensor) -> Tensor:
@@ -67,22 +75,38 @@ def whiten(features: Tensor, whitening_D1D: Tensor) -> Tensor:
     return features @ whitening_D1D[:-1] + whitening_D1D[-1]
 
 
-def _whitening(patches_PD: Tensor) -> Tensor:
-    """Matrix and, as its last row, offset, float32 [D + 1, D]."""
-    patches = patches_PD.cpu().double()  # MPS has no float64
-    mean = patches.mean(dim=0)
-    centred = patches - mean
-    variances, axes = torch.linalg.eigh(centred.T @ centred / len(patches))
+class Moments(NamedTuple):
+    """Number of patches, the sum of them and of their products with themselves: float64 [D] and [D, D] on the CPU."""
+
+    number: int
+    total: Tensor
+    products: Tensor
+
+    @classmethod
+    def of(cls, patches_PD: Tensor) -> Moments:
+        patches = patches_PD.cpu().double()  # MPS has no float64
+        return cls(len(patches), patches.sum(dim=0), patches.T @ patches)
+
+    def plus(self, others: Moments) -> Moments:
+        """Those of both together."""
+        return Moments(self.number + others.number, self.total + others.total, self.products + others.products)
+
+
+def whitening(moments: Moments) -> Tensor:
+    """Matrix and, as its last row, offset, float32 [D + 1, D] on the CPU."""
+    mean = moments.total / moments.number
+    variances, axes = torch.linalg.eigh(moments.products / moments.number - torch.outer(mean, mean))
     variances = variances.clamp(min=0)
     # Where unit-length features do not vary but for rounding, distances are those of the features themselves.
     vary = bool(variances.mean() > 1e-10)
     matrix = axes / (variances + SHRINKAGE * variances.mean()).sqrt() if vary else axes
-    return torch.cat([matrix, -mean[None] @ matrix]).float().to(patches_PD.device)
+    return torch.cat([matrix, -mean[None] @ matrix]).float()
 
 
 def _coreset(candidates: Tensor, generator: torch.Generator) -> Tensor:
+    """Rows of the candidates to keep."""
     if len(candidates) <= REMEMBERED:
-        return candidates
+        return torch.arange(len(candidates), device=candidates.device)
     projection = torch.randn(candidates.shape[1], PROJECTED, generator=generator) / PROJECTED**0.5
     flat = candidates @ projection.to(candidates.device)
     squares = flat.square().sum(dim=1)
@@ -98,7 +122,7 @@ def _coreset(candidates: Tensor, generator: torch.Generator) -> Tensor:
             kept[index] = distance.argmax()
     finally:
         torch.set_num_threads(threads)
-    return candidates[kept]
+    return kept
 
 
 def _distances(queries_ND: Tensor, patches_PD: Tensor) -> Tensor:

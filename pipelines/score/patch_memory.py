@@ -8,28 +8,23 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
 
 from cluster.storage import Storage
 from glad_core.bundle.good_scores import kept, p_value
 from glad_core.bundle.memory import PatchMemory, memory_of, memory_tensors
-from glad_core.bundle.model import Model, load_bundle
+from glad_core.bundle.model import load_bundle
 from glad_core.bundle.settings import Settings
 from glad_core.bundle.weights import not_finite
 from glad_core.decoding.opened import pages
 from glad_core.decoding.picture import ImageError, decode
-from glad_core.engine import nearest
 from glad_core.errors import GladError
-from glad_core.held_out import held_out_count
-from glad_core.images import to_tensor
-from glad_core.stitch import combined_score, standards, tile_requests, view_scores
+from glad_core.good_patches import GoodPicture, remember
+from glad_core.stitch import combined_score, standards
 from glad_core.threshold import TARGET_FPR, conformal_quantile, images_needed
-from glad_core.verdict import NotFinite, finite
-from glad_core.views import Framing
+from glad_core.views import Frames, Framing
 from pipelines.archive.fetch import AT_HAND, fetch, neighbours
 from pipelines.archive.rows import LeftOut
 from pipelines.archive.sources import list_source
@@ -37,26 +32,15 @@ from pipelines.models.find import local_bundle
 
 MAX_IMAGES = 500
 MAX_BYTES = 2 * 2**30  # of their frames
-MAX_TILES = 2000  # of a view, from which the memory is chosen
-BATCH = 8  # images per call of the networks
-HELD_OUT_SHARE = 0.2  # of the images, for the threshold
-
-
-@dataclass(frozen=True)
-class Good:
-    """A good image: its URI, its frame in every view, its height and width."""
-
-    uri: str
-    frames: list[np.ndarray]
-    size: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Memory:
     """Remembered patches of every view, the scores of good images there, and a threshold.
 
-    ``good`` holds mean and spread of every view, by which several are standardised (`stitch`), ``scores`` what came of
-    the held-out images, ascending. 5 % of good images exceed the threshold; it is None if there were too few images.
+    ``good`` holds mean and spread of every view, by which several are standardised (`stitch`), ``scores`` those of good
+    images judged by others' patches (`GoodPatches.scores`), ascending. 5 % of good images exceed the threshold; it is
+    None if there were too few images.
     """
 
     patches: list[PatchMemory]
@@ -93,38 +77,24 @@ def build_memory(good: str, bundle: str, model_id: str, storage: Storage, out: s
     """
     model = load_bundle(local_bundle(bundle, storage), device, model_id=model_id)
     s = model.settings.judged_by("nearest")
-    model = replace(model, settings=s)
-    images, left_out = _read(good, s.framings(), storage)
-    if len(images) < 2:
+    pictures, left_out = _read(good, s.framings(), storage)
+    if len(pictures) < 2:
         raise GladError(
-            f"{good}: {len(images)} readable good images; at least two are needed, better 50" + _listed(left_out)
+            f"{good}: {len(pictures)} readable good images; at least two are needed, better 50" + _listed(left_out)
         )
-    order = np.random.default_rng(seed).permutation(len(images))
-    held_out = held_out_count(len(images), HELD_OUT_SHARE)
-    fit = [images[index] for index in order[held_out:]]
-    patches = remember(model, fit, seed)
-    scores = [_scores(model, patches, images[index]) for index in order[:held_out]]
-    memory = Memory(patches, standards(np.array(scores)), None, [])
+    patches = remember(replace(model, settings=s), pictures, seed)
+    scores = patches.scores(seed)
+    memory = Memory(patches.memory, standards(scores), None, [])
     settings = memory.settings(s)
-    combined = [combined_score(settings, row) for row in scores]
-    tensors = memory_tensors(patches)
+    combined = [combined_score(settings, row) for row in scores.tolist()]
+    tensors = memory_tensors(patches.memory)
     tensors["scores"] = torch.tensor(kept(combined))
     tensors["good"] = torch.tensor(memory.good, dtype=torch.float64)
     if len(combined) >= images_needed(TARGET_FPR):
         tensors["threshold"] = torch.tensor([conformal_quantile(combined, TARGET_FPR)], dtype=torch.float64)
     storage.write(out, save(tensors))
-    few = "" if "threshold" in tensors else f", too few for one: give {3 * images_needed(TARGET_FPR)}"
-    return f"{len(images)} good images, {held_out} of them for the threshold{few}" + _listed(left_out)
-
-
-def remember(model: Model, images: Sequence[Good], seed: int) -> list[PatchMemory]:
-    """The good patches to remember of every view.
-
-    Raises:
-        GladError: an image has no finite features.
-    """
-    views = range(len(model.settings.views))
-    return [nearest.remember(_features(model, images, view, seed), seed) for view in views]
+    few = "" if "threshold" in tensors else f", too few for one: give {images_needed(TARGET_FPR)}"
+    return f"{len(pictures)} good images, {len(combined)} of them judged for the threshold{few}" + _listed(left_out)
 
 
 def read_memory(location: str, storage: Storage) -> Memory:
@@ -147,67 +117,13 @@ def read_memory(location: str, storage: Storage) -> Memory:
     return Memory(patches, good, threshold, scores)
 
 
-def _features(model: Model, images: Sequence[Good], view: int, seed: int) -> Tensor:
-    """Patch features [P, D] of the good images in one view: as many random ones as `nearest.remember` considers.
-
-    Raises:
-        GladError: an image has none that are finite.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    tiles = [
-        (image.uri, request.image)
-        for image in images
-        for request in tile_requests(image.uri, image.frames, model.settings, image.size)[view]
-    ]
-    chosen = [tiles[index] for index in torch.randperm(len(tiles), generator=generator)[:MAX_TILES].tolist()]
-    share = -(-nearest.CANDIDATES // len(chosen))  # patches of each tile: all of them together may be gigabytes
-    parts = []
-    for start in range(0, len(chosen), BATCH):
-        uris, pixels = zip(*chosen[start : start + BATCH], strict=True)
-        features_BND = nearest.patch_features(model, to_tensor(pixels))
-        _refuse(model.model_id, [uris[row] for row in (~features_BND.isfinite().all((1, 2))).nonzero()])
-        for features_ND in features_BND:
-            some = torch.randperm(len(features_ND), generator=generator)[:share]
-            parts.append(features_ND[some.to(features_ND.device)])
-    return torch.cat(parts)
-
-
-def _scores(model: Model, patches: Sequence[PatchMemory], image: Good) -> list[float]:
-    """The score of a good image in every view.
-
-    Raises:
-        GladError: it has none that is finite.
-    """
-    s = model.settings
-    by_view = tile_requests(image.uri, image.frames, s, image.size)
-    judged = [
-        [
-            finite(detection)
-            for start in range(0, len(requests), BATCH)
-            for detection in nearest.detect_nearest(model, kept, requests[start : start + BATCH])
-        ]
-        for kept, requests in zip(patches, by_view, strict=True)
-    ]
-    if any(isinstance(verdict, NotFinite) for verdicts in judged for verdict in verdicts):
-        _refuse(model.model_id, [image.uri])
-    return view_scores(s, image.size, judged)  # type: ignore[arg-type]
-
-
-def _refuse(model_id: str, uris: list[str]) -> None:
-    if uris:
-        raise GladError(
-            f"the features of model {model_id} are not finite for {len(uris)} good images, such as {uris[0]}: "
-            "leave them out, or take another bundle"
-        )
-
-
 def _listed(left_out: Counter[str]) -> str:
     return "; left out: " + ", ".join(f"{count} {kind}" for kind, count in left_out.most_common()) if left_out else ""
 
 
-def _read(good: str, framings: Sequence[Framing], storage: Storage) -> tuple[list[Good], Counter[str]]:
+def _read(good: str, framings: Sequence[Framing], storage: Storage) -> tuple[list[GoodPicture], Counter[str]]:
     """The good images, and what was left out, by the kind of its error or the reason."""
-    images: list[Good] = []
+    images: list[GoodPicture] = []
     held, unlisted = 0, LeftOut()
     left_out: Counter[str] = Counter()
     rows = list_source(good, None, storage, left_out=unlisted)
@@ -223,7 +139,8 @@ def _read(good: str, framings: Sequence[Framing], storage: Storage) -> tuple[lis
             data = fetch(storage, row, partial(neighbours, row, others))
             picture, further = decode(data, framings), len(pages(data)[0]) - 1
             held += sum(frame.nbytes for frame in picture.frames)
-            images.append(Good(row["uri"], picture.frames, (picture.height, picture.width)))
+            frames = Frames(picture.frames, (picture.height, picture.width))
+            images.append(GoodPicture(row["uri"], row["uri"].rpartition("/")[0], frames))
             others[0] = row
             left_out["further pages"] += further
         except ImageError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from glad_core.bundle.glad_json import Description, read_description
-from glad_core.bundle.memory import PatchMemory
 from glad_core.bundle.model import Model, final_folder, is_half, load_backbone, load_bundle, save_derived
 from glad_core.calibration import METHODS_MARGIN, Calibrator, Choice, compared_framings, judged_images
 from glad_core.errors import GladError
+from glad_core.good_patches import GoodPatches, GoodPicture, remember
 from pipelines.models.find import local_bundle
-from pipelines.score.patch_memory import MAX_BYTES, MAX_IMAGES, Good, remember
+from pipelines.score.patch_memory import MAX_BYTES, MAX_IMAGES
 from pipelines.train.choose_views import usual_size
 from pipelines.train.failure import out_of_memory
 from pipelines.train.kept_frames import read_frames
@@ -60,15 +61,16 @@ def _finish(job: TrainJob, surveyed: Survey, checkpoint: Any, deliver: Deliver, 
     held_out = list(read_frames(surveyed.held_out, compared_framings(model.settings, choose), job.storage))
     if choose:
         send_event(events, job.name, "remember good patches")
-    memory = _memory(job, model) if choose else []
-    judged = count_judged(events, job.name, "calibrate", judged_images(held_out, model.settings, methods=choose))
+    patches = _remember(job, model, surveyed) if choose else None
+    judged = count_judged(events, job.name, "calibrate", judged_images(held_out, model.settings, patches=patches))
     calibrator = Calibrator(model, foreground_mode=job.recipe.foreground_mode, seed=job.recipe.seed, on_image=judged)
     categories, names = zip(*((image.category, image.uri) for image in surveyed.held_out), strict=True)
-    choice = calibrator.calibrate(held_out, categories, job.target_fpr, names, memory)
+    choice = calibrator.calibrate(held_out, categories, job.target_fpr, names, patches)
     settings = choice.settings.model_copy(update={"picture_size": usual_size(surveyed.shapes)})
-    kept = [memory[view] for view in choice.views] if settings.method == "nearest" else []
-    model = replace(model, memory=kept)
+    judging = patches if settings.method == "nearest" else None
+    model = replace(model, memory=[judging.memory[view] for view in choice.views] if judging else [])
     provenance = _provenance(job, surveyed, read_description(base)) | {"good_scores": choice.good_scores}
+    provenance |= {"calibration_images": len(choice.scores)} if judging else {}
     if choose:
         provenance |= _methods(choice)
         found = ", ".join(f"{name} {auroc:.3f} on {n} pictures" for name, (auroc, _, n) in choice.qualities.items())
@@ -84,18 +86,21 @@ def _finish(job: TrainJob, surveyed: Survey, checkpoint: Any, deliver: Deliver, 
         return deliver(bundle, job, surveyed)
 
 
-def _memory(job: TrainJob, model: Model) -> list[PatchMemory]:
-    """The patches to remember of training pictures, evenly spread, as the method sees them that compares with them."""
+def _remember(job: TrainJob, model: Model, surveyed: Survey) -> GoodPatches:
+    """The patches of training pictures, evenly spread; held-out pictures are judged by them too."""
     model = replace(model, settings=model.settings.judged_by("nearest"))
-    images, good, held = job.images, [], 0
-    chosen = [images[index] for index in np.linspace(0, len(images) - 1, min(len(images), MAX_IMAGES)).astype(int)]
-    framings = model.settings.framings()
-    for image, frames in zip(chosen, read_frames(chosen, framings, job.storage), strict=True):
-        good.append(Good(image.uri, *frames))
+    images, held_out, framings = job.images, surveyed.held_out, model.settings.framings()
+    fit = [images[index] for index in np.linspace(0, len(images) - 1, min(len(images), MAX_IMAGES)).astype(int)]
+    pictures, held = [], 0
+    for image, frames in zip(chain(held_out, fit), read_frames([*held_out, *fit], framings, job.storage), strict=True):
+        pictures.append(GoodPicture(image.uri, image.category, frames))
         held += sum(frame.nbytes for frame in frames.frames)
-        if held > MAX_BYTES:
+        if held > MAX_BYTES and len(pictures) > len(held_out):
             break
-    return remember(model, good, job.recipe.seed)
+    unseen = {image.uri for image in held_out}
+    pictures.sort(key=lambda picture: (picture.group, picture.name))
+    trained = [index for index, picture in enumerate(pictures) if picture.name not in unseen]
+    return remember(model, pictures, job.recipe.seed, trained)
 
 
 def _provenance(job: TrainJob, surveyed: Survey, base: Description) -> dict[str, Any]:

@@ -6,9 +6,8 @@ import pytest
 from glad_core import adaptive, calibrated_steps, calibration, pictures
 from glad_core.bundle.model import load_bundle
 from glad_core.bundle.settings import View
-from glad_core.engine.nearest import patch_features, remember
 from glad_core.errors import GladError
-from glad_core.images import to_tensor
+from glad_core.good_patches import GoodPicture, remember
 from glad_core.judge import detect
 from glad_core.model_comparison import compare_models
 from glad_core.pictures import all_framings, anomalous_pictures, score_pictures
@@ -106,15 +105,16 @@ def test_the_views_that_separate_are_kept_and_standardised(tiny_bundle, monkeypa
 
 
 def framed(model, images):
-    """Pictures as every method sees them, and what the nearest good patches remember of them."""
-    settings = model.settings.judged_by("nearest")
-    framings = calibration.compared_framings(model.settings, methods=True)
+    """Pictures as every method sees them, and the good patches of them."""
+    model = replace(model, settings=model.settings.judged_by("nearest"))
+    framings = calibration.compared_framings(model.settings.judged_by("glad"), methods=True)
     seen = [Frames([framing.frame(image) for framing in framings], image.shape[:2]) for image in images]
-    memory = [
-        remember(patch_features(model, to_tensor([framing.frame(image) for image in images])).flatten(0, 1))
-        for framing in settings.framings()
+    own = [framing.frame for framing in model.settings.framings()]
+    good = [
+        GoodPicture(str(number), "", Frames([frame(image) for frame in own], image.shape[:2]))
+        for number, image in enumerate(images)
     ]
-    return seen, memory
+    return seen, remember(model, good, seed=0)
 
 
 def test_the_method_that_separates_best_is_chosen(tiny_bundle, monkeypatch) -> None:
@@ -124,10 +124,10 @@ def test_the_method_that_separates_best_is_chosen(tiny_bundle, monkeypatch) -> N
     rng = np.random.default_rng(0)
     board = rng.integers(0, 256, (32, 32, 3))
     good = [(board + rng.integers(0, 2, board.shape)).clip(0, 255).astype(np.uint8) for _ in range(8)]
-    good, (_, memory) = framed(model, good)[0], framed(model, good[4:])
+    good, (_, patches) = framed(model, good)[0], framed(model, good[4:])
     judged: list[int] = []
-    choice = calibration.Calibrator(model, on_image=judged.append).calibrate(good[:4], memory=memory)
-    assert sum(judged) == calibration.judged_images(good[:4], model.settings, methods=True)
+    choice = calibration.Calibrator(model, on_image=judged.append).calibrate(good[:4], patches=patches)
+    assert sum(judged) == calibration.judged_images(good[:4], model.settings, patches=patches)
     assert list(choice.qualities) == ["adaptive steps", "fixed steps", "a single step", "nearest good patches"]
     # The tiny model rebuilds nothing, but what differs from all that was seen is easy to tell.
     assert choice.name == "nearest good patches"
@@ -135,7 +135,7 @@ def test_the_method_that_separates_best_is_chosen(tiny_bundle, monkeypatch) -> N
     assert choice.settings.method == "nearest"
     assert choice.settings.threshold == pytest.approx(choice.scores.max())
     # From such a bundle a new training starts with the steps again.
-    again = replace(model, settings=choice.settings, memory=[memory[view] for view in choice.views])
+    again = replace(model, settings=choice.settings, memory=[patches.memory[view] for view in choice.views])
     whole = [Frames(picture.frames[:1], picture.size) for picture in good[:4]]
     assert calibration.Calibrator(again).calibrate(whole).settings.method == "glad"
     # The gate of `glad retrain` judges either model by its own method.
@@ -146,14 +146,14 @@ def test_the_method_that_separates_best_is_chosen(tiny_bundle, monkeypatch) -> N
 
 @pytest.mark.parametrize(("adaptive", "chosen"), [(0.84, "nearest good patches"), (0.86, "adaptive steps")])
 def test_the_good_patches_judge_unless_another_way_is_clearly_better(tiny_bundle, monkeypatch, adaptive, chosen):
-    model, good, memory = few_steps(tiny_bundle, monkeypatch, 4)
+    model, good, patches = few_steps(tiny_bundle, monkeypatch, 4)
     found = iter([0.8, 0.75, 0.7, adaptive])  # the table's order, from its end
     monkeypatch.setattr(calibration.Calibrator, "_best_views", lambda *arguments: found_with(next(found), arguments))
-    assert calibration.Calibrator(model).choose(good, memory=memory).name == chosen
+    assert calibration.Calibrator(model).choose(good, patches=patches).name == chosen
 
 
 def test_a_way_not_clearly_better_on_half_of_the_pictures_is_tested_no_further(tiny_bundle, monkeypatch):
-    model, good, memory = few_steps(tiny_bundle, monkeypatch, 16)
+    model, good, patches = few_steps(tiny_bundle, monkeypatch, 16)
     found = iter([0.8, 0.86, 0.82, 0.84, 0.7])
     tested = []
 
@@ -162,7 +162,7 @@ def test_a_way_not_clearly_better_on_half_of_the_pictures_is_tested_no_further(t
         return found_with(next(found), arguments)
 
     monkeypatch.setattr(calibration.Calibrator, "_best_views", best_views)
-    qualities = calibration.Calibrator(model).choose(good, memory=memory).qualities
+    qualities = calibration.Calibrator(model).choose(good, patches=patches).qualities
     assert {name: quality.auroc for name, quality in qualities.items()} == {
         "adaptive steps": 0.7,
         "fixed steps": 0.84,
@@ -174,7 +174,7 @@ def test_a_way_not_clearly_better_on_half_of_the_pictures_is_tested_no_further(t
 
 
 def few_steps(tiny_bundle, monkeypatch, count):
-    """A model with one candidate for T, random good pictures and a memory of them."""
+    """A model with one candidate for T, random good pictures and the good patches of them."""
     monkeypatch.setattr(calibrated_steps, "START_STEPS", (120,))
     monkeypatch.setattr(calibrated_steps, "FAST_STEPS", (120,))
     model = load_bundle(tiny_bundle)
@@ -200,12 +200,12 @@ def test_good_patches_are_compared_at_the_resolution_of_the_features(tiny_bundle
     rng = np.random.default_rng(0)
     stripes = np.repeat(np.tile([0, 255], 32)[None, :, None], 64, 0)
     images = [(stripes + rng.integers(0, 2, (64, 64, 3))).clip(0, 255).astype(np.uint8) for _ in range(8)]
-    pictures, (_, memory) = framed(model, images)[0], framed(model, images[4:])
+    pictures, (_, patches) = framed(model, images)[0], framed(model, images[4:])
     assert pictures[0].frames[0].std() < 20 < 100 < pictures[0].frames[1].std()
     judged: list[int] = []
-    choice = calibration.Calibrator(model, on_image=judged.append).calibrate(pictures[:4], memory=memory)
-    assert sum(judged) == calibration.judged_images(pictures[:4], model.settings, methods=True)
-    judge = replace(model, settings=seen, memory=memory)
+    choice = calibration.Calibrator(model, on_image=judged.append).calibrate(pictures[:4], patches=patches)
+    assert sum(judged) == calibration.judged_images(pictures[:4], model.settings, patches=patches)
+    judge = replace(model, settings=seen, memory=patches.memory)
     grey = np.full((64, 64, 3), 128, np.uint8)
     (striped, plain) = (
         score_pictures(judge, [Frames([f.frame(image) for f in seen.framings()], (64, 64))], ["widget"], ["a"], 8, 0)

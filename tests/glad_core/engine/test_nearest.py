@@ -28,7 +28,7 @@ def test_features_are_unit_length_and_smoothed_over_their_neighbours(model) -> N
 
 
 def test_scores_are_distances_to_the_nearest_remembered_patch(model) -> None:
-    memory = nearest.remember(nearest.patch_features(model, to_tensor(IMAGES[:4])).flatten(0, 1))
+    memory, _ = nearest.remember(nearest.patch_features(model, to_tensor(IMAGES[:4])).flatten(0, 1))
     detections = list(nearest.detect_nearest(model, memory, [Request(str(i), image) for i, image in enumerate(IMAGES)]))
     patches = nearest.whiten(nearest.patch_features(model, to_tensor(IMAGES)), memory.whitening)
     for row, detection in enumerate(detections):
@@ -43,7 +43,7 @@ def test_scores_are_distances_to_the_nearest_remembered_patch(model) -> None:
 def test_directions_in_which_good_patches_differ_weigh_less() -> None:
     generator = torch.Generator().manual_seed(0)
     patches = torch.randn(500, 8, generator=generator) * torch.tensor([1.0] + [0.1] * 7) + 3
-    memory = nearest.remember(patches)
+    memory, _ = nearest.remember(patches)
     spread = nearest.whiten(patches, memory.whitening)
     torch.testing.assert_close(spread.mean(dim=0), torch.zeros(8), atol=1e-3, rtol=0)
     deviations = torch.linalg.svdvals(spread) / 500**0.5
@@ -53,7 +53,7 @@ def test_directions_in_which_good_patches_differ_weigh_less() -> None:
 
 def test_features_that_never_vary_keep_their_distances() -> None:
     patches = torch.nn.functional.normalize(torch.ones(50, 8), dim=1)
-    memory = nearest.remember(patches)
+    memory, _ = nearest.remember(patches)
     other = torch.nn.functional.normalize(torch.arange(8.0), dim=0)
     moved = nearest.whiten(other[None], memory.whitening) - memory.patches
     torch.testing.assert_close(moved.norm(dim=1).min(), (other - patches[0]).norm(), atol=1e-2, rtol=0)
@@ -65,18 +65,20 @@ def test_the_memory_covers_good_patches_better_than_a_random_choice(monkeypatch:
     crowded = torch.randn(2000, 16, generator=generator) * 0.1
     rare = torch.randn(10, 16, generator=generator) * 3
     patches = torch.cat([crowded, rare])
-    memory = nearest.remember(patches)
+    memory, rows = nearest.remember(patches)
     assert memory.patches.shape == (20, 16)
     spread = nearest.whiten(patches, memory.whitening)
     reach = torch.cdist(spread, memory.patches).amin(dim=1).max()
     blind = torch.cdist(spread, spread[torch.randperm(2010, generator=generator)[:20]]).amin(dim=1).max()
     assert reach < 0.5 * blind
-    assert all(map(torch.equal, nearest.remember(patches), memory))
+    again, same = nearest.remember(patches)
+    assert all(map(torch.equal, (*again, same), (*memory, rows)))
+    torch.testing.assert_close(spread[rows], memory.patches, atol=0.01, rtol=0)  # float16
 
 
 def test_an_image_without_finite_features_costs_only_itself(model, monkeypatch) -> None:
     real = nearest.patch_features
-    memory = nearest.remember(real(model, to_tensor(IMAGES[:4])).flatten(0, 1))
+    memory, _ = nearest.remember(real(model, to_tensor(IMAGES[:4])).flatten(0, 1))
 
     def broken(model, images):
         patches = real(model, images)

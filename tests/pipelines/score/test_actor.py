@@ -97,7 +97,7 @@ def test_every_row_comes_back_as_a_result_or_an_error(actor):
 
 def test_a_bundle_may_judge_by_the_good_patches_in_it(tiny_bundle, tmp_path):
     model = load_bundle(tiny_bundle)
-    memory = nearest.remember(nearest.patch_features(model, to_tensor(pixels("ab"))).flatten(0, 1))
+    memory, _ = nearest.remember(nearest.patch_features(model, to_tensor(pixels("ab"))).flatten(0, 1))
     chosen = model.settings.model_copy(update={"method": "nearest", "threshold": 0.01})
     path, known = tmp_path / "bundle", {"category": "widget", "provenance": {}}
     save_derived(path, tiny_bundle, replace(model, memory=[memory]), chosen, **known)

@@ -7,6 +7,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from cluster.storage import Storage
+from glad_core import good_patches
 from glad_core.bundle.glad_json import read_description, update_settings
 from glad_core.bundle.settings import Settings, View
 from glad_core.engine import nearest
@@ -35,11 +36,10 @@ def test_what_is_built_is_read(build) -> None:
     memory = read_memory(build(), STORAGE)
     assert len(memory.patches) == len(memory.good) == 2  # the whole, and at half the side
     assert {kept.whitening.shape for kept in memory.patches} == {(4 * 32 + 1, 4 * 32)}
-    # Of twelve photos four are held out.
-    assert [kept.patches.shape for kept in memory.patches] == [(8 * 16, 4 * 32), (8 * 4, 4 * 32)]
+    assert [kept.patches.shape for kept in memory.patches] == [(12 * 16, 4 * 32), (12 * 4, 4 * 32)]
     assert all(spread > 0 for _, spread in memory.good)
     assert memory.threshold is None  # too few for one
-    assert [memory.p_value(score, None) for score in (-1e9, 1e9)] == [1.0, 1 / 5]
+    assert [memory.p_value(score, None) for score in (-1e9, 1e9)] == [1.0, 1 / 13]
 
 
 def test_what_is_left_out_of_the_good_images_is_counted_by_kind(tiny_bundle, photos, tmp_path, monkeypatch) -> None:
@@ -57,7 +57,9 @@ def test_what_is_left_out_of_the_good_images_is_counted_by_kind(tiny_bundle, pho
         return build_memory(str(good), str(tiny_bundle), model_id, STORAGE, str(tmp_path / "m"), "cpu", seed=0)
 
     line = build()
-    assert line.startswith("13 good images, 4 of them for the threshold, too few for one: give 57; left out: 2 ")
+    assert line.startswith(
+        "13 good images, 13 of them judged for the threshold, too few for one: give 19; left out: 2 "
+    )
     assert sorted(line.partition("left out: ")[2].split(", ")) == [
         "1 empty",
         "1 hidden files or folders",
@@ -76,7 +78,7 @@ def test_another_bundle_than_the_jobs_is_refused(build) -> None:
         build(model_id="0123456789abcdef")
 
 
-@pytest.mark.parametrize("call", [0, 1, 2, 3, 5])  # two batches of each view to remember, one held out
+@pytest.mark.parametrize("call", [0, 2, 3, 5])  # three batches of each view
 def test_good_images_without_finite_features_are_named(call, build, photos, monkeypatch, tmp_path) -> None:
     real, calls = nearest.patch_features, []
 
@@ -88,10 +90,10 @@ def test_good_images_without_finite_features_are_named(call, build, photos, monk
         return patches
 
     monkeypatch.setattr(nearest, "patch_features", overflows)
-    monkeypatch.setattr(patch_memory, "BATCH", 5)
+    monkeypatch.setattr(good_patches, "BATCH", 5)
     with pytest.raises(GladError, match=rf"not finite for 1 good images, such as \S*{photos}"):
         build()
-    assert calls == [5, 3, 5, 3, 1, 1][: call + 1]
+    assert calls == [5, 5, 2, 5, 5, 2][: call + 1]
     assert not (tmp_path / "memory.safetensors").exists()
 
 

@@ -1,0 +1,87 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from glad_core import good_patches
+from glad_core.bundle.model import load_bundle
+from glad_core.good_patches import GoodPicture, blocks_of, remember
+from glad_core.pictures import score_pictures
+from glad_core.views import Frames
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bundle):
+    model = load_bundle(tiny_bundle)
+    return replace(model, settings=model.settings.judged_by("nearest"))
+
+
+def pictures_of(model, images, groups=None):
+    return [
+        GoodPicture(f"{n:03}", group, Frames([f.frame(image) for f in model.settings.framings()], image.shape[:2]))
+        for n, (image, group) in enumerate(zip(images, groups or [""] * len(images), strict=True))
+    ]
+
+
+def noise(count):
+    return list(np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8))
+
+
+def test_blocks_are_neighbours_of_each_group() -> None:
+    assert blocks_of([""] * 25) == sorted(blocks_of([""] * 25))
+    assert np.bincount(blocks_of([""] * 25)).tolist() == [3, 2, 3, 2, 3, 2, 3, 2, 3, 2]
+    assert blocks_of(["a", "a", "b", "b", "b"]) == [0, 5, 0, 3, 6]
+    assert blocks_of(["a", "b", "a", "b"]) == [0, 0, 5, 5]
+
+
+def test_a_picture_is_judged_by_the_patches_of_other_blocks(model) -> None:
+    """Photos in pairs of the same piece: alike, each would be at no distance from the other."""
+    pieces = noise(10)
+    pictures = pictures_of(model, [piece for piece in pieces for _ in range(2)])
+    patches = remember(model, pictures, seed=0)
+    assert patches.blocks == [block for block in range(10) for _ in range(2)]
+    scores = patches.scores(seed=0)
+    assert scores.shape == (20, 2)
+    assert (scores[::2] == scores[1::2]).all()
+    kept = replace(model, memory=patches.memory)
+    by_all = score_pictures(kept, [picture.frames for picture in pictures], [""] * 20, [""] * 20, 8, 0)
+    assert by_all.max() < 0.1 * scores.min()
+    # As if the pair had never been seen.
+    apart = remember(model, pictures[2:], seed=0)
+    unseen = score_pictures(replace(model, memory=apart.memory), [pictures[0].frames], [""], [""], 8, 0)
+    np.testing.assert_allclose(scores[0], unseen[0], rtol=1e-3)
+
+
+def test_pictures_that_are_not_remembered_are_judged_too(model) -> None:
+    pictures = pictures_of(model, noise(6))
+    patches = remember(model, pictures, seed=0, chosen=[0, 1, 2])
+    assert set(patches.views[0].blocks_M.tolist()) == set(patches.blocks[:3])
+    scores = patches.scores(seed=0)
+    unseen = score_pictures(
+        replace(model, memory=patches.memory), [picture.frames for picture in pictures[3:]], [""] * 3, [""] * 3, 8, 0
+    )
+    np.testing.assert_allclose(scores[3:], unseen, rtol=1e-5)
+
+
+def test_without_patches_of_others_a_picture_is_not_judged(model) -> None:
+    patches = remember(model, pictures_of(model, noise(2)), seed=0, chosen=[0])
+    assert [picture.name for picture in patches.pictures] == ["001"]
+    assert patches.scores(seed=0).shape == (1, 2)
+
+
+def test_so_many_pictures_are_judged_as_tiles_allow_and_some_of_each_category(model, monkeypatch) -> None:
+    monkeypatch.setattr(good_patches, "SCORED_OF_EACH", 2)
+    monkeypatch.setattr(good_patches, "SCORED", 12)
+    pictures = pictures_of(model, noise(18), ["a"] * 16 + ["b"] * 2)
+
+    def judged(model):
+        patches = remember(model, pictures, seed=0)
+        assert patches.tiles() == 2 * len(patches.pictures)
+        return [picture.group for picture in patches.pictures]
+
+    assert len(judged(model)) == 12
+    several = replace(model, prompts=dict.fromkeys("ab", model.prompt_cond))
+    assert judged(several) == ["a"] * 6 + ["b"] * 2
+    monkeypatch.setattr(good_patches, "SCORED_TILES", 8)
+    assert len(judged(model)) == 4
+    assert judged(several) == ["a"] * 2 + ["b"] * 2
