@@ -72,13 +72,16 @@ def describe_end(location: str) -> list[str]:
     settings, facts = Settings.parse(description.settings, location), cast(dict[str, Any], description.provenance)
     held_out, fitted, target = (facts.get(name, 0) for name in ("held_out_images", "good_images", "target_fpr"))
     lines = [f"bundle {description.model_id} in {location}, for {description.category}"]
+    judged = facts.get("calibration_images", held_out)  # pictures behind the threshold
     if settings.threshold is not None:
-        share = max(target, 1 / (held_out + 1))  # of so many scores the largest is exceeded that often
+        share = max(target, 1 / (judged + 1))  # of so many scores the largest is exceeded that often
         lines.append(f"threshold {settings.threshold:.4g}, which about {share:.1%} of good pictures will exceed")
     if settings.thresholds:
         lines.append("thresholds: " + ", ".join(f"{name} {value:.4g}" for name, value in settings.thresholds.items()))
-    behind = min(map(len, facts.get("good_scores", {}).values()), default=held_out)  # the threshold of fewest pictures
-    held = f"held out for this: {held_out} of {held_out + fitted} good pictures, not trained on"
+    behind = min(map(len, facts.get("good_scores", {}).values()), default=judged)  # the threshold of fewest pictures
+    held = f"held out: {held_out} of {held_out + fitted} good pictures, not trained on"
+    if "calibration_images" in facts:
+        held += f"; the threshold is that of {judged}, each judged by patches of others than itself and its neighbours"
     if target and behind < (needed := images_needed(target)):  # no training holds out what a small target needs
         each = " of each category" if settings.thresholds else ""
         held += f"; for {target:.1%} it takes {needed}{each}: `glad calibrate` with as many others sets the threshold"
@@ -86,8 +89,8 @@ def describe_end(location: str) -> list[str]:
     if "methods" in facts:
         quality = facts["methods"][facts["method"]]  # not always the best: another has to be clearly better
         lines.append(
-            f"quality on them: AUROC {quality:.3f} (1 is perfect, 0.5 is chance) against synthetic defects, which are "
-            "often smaller and fainter than real ones"
+            f"quality on those held out: AUROC {quality:.3f} (1 is perfect, 0.5 is chance) against synthetic defects, "
+            "which are often smaller and fainter than real ones"
         )
     return [*lines, f"next: glad score PICTURES --model {shlex.quote(location)} --out RESULTS"]
 

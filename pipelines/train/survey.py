@@ -12,7 +12,6 @@ from cluster.storage import Storage
 from glad_core.decoding.opened import ImageError, pages
 from glad_core.decoding.picture import decode
 from glad_core.errors import GladError
-from glad_core.held_out import held_out_count
 from glad_core.views import Frames, Framing
 from pipelines.archive.fetch import Row, fetch, neighbours
 from pipelines.train.good_images import GoodImage
@@ -20,6 +19,7 @@ from pipelines.train.kept_frames import DATA_CPUS, TASK_MEMORY, Kept, places
 
 BATCH = 32  # images decoded in one call
 HELD_OUT_SHARE, HELD_OUT_MAX = 0.1, 40  # of a category's images
+NEEDED = 19  # for a false-positive rate of 5 % (`threshold.images_needed`)
 RUNS = 4  # of held-out images, unless there are fewer
 
 
@@ -87,7 +87,7 @@ def survey(candidates: dict[str, list[GoodImage]], resolution: int, storage: Sto
         if len(usable) < 2:
             reason = next((f"; {uri}: {why}" for uri, why in skipped), "")
             raise GladError(f"{category}: {len(usable)} readable good images; at least two are needed{reason}")
-        count = min(HELD_OUT_MAX, held_out_count(len(usable), HELD_OUT_SHARE))
+        count = held_out_count(len(usable))
         order = _by_runs(usable, max(1, count // RUNS))
         held_out += order[:count]
         fit += sorted(order[count:], key=lambda image: image.uri)
@@ -96,6 +96,16 @@ def survey(candidates: dict[str, list[GoodImage]], resolution: int, storage: Sto
     peaks = [float(rows[image.uri]["peak"]) for image in [*fit, *held_out] if rows[image.uri]["peak"]]
     paged = [image.uri for image in [*fit, *held_out] if rows[image.uri]["pages"] != "1"]
     return Survey(fit, held_out, skipped, sizes, _fingerprint([*fit, *held_out]), shapes, peaks, paged, kept)
+
+
+def held_out_count(images: int) -> int:
+    """How many of a category's good images are held out: a tenth, at most 40, or as many as a threshold of 5 % needs.
+
+    A new good image exceeds the largest of n scores with probability 1 / (n + 1), so a tenth of few images would make a
+    threshold that many good ones exceed. To leave most for the model, no more than a third is held out for that reason;
+    one at least.
+    """
+    return min(HELD_OUT_MAX, max(1, round(images * HELD_OUT_SHARE), min(NEEDED, images // 3)))
 
 
 def _by_runs(images: Sequence[GoodImage], length: int) -> list[GoodImage]:

@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 
 from glad_core import threshold
-from glad_core.held_out import NEEDED, held_out_count
 
 
 def test_conformal_quantile_keeps_its_promise() -> None:
@@ -16,14 +15,6 @@ def test_conformal_quantile_keeps_its_promise() -> None:
 def test_how_many_images_a_target_needs() -> None:
     assert [threshold.images_needed(target) for target in (0.5, 0.1, 0.05, 0.01)] == [1, 9, 19, 99]
     assert [threshold.images_needed(target, 0.95) for target in (0.5, 0.05, 0.01)] == [5, 59, 299]
-    assert threshold.images_needed(threshold.TARGET_FPR) == NEEDED
-
-
-@pytest.mark.parametrize(
-    ("images", "held_out"), [(1, 1), (2, 1), (5, 1), (24, 8), (57, 19), (90, 19), (200, 20), (400, 40)]
-)
-def test_as_many_are_held_out_as_a_threshold_needs_but_most_are_left(images: int, held_out: int) -> None:
-    assert held_out_count(images, 0.1) == held_out
 
 
 @pytest.mark.parametrize("count", [59, 92, 93, 400])

@@ -62,9 +62,23 @@ def test_the_quality_said_at_the_end_is_that_of_the_chosen_way(tiny_bundle, tmp_
     facts["provenance"] |= {"methods": {"fixed steps": 0.8, "nearest good patches": 0.78}}
     (bundle / "glad.json").write_text(json.dumps(facts))
     assert [line for line in describe_end(str(bundle)) if line.startswith("quality")] == [
-        "quality on them: AUROC 0.780 (1 is perfect, 0.5 is chance) against synthetic defects, which are often smaller "
-        "and fainter than real ones"
+        "quality on those held out: AUROC 0.780 (1 is perfect, 0.5 is chance) against synthetic defects, which are "
+        "often smaller and fainter than real ones"
     ]
+
+
+def test_good_patches_have_a_threshold_of_more_pictures_than_were_held_out(tiny_bundle, tmp_path):
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    facts = json.loads((bundle / "glad.json").read_text())
+    facts["provenance"] |= {"held_out_images": 8, "good_images": 16, "target_fpr": 0.05}
+    facts["provenance"] |= {"calibration_images": 24, "good_scores": {"": [0.1] * 24}}
+    (bundle / "glad.json").write_text(json.dumps(facts))
+    shown = describe_end(str(bundle))
+    assert shown[1].endswith(", which about 5.0% of good pictures will exceed")
+    assert shown[2] == (
+        "held out: 8 of 24 good pictures, not trained on; the threshold is that of 24, each judged by patches of "
+        "others than itself and its neighbours"
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ from PIL import Image
 
 from cluster.storage import Storage, StorageError
 from glad_core.errors import GladError
+from glad_core.threshold import TARGET_FPR, images_needed
 from glad_core.views import Framing
 from pipelines.train import survey as survey_file
 from pipelines.train.good_images import GoodImage
-from pipelines.train.survey import HELD_OUT_MAX, survey
+from pipelines.train.survey import HELD_OUT_MAX, NEEDED, held_out_count, survey
 
 STORAGE = Storage()
 PEAKS = {"001.png": "3000.0", "002.png": "2000.0"}
@@ -159,3 +160,11 @@ def test_the_levels_of_deep_pictures() -> None:
     assert replace(surveyed, peaks=[0.8]).white_level == 1.0
     assert replace(surveyed, peaks=[65535.0]).white_level == 65535.0
     assert replace(surveyed, peaks=[100.0]).white_level == 255.0
+
+
+@pytest.mark.parametrize(
+    ("images", "held_out"), [(1, 1), (2, 1), (5, 1), (24, 8), (57, 19), (90, 19), (200, 20), (400, 40), (5300, 40)]
+)
+def test_as_many_are_held_out_as_a_threshold_needs_but_most_are_left(images: int, held_out: int) -> None:
+    assert held_out_count(images) == held_out
+    assert images_needed(TARGET_FPR) == NEEDED
