@@ -52,20 +52,22 @@ class GoodPicture(NamedTuple):
 class _Remembered(NamedTuple):
     """What is remembered of a view: the memory, its patches before they were whitened [M, D], and their blocks [M].
 
-    ``moments`` are those of all patches of every block.
+    ``others_MD`` are the nearest patches of other blocks to those remembered: a patch that is like many was remembered
+    instead of these. ``moments`` are those of all patches of every block.
     """
 
     memory: PatchMemory
     features_MD: Tensor
+    others_MD: Tensor
     blocks_M: Tensor
     moments: dict[int, nearest.Moments]
 
     def without(self, block: int) -> PatchMemory:
-        """The memory as if the block's pictures were not there, but for the choice among the others' patches."""
-        others = reduce(nearest.Moments.plus, (part for own, part in self.moments.items() if own != block))
-        whitening_D1D = nearest.whitening(others).to(self.features_MD.device)
-        kept = self.features_MD[(self.blocks_M != block).to(self.features_MD.device)]
-        return PatchMemory(nearest.whiten(kept, whitening_D1D).half().float(), whitening_D1D)
+        """About the memory that there would be without the block's pictures."""
+        rest = reduce(nearest.Moments.plus, (part for own, part in self.moments.items() if own != block))
+        whitening_D1D = nearest.whitening(rest).to(self.features_MD.device)
+        features_MD = torch.where((self.blocks_M == block)[:, None], self.others_MD, self.features_MD)
+        return PatchMemory(nearest.whiten(features_MD, whitening_D1D).half().float(), whitening_D1D)
 
 
 @dataclass(frozen=True)
@@ -126,17 +128,27 @@ def remember(
     views = []
     for view in range(len(model.settings.views)):
         features_PD, owners_P = _features(model, pictures, chosen, view, seed)
-        blocks_P = blocks[owners_P]
-        moments = {
-            block: nearest.Moments.of(features_PD[(blocks_P == block).to(features_PD.device)])
-            for block in blocks_P.unique().tolist()
-        }
-        memory, rows_M = nearest.remember(features_PD, seed, reduce(nearest.Moments.plus, moments.values()))
-        kept = features_PD[rows_M.to(features_PD.device)]
-        views.append(_Remembered(memory, kept, blocks_P[rows_M], moments))
+        views.append(_remember(features_PD, blocks[owners_P].to(features_PD.device), seed))
     # None by no patches at all.
-    judged = [index for index in _judged(model, pictures) if all((of.blocks_M != blocks[index]).any() for of in views)]
+    judged = [
+        index for index in _judged(model, pictures) if all(view.moments.keys() - {int(blocks[index])} for view in views)
+    ]
     return GoodPatches(model, views, [pictures[index] for index in judged], blocks[judged].tolist())
+
+
+def _remember(features_PD: Tensor, blocks_P: Tensor, seed: int) -> _Remembered:
+    moments = {block: nearest.Moments.of(features_PD[blocks_P == block]) for block in blocks_P.unique().tolist()}
+    memory, rows_M = nearest.remember(features_PD, seed, reduce(nearest.Moments.plus, moments.values()))
+    rows_M = rows_M.to(features_PD.device)
+    kept_MD, kept_blocks_M = features_PD[rows_M], blocks_P[rows_M]
+    others_MD = kept_MD.clone()
+    whitened_PD = nearest.whiten(features_PD, memory.whitening)
+    for block in moments:
+        own_M, rest_P = kept_blocks_M == block, blocks_P != block
+        if own_M.any() and rest_P.any():
+            closest = nearest.closest(whitened_PD[rows_M[own_M]], whitened_PD[rest_P])
+            others_MD[own_M] = features_PD[rest_P][closest]
+    return _Remembered(memory, kept_MD, others_MD, kept_blocks_M, moments)
 
 
 def blocks_of(groups: Sequence[str]) -> list[int]:

@@ -30,6 +30,7 @@ from glad_core.verdict import Detection, Request, finite
 CANDIDATES = 50_000  # patches from which the memory is chosen
 REMEMBERED = 5_000
 PROJECTED = 64  # width of the features in which distances are taken for the choice
+QUERIES = 500  # at a time, so that their distances to `CANDIDATES` take 100 MB
 SHRINKAGE = 0.3  # variance added in every direction before whitening, of the mean variance
 
 
@@ -133,6 +134,13 @@ def _distances(queries_ND: Tensor, patches_PD: Tensor) -> Tensor:
     """
     rest_NP = torch.addmm(patches_PD.square().sum(dim=1) / 2, queries_ND, patches_PD.T, alpha=-1)
     return (2 * rest_NP.amin(dim=1) + queries_ND.square().sum(dim=1)).clamp(min=0).sqrt()
+
+
+def closest(queries_ND: Tensor, patches_PD: Tensor) -> Tensor:
+    """The row of the nearest patch to every query, int64 [N]."""
+    half_P = patches_PD.square().sum(dim=1) / 2
+    parts = [torch.addmm(half_P, part, patches_PD.T, alpha=-1).argmin(dim=1) for part in queries_ND.split(QUERIES)]
+    return torch.cat(parts)
 
 
 class NearestEngine(Queue):
