@@ -5,6 +5,7 @@ import pytest
 
 from glad_core import good_patches
 from glad_core.bundle.model import load_bundle
+from glad_core.engine import nearest
 from glad_core.good_patches import GoodPicture, blocks_of, remember
 from glad_core.pictures import score_pictures
 from glad_core.views import Frames
@@ -85,3 +86,17 @@ def test_so_many_pictures_are_judged_as_tiles_allow_and_some_of_each_category(mo
     monkeypatch.setattr(good_patches, "SCORED_TILES", 8)
     assert len(judged(model)) == 4
     assert judged(several) == ["a"] * 2 + ["b"] * 2
+
+
+def test_patches_of_other_blocks_stand_in_for_those_that_were_remembered_instead_of_them(model, monkeypatch) -> None:
+    """Every piece is in two blocks, but each of its patches is remembered once."""
+    pieces = noise(10)
+    monkeypatch.setattr(nearest, "REMEMBERED", 10 * 16)
+    patches = remember(model, pictures_of(model, pieces + pieces), seed=0)
+    assert patches.blocks == sorted([*range(10), *range(10)])
+    assert len(patches.views[0].memory.patches.unique(dim=0)) == 10 * 16
+    scores = patches.scores(seed=0)[:, 0]
+    unlike = score_pictures(
+        replace(model, memory=patches.memory), [p.frames for p in pictures_of(model, noise(11)[10:])], [""], [""], 8, 0
+    )
+    assert scores.max() < 0.1 * unlike[0, 0]
