@@ -90,7 +90,9 @@ def _remember(job: TrainJob, model: Model, surveyed: Survey) -> GoodPatches:
     """The patches of training pictures, evenly spread; held-out pictures are judged by them too."""
     model = replace(model, settings=model.settings.judged_by("nearest"))
     images, held_out, framings = job.images, surveyed.held_out, model.settings.framings()
-    fit = [images[index] for index in np.linspace(0, len(images) - 1, min(len(images), MAX_IMAGES)).astype(int)]
+    spread = np.linspace(0, len(images) - 1, min(len(images), MAX_IMAGES)).astype(int)
+    # In random order, so that those that fit into memory are spread too.
+    fit = [images[index] for index in np.random.default_rng(job.recipe.seed).permutation(spread)]
     pictures, held = [], 0
     for image, frames in zip(chain(held_out, fit), read_frames([*held_out, *fit], framings, job.storage), strict=True):
         pictures.append(GoodPicture(image.uri, image.category, frames))

@@ -10,11 +10,13 @@ from cluster.storage import Storage
 from glad_core.bundle.model import load_bundle
 from glad_core.training.loop import TrainState, fine_tune
 from glad_core.views import Framing
+from pipelines.train import finish
 from pipelines.train.finish import with_weights
 from pipelines.train.good_images import GoodImage
 from pipelines.train.job import describe_end
 from pipelines.train.kept_frames import read_frames
 from pipelines.train.plan import TrainRequest, plan_job
+from pipelines.train.survey import Survey
 from pipelines.train.worker import make_loss
 
 
@@ -53,6 +55,25 @@ def test_a_unet_for_several_categories_brings_their_prompts(tiny_bundle) -> None
     assert all(not parameter.any() for parameter in after.unet.parameters())
     assert torch.equal(after.prompts["nut"], prompts[:1])
     assert torch.equal(after.prompts["bolt"], prompts[1:])
+
+
+def test_of_pictures_too_many_for_memory_some_are_taken_evenly_and_none_held_out_is_left(
+    dataset, tiny_bundle, monkeypatch
+):
+    """Cut off at the first that no longer fits, they would be those of the first names."""
+    files = [GoodImage(str(path), "part") for path in sorted((dataset / "part/train/good").iterdir())]
+    request = TrainRequest(str(dataset), "part", str(tiny_bundle), "out", {"steps": 1, "batch_size": 2})
+    job = replace(plan_job(request, ["part"], Storage(), name="part", work=""), images=files[2:])
+    taken = []
+    monkeypatch.setattr(finish, "remember", lambda model, pictures, seed, trained: taken.append((pictures, trained)))
+    monkeypatch.setattr(finish, "MAX_BYTES", 4 * (32 * 32 + 16 * 16) * 3)
+    finish._remember(job, load_bundle(tiny_bundle), Survey(files[2:], files[:2], [], [], "", []))
+    (pictures, trained) = taken[0]
+    names = [picture.name for picture in pictures]
+    assert names == sorted(names)
+    assert names[:2] == [image.uri for image in files[:2]]
+    assert trained == [2, 3, 4]
+    assert names[2:] != [image.uri for image in files[2:5]]
 
 
 def test_the_quality_said_at_the_end_is_that_of_the_chosen_way(tiny_bundle, tmp_path):
