@@ -140,7 +140,7 @@ class Calibrator(StepCalibrator):
         names: Sequence[str] | None = None,
         patches: GoodPatches | None = None,
     ) -> Choice:
-        """`choose`, and the threshold from the same pictures.
+        """`choose`, and the threshold from the same pictures, or those of ``patches`` where good patches judge.
 
         The threshold is the conformal quantile of the good pictures' scores: a new good picture exceeds it with
         probability at most ``target_fpr``, if there are at least `images_needed` good pictures (with fewer, the largest

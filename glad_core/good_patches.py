@@ -14,7 +14,7 @@ Shapes: N pictures that are judged, V views, P patches of good pictures, M of th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import NamedTuple
@@ -41,11 +41,12 @@ SCORED_OF_EACH = 40  # but at least so many of each category, as are held out in
 
 
 class GoodPicture(NamedTuple):
-    """A good picture: its name, its category or its folder, and its frames in every view."""
+    """A good picture: its name, its category or its folder, its frames in every view, whether it may be remembered."""
 
     name: str
     group: str
     frames: Frames
+    remembered: bool = True
 
 
 class _Remembered(NamedTuple):
@@ -103,30 +104,27 @@ class GoodPatches:
         scores = np.empty((len(self.pictures), len(self.views)))
         for block in sorted(set(self.blocks)):
             rows = [row for row, own in enumerate(self.blocks) if own == block]
-            names, groups, frames = zip(*(self.pictures[row] for row in rows), strict=True)
+            names, groups, frames, _ = zip(*(self.pictures[row] for row in rows), strict=True)
             model = replace(self.model, memory=[view.without(block) for view in self.views])
             scores[rows] = score_pictures(model, frames, groups, names, BATCH, seed, on_tile)
         return scores
 
 
-def remember(
-    model: Model, pictures: Sequence[GoodPicture], seed: int, chosen: Sequence[int] | None = None
-) -> GoodPatches:
+def remember(model: Model, pictures: Iterable[GoodPicture], seed: int) -> GoodPatches:
     """Choose the good patches of every view, and the pictures to judge by them: evenly spread, of each group.
 
     Args:
         model: whose method is ``nearest``.
-        pictures: in the order of their names, of a group at least.
-        chosen: indices of the pictures whose patches may be remembered; None: all.
+        pictures: in any order; at least one may be remembered.
 
     Raises:
         GladError: a picture has no finite features.
     """
-    chosen = range(len(pictures)) if chosen is None else chosen
+    pictures = sorted(pictures, key=lambda picture: (picture.group, picture.name))
     blocks = torch.tensor(blocks_of([picture.group for picture in pictures]))
     views = []
     for view in range(len(model.settings.views)):
-        features_PD, owners_P = _features(model, pictures, chosen, view, seed)
+        features_PD, owners_P = _features(model, pictures, view, seed)
         views.append(_remember(features_PD, blocks[owners_P].to(features_PD.device), seed))
     # None by no patches at all.
     judged = [
@@ -174,10 +172,8 @@ def _tiles(settings: Settings, picture: GoodPicture) -> int:
     return sum(len(framing.places(*picture.frames.size)) for framing in settings.framings())
 
 
-def _features(
-    model: Model, pictures: Sequence[GoodPicture], chosen: Sequence[int], view: int, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Patch features [P, D] of chosen pictures in one view, and the index of each one's picture, [P].
+def _features(model: Model, pictures: Sequence[GoodPicture], view: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Patch features [P, D] of pictures in one view, and the index of each one's picture, [P].
 
     As many random ones as `nearest.remember` considers.
 
@@ -188,8 +184,9 @@ def _features(
     framing = model.settings.framings()[view]
     tiles = [
         (index, tile)
-        for index in chosen
-        for tile in cut(pictures[index].frames.frames[view], framing.places(*pictures[index].frames.size), framing.side)
+        for index, picture in enumerate(pictures)
+        if picture.remembered
+        for tile in cut(picture.frames.frames[view], framing.places(*picture.frames.size), framing.side)
     ]
     some = [tiles[number] for number in torch.randperm(len(tiles), generator=generator)[:MAX_TILES].tolist()]
     share = -(-nearest.CANDIDATES // len(some))  # patches of each tile: all of them together may be gigabytes

@@ -93,16 +93,15 @@ def _remember(job: TrainJob, model: Model, surveyed: Survey) -> GoodPatches:
     spread = np.linspace(0, len(images) - 1, min(len(images), MAX_IMAGES)).astype(int)
     # In random order, so that those that fit into memory are spread too.
     fit = [images[index] for index in np.random.default_rng(job.recipe.seed).permutation(spread)]
-    pictures, held = [], 0
+    pictures: list[GoodPicture] = []
+    held = 0
     for image, frames in zip(chain(held_out, fit), read_frames([*held_out, *fit], framings, job.storage), strict=True):
-        pictures.append(GoodPicture(image.uri, image.category, frames))
+        trained = len(pictures) >= len(held_out)
+        pictures.append(GoodPicture(image.uri, image.category, frames, remembered=trained))
         held += sum(frame.nbytes for frame in frames.frames)
-        if held > MAX_BYTES and len(pictures) > len(held_out):
+        if held > MAX_BYTES and trained:
             break
-    unseen = {image.uri for image in held_out}
-    pictures.sort(key=lambda picture: (picture.group, picture.name))
-    trained = [index for index, picture in enumerate(pictures) if picture.name not in unseen]
-    return remember(model, pictures, job.recipe.seed, trained)
+    return remember(model, pictures, job.recipe.seed)
 
 
 def _provenance(job: TrainJob, surveyed: Survey, base: Description) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def test_a_picture_is_judged_by_the_patches_of_other_blocks(model) -> None:
     """Photos in pairs of the same piece: alike, each would be at no distance from the other."""
     pieces = noise(10)
     pictures = pictures_of(model, [piece for piece in pieces for _ in range(2)])
-    patches = remember(model, pictures, seed=0)
+    patches = remember(model, pictures[::-1], seed=0)  # of a list in any order
     assert patches.blocks == [block for block in range(10) for _ in range(2)]
     scores = patches.scores(seed=0)
     assert scores.shape == (20, 2)
@@ -55,7 +55,7 @@ def test_a_picture_is_judged_by_the_patches_of_other_blocks(model) -> None:
 
 def test_pictures_that_are_not_remembered_are_judged_too(model) -> None:
     pictures = pictures_of(model, noise(6))
-    patches = remember(model, pictures, seed=0, chosen=[0, 1, 2])
+    patches = remember(model, [picture._replace(remembered=picture.name < "003") for picture in pictures], seed=0)
     assert set(patches.views[0].blocks_M.tolist()) == set(patches.blocks[:3])
     scores = patches.scores(seed=0)
     unseen = score_pictures(
@@ -65,7 +65,8 @@ def test_pictures_that_are_not_remembered_are_judged_too(model) -> None:
 
 
 def test_without_patches_of_others_a_picture_is_not_judged(model) -> None:
-    patches = remember(model, pictures_of(model, noise(2)), seed=0, chosen=[0])
+    first, second = pictures_of(model, noise(2))
+    patches = remember(model, [first, second._replace(remembered=False)], seed=0)
     assert [picture.name for picture in patches.pictures] == ["001"]
     assert patches.scores(seed=0).shape == (1, 2)
 

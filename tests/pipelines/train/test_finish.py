@@ -65,15 +65,14 @@ def test_of_pictures_too_many_for_memory_some_are_taken_evenly_and_none_held_out
     request = TrainRequest(str(dataset), "part", str(tiny_bundle), "out", {"steps": 1, "batch_size": 2})
     job = replace(plan_job(request, ["part"], Storage(), name="part", work=""), images=files[2:])
     taken = []
-    monkeypatch.setattr(finish, "remember", lambda model, pictures, seed, trained: taken.append((pictures, trained)))
+    monkeypatch.setattr(finish, "remember", lambda model, pictures, seed: taken.append(pictures))
     monkeypatch.setattr(finish, "MAX_BYTES", 4 * (32 * 32 + 16 * 16) * 3)
     finish._remember(job, load_bundle(tiny_bundle), Survey(files[2:], files[:2], [], [], "", []))
-    (pictures, trained) = taken[0]
-    names = [picture.name for picture in pictures]
-    assert names == sorted(names)
-    assert names[:2] == [image.uri for image in files[:2]]
-    assert trained == [2, 3, 4]
-    assert names[2:] != [image.uri for image in files[2:5]]
+    seen = {picture.name: picture.remembered for picture in taken[0]}
+    held_out = {image.uri for image in files[:2]}
+    assert {name for name, remembered in seen.items() if not remembered} == held_out
+    assert len(seen) == 5
+    assert seen.keys() - held_out != {image.uri for image in files[2:5]}
 
 
 def test_the_quality_said_at_the_end_is_that_of_the_chosen_way(tiny_bundle, tmp_path):
