@@ -126,7 +126,7 @@ def remember(model: Model, pictures: Iterable[GoodPicture], seed: int) -> GoodPa
     for view in range(len(model.settings.views)):
         features_PD, owners_P = _features(model, pictures, view, seed)
         views.append(_remember(features_PD, blocks[owners_P].to(features_PD.device), seed))
-    # None by no patches at all.
+    # A picture whose block has all patches of a view cannot be judged.
     judged = [
         index for index in _judged(model, pictures) if all(view.moments.keys() - {int(blocks[index])} for view in views)
     ]
@@ -159,6 +159,7 @@ def blocks_of(groups: Sequence[str]) -> list[int]:
 
 
 def _judged(model: Model, pictures: Sequence[GoodPicture]) -> list[int]:
+    """Indices of the pictures to judge."""
     groups: dict[str, list[int]] = {}
     for index, picture in enumerate(pictures):
         # Each category of a bundle for several has a threshold of its own.
