@@ -13,6 +13,7 @@ Shapes: N pictures that are judged, V views, P patches of good pictures, M of th
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -120,7 +121,7 @@ def remember(model: Model, pictures: Iterable[GoodPicture], seed: int) -> GoodPa
     Raises:
         GladError: a picture has no finite features.
     """
-    pictures = sorted(pictures, key=lambda picture: (picture.group, picture.name))
+    pictures = sorted(pictures, key=lambda picture: (picture.group, name_order(picture.name)))
     blocks = torch.tensor(blocks_of([picture.group for picture in pictures]))
     views = []
     for view in range(len(model.settings.views)):
@@ -146,6 +147,11 @@ def _remember(features_PD: Tensor, blocks_P: Tensor, seed: int) -> _Remembered:
             closest = nearest.closest(whitened_PD[rows_M[own_M]], whitened_PD[rest_P])
             others_MD[own_M] = features_PD[rest_P][closest]
     return _Remembered(memory, kept_MD, others_MD, kept_blocks_M, moments)
+
+
+def name_order(name: str) -> list[str | int]:
+    """Key that sorts names by the numbers in them, as photos are counted: ``img_2`` before ``img_10``."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name))]
 
 
 def blocks_of(groups: Sequence[str]) -> list[int]:

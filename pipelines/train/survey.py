@@ -12,6 +12,7 @@ from cluster.storage import Storage
 from glad_core.decoding.opened import ImageError, pages
 from glad_core.decoding.picture import decode
 from glad_core.errors import GladError
+from glad_core.good_patches import name_order
 from glad_core.views import Frames, Framing
 from pipelines.archive.fetch import Row, fetch, neighbours
 from pipelines.train.good_images import GoodImage
@@ -110,7 +111,7 @@ def held_out_count(images: int) -> int:
 
 def _by_runs(images: Sequence[GoodImage], length: int) -> list[GoodImage]:
     """The images in runs of ``length`` consecutive names, ordered by hashes of the runs' first names."""
-    named = sorted(images, key=lambda image: image.uri)
+    named = sorted(images, key=lambda image: name_order(image.uri))
     runs = [named[start : start + length] for start in range(0, len(named), length)]
     runs.sort(key=lambda run: hashlib.sha256(run[0].uri.rpartition("/")[2].encode()).digest())
     return [image for run in runs for image in run]

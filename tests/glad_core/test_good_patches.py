@@ -6,7 +6,7 @@ import pytest
 from glad_core import good_patches
 from glad_core.bundle.model import load_bundle
 from glad_core.engine import nearest
-from glad_core.good_patches import GoodPicture, blocks_of, remember
+from glad_core.good_patches import GoodPicture, blocks_of, name_order, remember
 from glad_core.pictures import score_pictures
 from glad_core.views import Frames
 
@@ -35,10 +35,16 @@ def test_blocks_are_neighbours_of_each_group() -> None:
     assert blocks_of(["a", "b", "a", "b"]) == [0, 0, 5, 5]
 
 
+def test_names_are_in_the_order_of_their_numbers() -> None:
+    names = ["1.png", "img", "img_2.png", "img_10.png", "img_10b.png", "lot 9/01.png", "lot 9/2.png", "lot 10/1.png"]
+    assert sorted(set(names), key=name_order) == names
+
+
 def test_a_picture_is_judged_by_the_patches_of_other_blocks(model) -> None:
     """Photos in pairs of the same piece: alike, each would be at no distance from the other."""
     pieces = noise(10)
     pictures = pictures_of(model, [piece for piece in pieces for _ in range(2)])
+    pictures = [picture._replace(name=f"img_{n}") for n, picture in enumerate(pictures)]  # img_10 follows img_9
     patches = remember(model, pictures[::-1], seed=0)  # of a list in any order
     assert patches.blocks == [block for block in range(10) for _ in range(2)]
     scores = patches.scores(seed=0)

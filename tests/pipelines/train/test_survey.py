@@ -1,6 +1,7 @@
 import errno
 import hashlib
 import os
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,6 +67,9 @@ def test_runs_of_consecutive_names_are_held_out() -> None:
     assert len(numbers) == 40
     assert len(starts) <= 4  # two of the four runs may touch
     assert all(start % 10 == 0 for start in starts)
+    bare = [GoodImage(f"/a/{number}.png", "nut") for number in range(400)]  # 10.png comes after 9.png
+    tens = Counter(int(name[:-4]) // 10 for name in names(survey({"nut": bare}, 32, STORAGE).held_out))
+    assert set(tens.values()) == {10}
     grown = survey({"nut": images(440)}, 32, STORAGE)
     assert len(names(grown.held_out) & names(surveyed.held_out)) >= 30
 
