@@ -13,7 +13,6 @@ Shapes: N pictures that are judged, V views, P patches of good pictures, M of th
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from glad_core.calibrated_steps import evenly
 from glad_core.engine import nearest
 from glad_core.errors import GladError
 from glad_core.images import to_tensor
+from glad_core.name_order import name_order
 from glad_core.pictures import score_pictures
 from glad_core.views import Frames, cut
 
@@ -147,11 +147,6 @@ def _remember(features_PD: Tensor, blocks_P: Tensor, seed: int) -> _Remembered:
             closest = nearest.closest(whitened_PD[rows_M[own_M]], whitened_PD[rest_P])
             others_MD[own_M] = features_PD[rest_P][closest]
     return _Remembered(memory, kept_MD, others_MD, kept_blocks_M, moments)
-
-
-def name_order(name: str) -> list[str | int]:
-    """Key that sorts names by the numbers in them, as photos are counted: ``img_2`` before ``img_10``."""
-    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name))]
 
 
 def blocks_of(groups: Sequence[str]) -> list[int]:

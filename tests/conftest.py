@@ -36,6 +36,17 @@ def tiny_bundle(tmp_path_factory):
     return make_tiny_bundle(tmp_path_factory.mktemp("bundles") / "tiny")
 
 
+@pytest.fixture(scope="session")
+def preset_bundle(tiny_bundle, tmp_path_factory):
+    """The same as if from a preset: training keeps its adaptive steps and compares them with nothing."""
+    from glad_core.bundle.glad_json import read_description, update_settings
+    from glad_core.bundle.settings import Settings
+
+    path = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("bundles") / "preset")
+    update_settings(path, Settings.parse(read_description(path).settings, ""), {"preset": "mvtec-ad"})
+    return path
+
+
 def make_tiny_bundle(path):
     from diffusers import AutoencoderKL, UNet2DConditionModel
 

@@ -12,7 +12,7 @@ from cluster.storage import Storage
 from glad_core.decoding.opened import ImageError, pages
 from glad_core.decoding.picture import decode
 from glad_core.errors import GladError
-from glad_core.good_patches import name_order
+from glad_core.name_order import name_order
 from glad_core.views import Frames, Framing
 from pipelines.archive.fetch import Row, fetch, neighbours
 from pipelines.train.good_images import GoodImage

@@ -6,7 +6,8 @@ import pytest
 from glad_core import good_patches
 from glad_core.bundle.model import load_bundle
 from glad_core.engine import nearest
-from glad_core.good_patches import GoodPicture, blocks_of, name_order, remember
+from glad_core.good_patches import GoodPicture, blocks_of, remember
+from glad_core.name_order import name_order
 from glad_core.pictures import score_pictures
 from glad_core.views import Frames
 

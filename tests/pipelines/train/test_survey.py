@@ -1,6 +1,8 @@
 import errno
 import hashlib
 import os
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -98,6 +100,11 @@ def test_unreadable_images_are_skipped(unreadable: set[str]) -> None:
     unreadable |= {"000.png", "001.png"}
     with pytest.raises(GladError, match=r"nut: 1 readable good images; at least two are needed; /a/000.png: damaged"):
         survey({"nut": images(4)}, 32, STORAGE)
+
+
+def test_tasks_start_without_torch() -> None:
+    code = "import sys, pipelines.train.job, pipelines.train.survey; print({'torch', 'ray'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
 def test_ray_tasks_examine_the_images(tmp_path: Path, ray_session) -> None:

@@ -2,7 +2,6 @@
 
 import io
 import queue
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +11,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from glad_core.bundle.glad_json import read_description, update_settings, verify
+from glad_core.bundle.glad_json import verify
 from glad_core.bundle.model import load_bundle
-from glad_core.bundle.settings import Settings
 from pipelines.cli.main import app
 from pipelines.train import job
 from pipelines.train.survey import Survey
@@ -45,7 +43,7 @@ def test_what_the_survey_of_the_pictures_found_is_said(monkeypatch):
 
 
 @pytest.mark.slow
-def test_one_model_for_several_categories_that_judges_tiles(tmp_path, tiny_bundle, ray_session):
+def test_one_model_for_several_categories_that_judges_tiles(tmp_path, preset_bundle, ray_session):
     rng = np.random.default_rng(4)
     for name in ("part", "other"):
         good = tmp_path / "set" / name / "train/good"
@@ -53,12 +51,10 @@ def test_one_model_for_several_categories_that_judges_tiles(tmp_path, tiny_bundl
         (tmp_path / "set" / name / "test").mkdir()
         for number in range(4):
             Image.fromarray(rng.integers(90, 160, (64, 96, 3), dtype=np.uint8)).save(good / f"{number}.png")
-    base, out = tmp_path / "base", tmp_path / "both"
-    shutil.copytree(tiny_bundle, base)
-    # A bundle from a preset keeps its adaptive steps; the nearest good patches have no reconstruction.
-    update_settings(base, Settings.parse(read_description(base).settings, ""), {"preset": "mvtec-ad"})
+    out = tmp_path / "both"
     tiles = ["--views", "tiles", "--scale", 0.5, "--overlap", 0]
-    invoke(*command(tmp_path / "set", base, out, 5, *tiles, category="all"))
+    # Adaptive steps, since the nearest good patches have no reconstruction.
+    invoke(*command(tmp_path / "set", preset_bundle, out, 5, *tiles, category="all"))
     description = verify(out)
     assert description.category == "other,part"
     assert set(description.settings["thresholds"]) == {"other", "part"}
