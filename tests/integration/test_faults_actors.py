@@ -29,33 +29,6 @@ def score(archive, bundle, out, *more):
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
-def test_an_image_that_ends_its_process_twice_is_an_error_and_no_other(
-    archive, tiny_bundle, tmp_path, monkeypatch, ray_session
-):
-    deadly = image_id("013.png")
-
-    class Fragile(GladActor):
-        def _load(self, key):
-            (engine,) = engines = super()._load(key)
-            work = engine.work
-
-            def work_or_die():
-                if deadly in [request.image_id for request in engine.at_work()]:
-                    os._exit(1)
-                return work()
-
-            engine.work = work_or_die
-            return engines
-
-    monkeypatch.setattr(dataflow, "GladActor", Fragile)
-    outcome = score(archive, tiny_bundle, tmp_path / "out", "--actors", "1", "--batch-size", "4")
-    assert outcome.exit_code == 0, outcome.output
-    (error,) = pq.read_table(tmp_path / "out/errors").to_pylist()
-    assert (error["uri"], error["stage"], error["error_type"]) == (str(archive / "013.png"), "score", "deadly")
-    assert pq.read_table(tmp_path / "out/results").num_rows == IMAGES - 1
-    assert all_cpus_free()
-
-
 def broken(marker, all_of_them):
     """An actor class; the first of its actors, or all, never start."""
 
@@ -70,11 +43,31 @@ def broken(marker, all_of_them):
     return Broken
 
 
-def test_one_actor_that_cannot_start_does_not_stop_the_job(archive, tiny_bundle, tmp_path, monkeypatch, ray_session):
-    monkeypatch.setattr(dataflow, "GladActor", broken(tmp_path / "marker", all_of_them=False))
-    outcome = score(archive, tiny_bundle, tmp_path / "out", "--actors", "2", "--num-cpus", "0.5")
+def test_an_actor_that_cannot_start_and_an_image_that_ends_the_other_s_process_twice(
+    archive, tiny_bundle, tmp_path, monkeypatch, ray_session
+):
+    deadly = image_id("013.png")
+
+    class Fragile(broken(tmp_path / "marker", all_of_them=False)):
+        def _load(self, key):
+            (engine,) = engines = super()._load(key)
+            work = engine.work
+
+            def work_or_die():
+                if deadly in [request.image_id for request in engine.at_work()]:
+                    os._exit(1)
+                return work()
+
+            engine.work = work_or_die
+            return engines
+
+    monkeypatch.setattr(dataflow, "GladActor", Fragile)
+    words = ["--actors", "2", "--num-cpus", "0.5", "--batch-size", "4"]
+    outcome = score(archive, tiny_bundle, tmp_path / "out", *words)
     assert outcome.exit_code == 0, outcome.output
-    assert pq.read_table(tmp_path / "out/results").num_rows == IMAGES
+    (error,) = pq.read_table(tmp_path / "out/errors").to_pylist()
+    assert (error["uri"], error["stage"], error["error_type"]) == (str(archive / "013.png"), "score", "deadly")
+    assert pq.read_table(tmp_path / "out/results").num_rows == IMAGES - 1
     assert all_cpus_free()
 
 

@@ -77,39 +77,6 @@ def commits(storage, out="s3://verdicts/run"):
     return len(read_commits(run, plan)) if plan else 0
 
 
-def test_a_server_that_is_gone_for_a_while(tmp_path, photos_of_a_job, tiny_bundle, monkeypatch):
-    weed, ports = find_weed(), free_ports(4)
-    environment = s3_environment(ports[0])
-    servers = [start_weed(weed, tmp_path, ports)]
-    seen = {}
-
-    def outage(storage):
-        deadline = time.monotonic() + 90
-        while commits(storage) < 2:
-            assert time.monotonic() < deadline, "no commits"
-            time.sleep(0.05)
-        seen["commits"] = commits(storage)
-        servers[0].kill()
-        servers[0].wait()
-        time.sleep(AWAY)
-        servers.append(start_weed(weed, tmp_path, ports))
-
-    try:
-        wait_for_s3(environment, servers[0])
-        storage = fill(environment, photos_of_a_job)
-        with ThreadPoolExecutor(1) as pool:
-            fault = pool.submit(outage, storage)
-            outcome = score(environment, tiny_bundle, monkeypatch)
-            assert outcome.exit_code == 0, outcome.output
-            fault.result()
-        assert 2 <= seen["commits"] < 10, "too late: the job was over"
-        check(storage, len(photos_of_a_job))
-    finally:
-        for server in servers:
-            server.kill()
-            server.wait()
-
-
 @contextmanager
 def unreliable(endpoint):  # noqa: C901  (a server and its troubles, read in one piece)
     """A proxy before an S3 server, for whose requests ``faults["answer"]`` may have an answer of its own.
@@ -182,8 +149,9 @@ def unreliable(endpoint):  # noqa: C901  (a server and its troubles, read in one
         server.server_close()
 
 
-def test_a_server_that_is_overloaded_and_slow(s3_server, photos_of_a_job, tiny_bundle, monkeypatch):
-    storage = fill(s3_server, photos_of_a_job[:40])
+def test_a_server_that_is_slow_overloaded_and_gone_for_a_while(tmp_path, photos_of_a_job, tiny_bundle, monkeypatch):
+    weed, ports = find_weed(), free_ports(4)
+    servers = [start_weed(weed, tmp_path, ports)]
     seen = {"busy": 0, "slow": 0}
 
     def answer(number, path):
@@ -196,13 +164,35 @@ def test_a_server_that_is_overloaded_and_slow(s3_server, photos_of_a_job, tiny_b
             time.sleep(1)
         return None
 
-    with unreliable(s3_server["AWS_ENDPOINT_URL"]) as (environment, faults):
-        faults["answer"] = answer
-        outcome = score(environment, tiny_bundle, monkeypatch)
-    assert outcome.exit_code == 0, outcome.output
-    assert seen["busy"] > 20, seen
-    assert seen["slow"] > 10, seen
-    check(storage, 40)
+    def outage(storage):
+        deadline = time.monotonic() + 90
+        while commits(storage) < 2:
+            assert time.monotonic() < deadline, "no commits"
+            time.sleep(0.05)
+        seen["commits"] = commits(storage)
+        servers[0].kill()
+        servers[0].wait()
+        time.sleep(AWAY)
+        servers.append(start_weed(weed, tmp_path, ports))
+
+    try:
+        direct = s3_environment(ports[0])
+        wait_for_s3(direct, servers[0])
+        storage = fill(direct, photos_of_a_job[:40])
+        with unreliable(direct["AWS_ENDPOINT_URL"]) as (environment, faults), ThreadPoolExecutor(1) as pool:
+            faults["answer"] = answer
+            fault = pool.submit(outage, storage)
+            outcome = score(environment, tiny_bundle, monkeypatch)
+            assert outcome.exit_code == 0, outcome.output
+            fault.result()
+        assert 2 <= seen["commits"] < 10, "too late: the job was over"
+        assert seen["busy"] > 20, seen
+        assert seen["slow"] > 10, seen
+        check(storage, 40)
+    finally:
+        for server in servers:
+            server.kill()
+            server.wait()
 
 
 def test_a_server_that_ignores_conditions_is_refused_before_anything_is_written(

@@ -34,7 +34,7 @@ def glad(*arguments):
 def runs(tmp_path_factory, tiny_bundle, photos, ray_session):
     """The same archive scored three ways; {(batch size, actors): {image id: row}}."""
     found = {}
-    for batch_size, actors in ((1, 1), (1, 2), (5, 2)):
+    for batch_size, actors in ((1, 1), (1, 2), (5, 1)):
         out = tmp_path_factory.mktemp("runs") / "out"
         outcome = glad(
             "score", photos, "--model", tiny_bundle, "--out", out, "--batch-size", batch_size, "--actors", actors
@@ -55,7 +55,7 @@ def test_one_batch_shape_is_bitwise_the_same_on_any_number_of_actors(runs):
 
 
 def test_batch_size_and_order_change_nothing_but_rounding(runs):
-    one, five = runs[1, 1], runs[5, 2]
+    one, five = runs[1, 1], runs[5, 1]
     assert one.keys() == five.keys()
     for image_id, row in one.items():
         other = five[image_id]
