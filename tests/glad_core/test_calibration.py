@@ -152,7 +152,9 @@ def test_the_good_patches_judge_unless_another_way_is_clearly_better(tiny_bundle
     assert calibration.Calibrator(model).choose(good, patches=patches).name == chosen
 
 
-def test_a_way_not_clearly_better_on_half_of_the_pictures_is_tested_no_further(tiny_bundle, monkeypatch):
+@pytest.mark.parametrize(("first_tiles", "first"), [(100, 8), (4, 4)])
+def test_a_way_not_clearly_better_on_some_pictures_is_tested_no_further(tiny_bundle, monkeypatch, first_tiles, first):
+    monkeypatch.setattr(calibration, "FIRST_TILES", first_tiles)
     model, good, patches = few_steps(tiny_bundle, monkeypatch, 16)
     found = iter([0.8, 0.86, 0.82, 0.84, 0.7])
     tested = []
@@ -169,8 +171,8 @@ def test_a_way_not_clearly_better_on_half_of_the_pictures_is_tested_no_further(t
         "a single step": 0.82,
         "nearest good patches": 0.8,
     }
-    assert tested == [16, 8, 16, 8, 8]  # nearest, single, fixed, adaptive
-    assert [quality.pictures for quality in qualities.values()] == [8, 8, 16, 16]
+    assert tested == [16, first, 16, first, first]  # nearest, single, fixed, adaptive
+    assert [quality.pictures for quality in qualities.values()] == [first, first, 16, 16]
 
 
 def few_steps(tiny_bundle, monkeypatch, count):
