@@ -20,22 +20,6 @@ from glad_core.views import Framing
 from pipelines.train.good_images import GoodImage
 from pipelines.train.kept_frames import read_frames
 
-# A checkpoint every few steps. Workers get the function as it is here, since they cannot import it.
-EAGER = """
-from cluster.quick_imports import quick_imports
-from pipelines.train import job
-
-work = job._work
-
-def eager(config):
-    with quick_imports("transformers", "peft", "scipy"):
-        from pipelines.train import checkpoints
-    checkpoints.LEAST_SECONDS = 0.2
-    work(config)
-
-job._work = eager
-"""
-
 RECIPE = Recipe(steps=6, batch_size=4, learning_rate=1e-3, lr_schedule="cosine", ema_decay=0.9)
 RNG = np.random.default_rng(0)
 IMAGES = [RNG.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(10)]

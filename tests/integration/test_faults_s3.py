@@ -185,7 +185,7 @@ def test_a_server_that_is_slow_overloaded_and_gone_for_a_while(tmp_path, photos_
             outcome = score(environment, tiny_bundle, monkeypatch)
             assert outcome.exit_code == 0, outcome.output
             fault.result()
-        assert 2 <= seen["commits"] < 10, "too late: the job was over"
+        assert 2 <= seen["commits"] < 5, "too late: the job was over"
         assert seen["busy"] > 20, seen
         assert seen["slow"] > 10, seen
         check(storage, 40)

@@ -1,5 +1,6 @@
 """Ray that starts slowly, dies, or is stopped together with the command: real processes, real signals."""
 
+import json
 import os
 import signal
 import subprocess
@@ -140,3 +141,7 @@ def test_a_job_that_is_stopped_or_whose_ray_dies_says_how_far_it_came_and_contin
         # A busy machine may need the second start.
         lines = [line for line in command.lines if not line.startswith("Ray did not start: ")]
         assert [line for line in lines if "***" in line or "Traceback" in line or "ray" in line] == []
+    with Command(GLAD, *score) as command:
+        command.wait_for(lambda: command.said("resuming after"))
+        assert command.end()[0] == 0
+    assert json.loads((tmp_path / "out/run.json").read_text())["counts"]["scored"] == IMAGES

@@ -2,23 +2,18 @@
 
 import io
 import json
-import threading
-import time
-from contextlib import suppress
 
 import numpy as np
-import psutil
 import pytest
 from conftest import make_bucket
 from PIL import Image
 from pyarrow.fs import FileSelector, FileType
-from tiny_training import EAGER
+from test_faults_train import eager, kill_a_training_worker  # noqa: F401  (the first is a fixture)
 from typer.testing import CliRunner
 
 from cluster.storage import Storage
 from pipelines.cli.main import app
 from pipelines.models import registry
-from pipelines.train import job
 
 pytestmark = pytest.mark.slow
 
@@ -43,31 +38,14 @@ def upload_dataset(storage):
     return torn
 
 
-@pytest.fixture
-def eager(monkeypatch):
-    """Trainings of this process have checkpoints every few steps."""
-    monkeypatch.setattr(job, "_work", job._work)  # so that it comes back
-    exec(EAGER, {"__name__": "__main__"})
-
-
-def kill_a_training_worker(when):
-    """A thread that sends SIGKILL to the Ray Train workers of this process, once ``when`` says so."""
-
-    def kill():
-        while not when():
-            time.sleep(0.05)
-        for process in psutil.Process().children(recursive=True):  # of this Ray, not of the dying driver's
-            with suppress(psutil.Error):  # ended in the meantime
-                if "RayTrainWorker" in " ".join(process.cmdline()):
-                    process.kill()
-                    killed.append(process)
-
-    killed = []
-    threading.Thread(target=kill, daemon=True).start()
-    return killed
-
-
-def test_categories_side_by_side_into_a_registry(preset_bundle, s3_server, ray_session, tmp_path, monkeypatch, eager):
+def test_categories_side_by_side_into_a_registry(
+    preset_bundle,
+    s3_server,
+    ray_session,
+    tmp_path,
+    monkeypatch,
+    eager,  # noqa: F811
+):
     for name, value in s3_server.items():
         monkeypatch.setenv(name, value)
     make_bucket(s3_server, "retrain")
