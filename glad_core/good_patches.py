@@ -32,6 +32,7 @@ from glad_core.errors import GladError
 from glad_core.images import to_tensor
 from glad_core.name_order import name_order
 from glad_core.pictures import score_pictures
+from glad_core.twins import find_twins
 from glad_core.views import Frames, cut
 
 BLOCKS = 10  # of neighbours in a group
@@ -80,12 +81,14 @@ class GoodPatches:
         views: what is remembered of each.
         pictures: N of them.
         blocks: of these pictures.
+        doubt: a line if twins in different blocks make their scores too low (`glad_core.twins`).
     """
 
     model: Model
     views: list[_Remembered]
     pictures: list[GoodPicture]
     blocks: list[int]
+    doubt: str | None
 
     @property
     def memory(self) -> list[PatchMemory]:
@@ -123,15 +126,18 @@ def remember(model: Model, pictures: Iterable[GoodPicture], seed: int) -> GoodPa
     """
     pictures = sorted(pictures, key=lambda picture: (picture.group, name_order(picture.name)))
     blocks = torch.tensor(blocks_of([picture.group for picture in pictures]))
-    views = []
+    views: list[_Remembered] = []
     for view in range(len(model.settings.views)):
         features_PD, owners_P = _features(model, pictures, view, seed)
         views.append(_remember(features_PD, blocks[owners_P].to(features_PD.device), seed))
+        if view == 0:
+            whitened_PD = nearest.whiten(features_PD, views[0].memory.whitening)
+            doubt = find_twins(whitened_PD, owners_P, blocks.tolist()).doubt([picture.name for picture in pictures])
     # A picture whose block has all patches of a view cannot be judged.
     judged = [
         index for index in _judged(model, pictures) if all(view.moments.keys() - {int(blocks[index])} for view in views)
     ]
-    return GoodPatches(model, views, [pictures[index] for index in judged], blocks[judged].tolist())
+    return GoodPatches(model, views, [pictures[index] for index in judged], blocks[judged].tolist(), doubt)
 
 
 def _remember(features_PD: Tensor, blocks_P: Tensor, seed: int) -> _Remembered:

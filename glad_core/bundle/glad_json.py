@@ -37,6 +37,7 @@ REQUIRED = frozenset(
 FINAL_FEATURES = frozenset({"final_features/config.json", "final_features/model.safetensors"})  # both or neither
 MEMORY = "memory.safetensors"  # good patches, of a bundle whose method is `nearest`
 OPTIONAL = FINAL_FEATURES | {MEMORY}
+OF_SETTINGS = ("good_scores", "threshold_doubt")  # provenance that does not outlive them
 MAX_JSON = 2**20  # bytes; ours have a few thousand
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -53,7 +54,8 @@ class FileEntry(BaseModel):
 class Provenance(TypedDict, total=False):
     """Where a bundle comes from: free-form, apart from what later commands read.
 
-    ``good_scores`` are those of the good pictures behind the threshold, by category if each has its own, else under "".
+    ``good_scores`` are those of the good pictures behind the threshold, by category if each has its own, else under "";
+    ``threshold_doubt`` is a line on why that may be too low.
     """
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
@@ -65,6 +67,7 @@ class Provenance(TypedDict, total=False):
     good_images: Count
     held_out_images: Count
     good_scores: dict[str, KeptScores]
+    threshold_doubt: str
 
 
 class Description(BaseModel):
@@ -229,11 +232,11 @@ def update_settings(path: str | Path, settings: Settings, provenance: dict[str, 
 def with_settings(description: Description, settings: Settings, provenance: dict[str, Any]) -> Description:
     """The description of the same weights with new settings, and more provenance.
 
-    Good pictures' scores are only kept if ``provenance`` gives them: with other settings they would be others.
+    Good pictures' scores, and doubt about a threshold from them, are only kept if ``provenance`` gives them: with other
+    settings they would be others.
     """
-    merged = {**description.provenance, **provenance}
-    if "good_scores" not in provenance:
-        merged.pop("good_scores", None)
+    earlier = {name: fact for name, fact in description.provenance.items() if name not in OF_SETTINGS}
+    merged = {**earlier, **provenance}
     return _describe(settings.model_dump(mode="json"), description.category, merged, description.files)
 
 

@@ -94,7 +94,8 @@ def build_memory(good: str, bundle: str, model_id: str, storage: Storage, out: s
         tensors["threshold"] = torch.tensor([conformal_quantile(combined, TARGET_FPR)], dtype=torch.float64)
     storage.write(out, save(tensors))
     few = "" if "threshold" in tensors else f", too few for one: give {images_needed(TARGET_FPR)}"
-    return f"{len(pictures)} good images, {len(combined)} of them judged for the threshold{few}" + _listed(left_out)
+    taken = f"{len(pictures)} good images, {len(combined)} of them judged for the threshold{few}" + _listed(left_out)
+    return f"{taken}; {patches.doubt}" if patches.doubt else taken
 
 
 def read_memory(location: str, storage: Storage) -> Memory:

@@ -108,11 +108,14 @@ def without_reconstructions(judged_by: dict[str, Method]) -> str | None:
 
 
 def _calibration(provenance: Provenance) -> dict[str, Any] | None:
-    """Number of good images and target false-positive rate behind the threshold; None if the bundle has no record."""
+    """Number of good images and target false-positive rate behind the threshold, and why that may be too low; None if
+    the bundle has no record.
+    """
     images = provenance.get("calibration_images", provenance.get("held_out_images"))
     if images is None or "target_fpr" not in provenance:
         return None
-    return {"images": images, "target_fpr": provenance["target_fpr"], "confidence": provenance.get("confidence")}
+    more = {"confidence": provenance.get("confidence"), "doubt": provenance.get("threshold_doubt")}
+    return {"images": images, "target_fpr": provenance["target_fpr"], **more}
 
 
 def print_end(location: str, counts: Counts, console: Console) -> None:

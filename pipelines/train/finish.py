@@ -71,6 +71,9 @@ def _finish(job: TrainJob, surveyed: Survey, checkpoint: Any, deliver: Deliver, 
     model = replace(model, memory=[judging.memory[view] for view in choice.views] if judging else [])
     provenance = _provenance(job, surveyed, read_description(base)) | {"good_scores": choice.good_scores}
     provenance |= {"calibration_images": len(choice.scores)} if judging else {}
+    if patches and patches.doubt:
+        send_event(events, job.name, "calibrate", warning=patches.doubt)
+        provenance |= {"threshold_doubt": patches.doubt}
     if choose:
         provenance |= _methods(choice)
         found = ", ".join(f"{name} {auroc:.3f} on {n} pictures" for name, (auroc, _, n) in choice.qualities.items())

@@ -75,7 +75,8 @@ def describe_end(location: str) -> list[str]:
     judged = facts.get("calibration_images", held_out)  # pictures behind the threshold
     if settings.threshold is not None:
         share = max(target, 1 / (judged + 1))  # of so many scores the largest is exceeded that often
-        lines.append(f"threshold {settings.threshold:.4g}, which about {share:.1%} of good pictures will exceed")
+        more = ", or more, since many have twins (see above)" if "threshold_doubt" in facts else ""
+        lines.append(f"threshold {settings.threshold:.4g}, which about {share:.1%} of good pictures will exceed{more}")
     if settings.thresholds:
         lines.append("thresholds: " + ", ".join(f"{name} {value:.4g}" for name, value in settings.thresholds.items()))
     behind = min(map(len, facts.get("good_scores", {}).values()), default=judged)  # the threshold of fewest pictures

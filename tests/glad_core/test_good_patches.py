@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -58,6 +59,22 @@ def test_a_picture_is_judged_by_the_patches_of_other_blocks(model) -> None:
     apart = remember(model, pictures[2:], seed=0)
     unseen = score_pictures(replace(model, memory=apart.memory), [pictures[0].frames], [""], [""], 8, 0)
     np.testing.assert_allclose(scores[0], unseen[0], rtol=1e-3)
+
+
+def test_twins_in_different_blocks_are_said(model) -> None:
+    """Photos in pairs of the same piece, under names that follow each other, and under names in random order."""
+    pictures = pictures_of(model, [piece for piece in noise(20) for _ in range(2)])
+    assert remember(model, pictures, seed=0).doubt is None
+    order = np.random.default_rng(0).permutation(40)
+    mixed = [picture._replace(name=f"lot/{number:02}") for picture, number in zip(pictures, order, strict=True)]
+    doubt = remember(model, mixed, seed=0).doubt
+    said, such_as = re.match(r"(\d+) of 40 good pictures .*, such as (\d+ and \d+): copies", doubt).groups()
+    twins = {frozenset((int(one), int(other))) for one, other in order.reshape(20, 2)}
+    assert frozenset(map(int, such_as.split(" and "))) in twins
+    blocks = blocks_of([""] * 40)
+    assert int(said) == 2 * sum(len({blocks[place] for place in pair}) == 2 for pair in twins)
+    # Of fewer pictures every patch has few to be near to.
+    assert remember(model, mixed[:38], seed=0).doubt is None
 
 
 def test_pictures_that_are_not_remembered_are_judged_too(model) -> None:

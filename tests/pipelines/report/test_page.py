@@ -57,6 +57,17 @@ def test_users_read_words_instead_of_symbols(judged) -> None:
         assert words in text
 
 
+def test_what_a_threshold_rests_on_is_shown(judged) -> None:
+    page = summary(judged.run, count(judged.run, judged.run.results())) | {"cards": []}
+    behind = {"images": 40, "target_fpr": 0.05, "confidence": None, "doubt": "17 of 40 have a twin"}
+    models = [{**page["models"][0], "calibration": behind}]
+    assert "<span>17 of 40 have a twin</span>" in render(page | {"models": models})
+    models[0]["calibration"] = behind | {"doubt": None}
+    shown = render(page | {"models": models})
+    assert "threshold from 40 good images, chosen for 5 % false alarms</span>" in shown
+    assert "twin" not in shown
+
+
 @pytest.mark.slow
 def test_the_page_in_a_browser(judged, tmp_path, ray_session) -> None:
     playwright = pytest.importorskip("playwright.sync_api")

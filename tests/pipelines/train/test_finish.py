@@ -99,6 +99,9 @@ def test_good_patches_have_a_threshold_of_more_pictures_than_were_held_out(tiny_
         "held out: 8 of 24 good pictures, not trained on; the threshold is that of 24, each judged by patches of "
         "others than itself and its neighbours"
     )
+    facts["provenance"] |= {"threshold_doubt": "20 of 24 have a twin"}
+    (bundle / "glad.json").write_text(json.dumps(facts))
+    assert describe_end(str(bundle))[1].endswith(" will exceed, or more, since many have twins (see above)")
 
 
 @pytest.mark.parametrize(
