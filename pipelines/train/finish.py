@@ -76,12 +76,7 @@ def _finish(job: TrainJob, surveyed: Survey, checkpoint: Any, deliver: Deliver, 
         provenance |= {"threshold_doubt": patches.doubt}
     if choose:
         provenance |= _methods(choice)
-        found = ", ".join(f"{name} {auroc:.3f} on {n} pictures" for name, (auroc, _, n) in choice.qualities.items())
-        if choice.qualities[choice.name] < max(choice.qualities.values()):
-            found += f"; none is better by more than {METHODS_MARGIN:g}"
-        send_event(
-            events, job.name, "calibrate", warning=f"judged by {choice.name} (AUROC of synthetic anomalies: {found})"
-        )
+        send_event(events, job.name, "calibrate", warning=_chosen(choice))
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "bundle"
         save_derived(bundle, base, model, settings, category=",".join(job.categories), provenance=provenance)
@@ -131,6 +126,13 @@ def _methods(choice: Choice) -> dict[str, Any]:
         "method_pictures": {name: quality.pictures for name, quality in choice.qualities.items()},
         "method_settings": {name: settings.model_dump(mode="json") for name, settings in choice.compared.items()},
     }
+
+
+def _chosen(choice: Choice) -> str:
+    found = ", ".join(f"{name} {auroc:.3f} on {n} pictures" for name, (auroc, _, n) in choice.qualities.items())
+    if choice.qualities[choice.name] < max(choice.qualities.values()):
+        found += f"; none is better by more than {METHODS_MARGIN:g}"
+    return f"judged by {choice.name} (AUROC of synthetic anomalies: {found})"
 
 
 def with_weights(model: Model, job: TrainJob, weights: dict[str, torch.Tensor]) -> Model:
