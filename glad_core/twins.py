@@ -25,6 +25,7 @@ LOOKED_AT = 80
 PATCHES = 64  # of each
 FARTHER = 1.05  # times the mean distance, without a twin
 SHARE = 0.4  # of the pictures looked at
+EQUAL = 0.05  # below it distances are rounding; whitened features are about √D long
 
 
 class Twins(NamedTuple):
@@ -70,7 +71,7 @@ def find_twins(patches_PD: Tensor, owners_P: Tensor, blocks: Sequence[int]) -> T
         twin = int(owners[nearest_Q].bincount().argmax())
         if not (rest_P := owners != twin).any():
             continue
-        ratio = float(distances_QP[:, rest_P].amin(dim=1).mean() / before.mean().clamp(min=1e-12))
+        ratio = float(distances_QP[:, rest_P].amin(dim=1).mean() / before.mean().clamp(min=EQUAL))
         if ratio > FARTHER:
             farther.append((-ratio, picture, twin))
     return Twins(len(looked_at), [(picture, twin) for _, picture, twin in sorted(farther)])

@@ -27,6 +27,16 @@ def test_twins_are_found_in_other_blocks_only() -> None:
     assert len(found.pairs) == 4
 
 
+def test_pictures_that_are_all_alike_have_no_twin() -> None:
+    """Such as photos of an empty belt: leaving one of them out changes nothing."""
+    patches, owners = pieces(50)
+    alike = patches[owners == 0].repeat(50, 1)
+    blocks = [number // 5 for number in range(50)]
+    assert find_twins(alike, owners, blocks).pairs == []
+    assert find_twins(alike + 1e-3 * patches, owners, blocks).pairs == []
+    assert find_twins(torch.zeros_like(patches), owners, blocks).pairs == []
+
+
 def test_with_one_block_or_no_third_picture_there_is_nothing_to_compare_with() -> None:
     assert find_twins(*pieces(4), [0] * 4) == Twins(4, [])
     assert find_twins(*pieces(2), [0, 1]) == Twins(2, [])
