@@ -63,7 +63,8 @@ class Memory:
 
 
 def build_memory(good: str, bundle: str, model_id: str, storage: Storage, out: str, device: str, seed: int) -> str:
-    """Build the memory of good images and write it to ``out``; returns a line on what was taken and left out.
+    """Build the memory of good images and write it to ``out``; returns a line on what was taken and left out, and
+    another if the threshold is doubtful.
 
     The images are at most `MAX_IMAGES`, and fewer if their frames exceed `MAX_BYTES`.
 
@@ -95,7 +96,7 @@ def build_memory(good: str, bundle: str, model_id: str, storage: Storage, out: s
     storage.write(out, save(tensors))
     few = "" if "threshold" in tensors else f", too few for one: give {images_needed(TARGET_FPR)}"
     taken = f"{len(pictures)} good images, {len(combined)} of them judged for the threshold{few}" + _listed(left_out)
-    return f"{taken}; {patches.doubt}" if patches.doubt else taken
+    return f"{taken}\n{patches.doubt}" if patches.doubt else taken
 
 
 def read_memory(location: str, storage: Storage) -> Memory:
