@@ -1,3 +1,4 @@
+import re
 import shutil
 
 import numpy as np
@@ -71,6 +72,20 @@ def test_what_is_left_out_of_the_good_images_is_counted_by_kind(tiny_bundle, pho
     monkeypatch.setattr(patch_memory, "MAX_IMAGES", 1)
     with pytest.raises(GladError, match="1 readable good images; at least two are needed, better 50; left out: 1 "):
         build()
+
+
+def test_photos_of_one_piece_under_names_far_apart_are_said(tiny_bundle, tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    names = rng.permutation(40).reshape(2, 20)
+    for pair in names.T:
+        piece = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+        for name in pair:
+            piece.save(tmp_path / f"{name}.png")
+    model_id, out = read_description(tiny_bundle).model_id, str(tmp_path / "memory")
+    taken, doubt = build_memory(str(tmp_path), str(tiny_bundle), model_id, STORAGE, out, "cpu", seed=0).split("\n")
+    assert taken == "40 good images, 40 of them judged for the threshold"
+    one, other = re.match(r"\d+ of 40 good .*, such as (\d+).png and (\d+).png: copies, or ", doubt).groups()
+    assert sorted((int(one), int(other))) in [sorted(pair) for pair in names.T.tolist()]
 
 
 def test_another_bundle_than_the_jobs_is_refused(build) -> None:
