@@ -3,7 +3,7 @@ BIN = .venv/bin
 # quality.py is not among them: it needs a dataset.
 BENCHMARKS = calibration chaos cluster demo_figures export inference_memory listing metrics pipeline report resume retrain s3_requests search simulate throughput tiles training training_memory writers
 
-.PHONY: help demo check test bench lock docs audit small-model
+.PHONY: help demo lint check test bench lock docs audit small-model
 .NOTPARALLEL:
 
 help: ## this list
@@ -20,12 +20,14 @@ help: ## this list
 demo: .venv/installed ## find the defects of drawn circuit boards: demo-output/report.html
 	$(BIN)/glad demo --out demo-output
 
-check: .venv/installed ## lint, format and types
+lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+check: lint ## lint, format and types
 	$(BIN)/mypy
 
-test: check ## check, then every test
+test: lint ## lint, format, types and every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(BENCHMARKS:%=bench-output/%.json) ## every benchmark, hours; one: make bench BENCHMARKS=report
