@@ -43,8 +43,9 @@ class Twins(NamedTuple):
         one, other = short if short[0] != short[1] else pair
         return (
             f"{len(self.pairs)} of {self.looked_at} good pictures looked at have a twin far from them in the order of "
-            f"names, such as {one} and {other}: copies, or photos of one piece? The threshold is then too low. Give "
-            "photos of one piece names that follow each other, or let `glad calibrate --run` set it from other pictures"
+            f"names, such as {one} and {other}: copies, or photos of one piece? The threshold is then too low. Photos "
+            "of one piece should follow each other by name, and be fewer than one in ten; or let `glad calibrate --run`"
+            " set the threshold from other pictures"
         )
 
 
