@@ -4,7 +4,7 @@ Scores of good pictures are taken without the block of their neighbours, by name
 or a photo of the same piece, has a name far away, it stays, and the scores say too little of new pieces. Then leaving
 out the one picture that most patches are nearest to makes the others clearly farther.
 
-Share of the pictures of which that is so, small bundle, names as they are and in three random orders (30 November
+Share of the pictures of which that is so, small bundle, names as they are and in two random orders (30 November
 2026): 400 magnetic tiles, photographed in series, .16 and .57; 376 templates of circuit boards (DeepPCB, crops of a few
 boards) .12 and .52 to .55; 400 solar cells 0 and .04; 320 screws, which have no series, .01 and .04. Of 40 screws it is
 up to .35 by chance, of 20 up to .45.
